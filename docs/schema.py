@@ -19,7 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from slsgu_cli.checkpoints.apply import AppliedResult
+from slsgu_cli.checkpoints.model_copy import AppliedResult
 from slsgu_cli.cli.console import SCHEMA
 from slsgu_cli.engine.find_edits import FoundEdit
 from slsgu_cli.records.figures import BaseEdits, ClassLoss, TargetFigures

@@ -4,12 +4,12 @@ Every error says what happened and where; `hint` is the command or change that m
 The subclasses also inherit the builtin a caller of the Python API would expect to catch.
 """
 
-import difflib
 import errno
-import re
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from enum import IntEnum
 from typing import TypeVar
+
+from slsgu_cli.text import first_lines
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -91,6 +91,10 @@ class StaleError(SlsguError, ValueError):
     exit_code = ExitCode.STALE
 
 
+class FormatError(StaleError):
+    """A store that another version of slsgu wrote, in another format."""
+
+
 class NotForgottenError(SlsguError):
     """The search met no step at which the concept is forgotten."""
 
@@ -118,56 +122,6 @@ def once(outcomes: dict[K, T | SlsguError], key: K, ask: Callable[[], T]) -> T:
     if isinstance(outcome, SlsguError):
         raise outcome
     return outcome
-
-
-def reason_of(error: Exception) -> str:
-    """Return what is wrong with a content that could not be read; a KeyError says what it lacks."""
-    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
-
-
-def listed(words: Sequence[str], most: int = 3, separator: str = ", ") -> str:
-    """Return words one after another; of many the first, and how many more there are."""
-    more = len(words) - most
-    return separator.join(words[:most]) + (f" and {more} more" if more > 0 else "")
-
-
-def enumerated(words: Sequence[str]) -> str:
-    """Return words one after another, with `and` before the last."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-# The share of letters in common, in their order, that a slip of the pen leaves.
-CLOSE = 0.8
-
-
-def near(text: str, names: Collection[str], most: int = 3) -> str | None:
-    """Return which of the names were perhaps meant, as a hint; None where none is near."""
-    by_letters = {re.sub(r"\W+", "", name).lower(): name for name in names}
-    letters = re.sub(r"\W+", "", text).lower()
-    longer = [name for name in sorted(by_letters) if len(letters) > 2 and letters in name]
-    begun = [name for name in longer if name.startswith(letters)]
-    close = difflib.get_close_matches(letters, by_letters, most, CLOSE)
-    chosen = list(dict.fromkeys([*begun, *close, *longer]))[:most]
-    return f"near: {', '.join(by_letters[each] for each in chosen)}" if chosen else None
-
-
-def near_names(name: str, names: Collection[str]) -> str:
-    """Return the end of a message that names what may have been meant; empty without any."""
-    close = difflib.get_close_matches(name, names, n=3)
-    return f"; near names: {', '.join(close)}" if close else ""
-
-
-# PyTorch refuses pickled objects and advises to load them all the same, which runs their code.
-_UNSAFE_ADVICE = re.compile(r"weights[ _]only", re.IGNORECASE)
-_LONGEST = 300
-
-
-def first_lines(error: BaseException) -> str:
-    """Return the beginning of what a library's error says, on one line, without unsafe advice."""
-    if _UNSAFE_ADVICE.search(str(error)):
-        return "it is damaged or no plain state dict; what else it holds could run code"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:_LONGEST] or type(error).__name__
 
 
 # What numpy and PyTorch raise, neither of which is imported to tell.

@@ -26,7 +26,7 @@ from slsgu_cli.engine.export import export
 from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.plots import draw_steps, rank_and_plot
 from slsgu_cli.engine.search import search_each
-from slsgu_cli.errors import AssertionsError, InputError, NotForgottenError, listed
+from slsgu_cli.errors import AssertionsError, InputError, NotForgottenError
 from slsgu_cli.records.codec import decode
 from slsgu_cli.records.figures import PassTime
 from slsgu_cli.records.method import LoraLayout
@@ -60,12 +60,13 @@ from slsgu_cli.report.page import write_report
 from slsgu_cli.report.study_sections import verified_pair
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.atomic import remove, replacing
 from slsgu_cli.store.catalog import Catalog
-from slsgu_cli.store.files import remove, replacing
-from slsgu_cli.store.sharing import held
+from slsgu_cli.store.locks import held
 from slsgu_cli.store.store import Store
 from slsgu_cli.study.joint import joint_search
 from slsgu_cli.study.recipe import PlannedStep, RecipePlan, Step
+from slsgu_cli.text import listed
 from slsgu_cli.verification.verdicts import rows as verdicts
 from slsgu_cli.verification.verify import verify
 

@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.layers import Places, both_held
+from slsgu_cli.checkpoints.layers import in_whole_and_in_part
 from slsgu_cli.checkpoints.layouts import WeightSet
 from slsgu_cli.checkpoints.lora import is_lora, read_lora
-from slsgu_cli.checkpoints.tensor_file import (
+from slsgu_cli.checkpoints.naming_schemes import Places
+from slsgu_cli.checkpoints.number_formats import (
     CHUNK,
     FLOATS,
     PRECISION,
@@ -259,7 +260,7 @@ def by_layer(edits: Sequence[Edit]) -> dict[str, list[Edit]]:
     Raises UsageError where one changes a whole parameter and another a third of it.
     """
     layers = sorted({edit.header.layer for edit in edits})
-    if twice := both_held(layers):
+    if twice := in_whole_and_in_part(layers):
         raise UsageError(
             f"{_names(edits)} change {twice} as a whole and a third of it as well",
             hint="rank and search all of them with the same --qkv",

@@ -14,33 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from slsgu_cli.checkpoints.layers import (
-    SCALES,
-    Layer,
-    Places,
-    Spelling,
+from slsgu_cli.checkpoints.layers import Layer, block_count
+from slsgu_cli.checkpoints.naming_schemes import (
+    NamingScheme,
     TensorPlace,
     TowerPlace,
-    block_count,
     names,
-    tensor_places,
     tower_places,
 )
-from slsgu_cli.checkpoints.tensor_file import (
-    CONVERT_HINT,
-    Floats,
-    NewTensor,
-    Raw,
-    TensorEntry,
-    TensorFile,
-    canonical_name,
-    layer_digest,
+from slsgu_cli.checkpoints.number_formats import Floats, Raw, layer_digest, values_digest
+from slsgu_cli.checkpoints.safetensors_file import (
     looks_like_safetensors,
     open_safetensors,
-    values_digest,
 )
-from slsgu_cli.checkpoints.torch_archive import ZIP_START, open_torch
-from slsgu_cli.errors import InputError, MissingError, listed
+from slsgu_cli.checkpoints.tensor_file import CONVERT_HINT, TensorEntry, TensorFile, canonical_name
+from slsgu_cli.checkpoints.torch_file import ZIP_START, open_torch
+from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.method import Tower
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
@@ -182,14 +171,16 @@ def _plain_shape(name: str, width: int, mlp_ratio: float) -> tuple[int, ...]:
 
 def assembled(places: Sequence[TensorPlace], tensors: Callable[[str], Raw]) -> Raw:
     """Return a layer in open_clip's shape from what `tensors` says of those that hold it."""
-    return _joined([place.to_layer(tensors(place.key)) for place in places])
+    return joined([place.to_layer(tensors(place.key)) for place in places])
 
 
-def _joined(parts: Sequence[Raw]) -> Raw:
+def joined(parts: Sequence[Raw]) -> Raw:
+    """Return parts of a layer as one array."""
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _joined_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+def joined_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the shape of parts of a layer that are joined."""
     return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
 
 
@@ -250,7 +241,7 @@ class WeightSet:
 
     def shape(self, places: Sequence[TensorPlace]) -> tuple[int, ...]:
         """Return a layer's shape as open_clip has it."""
-        return _joined_shape([place.shape(self.entry(place.key).shape) for place in places])
+        return joined_shape([place.shape(self.entry(place.key).shape) for place in places])
 
     def number_format(self, places: Iterable[TensorPlace]) -> str:
         """Return the number format of some tensors. Raises InputError where they have several."""
@@ -270,7 +261,7 @@ class WeightSet:
     def blocks(self, tower_place: TowerPlace) -> int:
         """Return how many blocks a tower has."""
         keys = (key for key in self.owners if key.startswith(tower_place.prefix))
-        if tower_place.spelling is Spelling.OPEN_CLIP:
+        if tower_place.scheme is NamingScheme.OPEN_CLIP:
             # Its text tower may be what is left of a model beside the vision tower.
             visual = f"{tower_place.prefix}visual."
             is_vision = tower_place.tower is Tower.VISION
@@ -318,83 +309,3 @@ def read_weight_sets(folder: Path) -> tuple[list[WeightSet], dict[Path, str]]:
         except InputError as error:
             unread |= dict.fromkeys(paths, error.message)
     return [weights for weights in weight_sets if weights.towers], unread
-
-
-# What a file of a CLIP may hold beside its weights; every library makes it anew.
-_BUFFER = re.compile(r"(.*\.)?(position_ids|attn_mask|input_resolution|context_length|vocab_size)")
-_NOT_TEXT = re.compile(r"(.*\.)?(visual|vision_model|visual_projection|logit_scale|logit_bias)\b.*")
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """A model's weights brought into another layout, to be written into one file.
-
-    `names` is whose names list its tensors, and `towers` where each tower goes; one that has no
-    place there is left out. `current` reads a stored tensor with the edits in it. A layer of
-    `optional` may be missing.
-    """
-
-    weights: WeightSet
-    names: Spelling
-    towers: Sequence[TowerPlace]
-    current: Callable[[str], Raw]
-    optional: Sequence[str] = ()
-
-    def tensors(self) -> list[NewTensor]:
-        """Return the tensors of the file. Raises InputError where some have no place in it."""
-        pieces: dict[str, list[tuple[TensorPlace, Places]]] = {}
-        used: set[str] = set()
-        for name, (sources, places) in self._both_places().items():
-            if not self.weights.holds(sources):
-                if name in self.optional:
-                    continue
-                raise InputError(f"{self.weights.path} holds no {name}, which its layout must have")
-            used |= {place.key for place in sources}
-            for place in places:
-                pieces.setdefault(place.key, []).append((place, sources))
-        self._require_all(used)
-        return [self._tensor(key, parts) for key, parts in pieces.items()]
-
-    def _both_places(self) -> dict[str, tuple[Places, Places]]:
-        """Return where each tensor lies and where it goes, by open_clip's name for it."""
-        both = {}
-        for tower in self.towers:
-            source = self.weights.tower(tower.tower)
-            for name in names(tower.tower, self.weights.blocks(source), self.names):
-                both[name] = tensor_places(name, source), tensor_places(name, tower)
-        if len(self.towers) == len(Tower):
-            keys = {canonical_name(stored): stored for stored in self.weights.owners}
-            for name in SCALES[self.names]:
-                # A file may hold it as a number, or as a list of one.
-                key = keys.get(name, name)
-                axes = len(self.weights.entry(key).shape) if key in self.weights.owners else 0
-                place = SCALES[self.towers[0].spelling].get(name, TensorPlace(name))
-                both[name] = ((TensorPlace(key, lead=-axes),), (place,))
-        return both
-
-    def _require_all(self, used: set[str]) -> None:
-        """Raise InputError where the other layout has no place for a tensor."""
-        left = self.weights.owners.keys() - used
-        others = sorted(key for key in left if not _BUFFER.fullmatch(key))
-        if len(self.towers) < len(Tower):
-            others = [key for key in others if not _NOT_TEXT.fullmatch(key)]
-        if others:
-            raise InputError(
-                f"{self.weights.path} holds {listed(others, 1)}, which the other layout has no "
-                "place for"
-            )
-
-    def _tensor(self, key: str, parts: list[tuple[TensorPlace, Places]]) -> NewTensor:
-        """Return a tensor of the other layout, which may hold several of this one."""
-        ordered = sorted(parts, key=lambda part: part[0].within or 0)
-        shapes = [
-            place.from_layer(np.broadcast_to(np.uint8(0), self.weights.shape(sources))).shape
-            for place, sources in ordered
-        ]
-
-        def values() -> Raw:
-            layers = ((place, assembled(sources, self.current)) for place, sources in ordered)
-            return _joined([place.from_layer(layer) for place, layer in layers])
-
-        dtype = self.weights.number_format(each for _, sources in ordered for each in sources)
-        return NewTensor(key, dtype, _joined_shape(shapes), values)

@@ -21,15 +21,22 @@ from typing import Any
 
 import numpy as np
 
-from slsgu_cli.checkpoints.layers import Layer, Spelling, TensorPlace, TowerPlace, tensor_places
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.layouts import assembled
-from slsgu_cli.checkpoints.tensor_file import Floats, open_safetensors
+from slsgu_cli.checkpoints.naming_schemes import (
+    NamingScheme,
+    TensorPlace,
+    TowerPlace,
+    tensor_places,
+)
+from slsgu_cli.checkpoints.number_formats import Floats
+from slsgu_cli.checkpoints.safetensors_file import open_safetensors
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.method import EditHeader, LoraEdit, LoraHeader, LoraLayout, Tower
 from slsgu_cli.store.store import Store
 
 # Where a text encoder's own names begin, in transformers.
-TEXT = TowerPlace(Tower.TEXT, Spelling.TRANSFORMERS, "text_model.")
+TEXT = TowerPlace(Tower.TEXT, NamingScheme.TRANSFORMERS, "text_model.")
 # The linear modules of a block: all that kohya's names, diffusers and PEFT have in common.
 MODULE = re.compile(
     r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])\.weight"

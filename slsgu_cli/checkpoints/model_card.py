@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import slsgu_cli
-from slsgu_cli.checkpoints.apply import OURS
+from slsgu_cli.checkpoints.configurations import CONFIG, PIPELINE, config_of
+from slsgu_cli.checkpoints.destinations import OURS
 from slsgu_cli.checkpoints.edits import Edit
-from slsgu_cli.checkpoints.targets import CONFIG, PIPELINE, config_of
-from slsgu_cli.checkpoints.transformers_clip import HUB
+from slsgu_cli.checkpoints.hub import HUB
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.options import ApplyRequest

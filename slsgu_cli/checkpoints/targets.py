@@ -1,21 +1,40 @@
-"""From a path to the CLIP encoders inside a model, and which layers it reads."""
+"""Models built on CLIP: the encoders found at a path."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from slsgu_cli.checkpoints.layers import Layer, Spelling, TowerPlace, block_count, tensor_places
+from slsgu_cli.checkpoints.configurations import (
+    CONFIG,
+    OPEN_CLIP,
+    PIPELINE,
+    config_of,
+    kind_of,
+    read_config,
+    require_inside,
+    require_name_inside,
+)
 from slsgu_cli.checkpoints.layouts import WeightSet, read_weight_set, read_weight_sets
-from slsgu_cli.errors import InputError, MissingError, UsageError, enumerated
-from slsgu_cli.records.codec import parse_json
+from slsgu_cli.checkpoints.naming_schemes import NamingScheme, TowerPlace
+from slsgu_cli.checkpoints.reading import (
+    EVERY_TOKEN,
+    PENULTIMATE,
+    PENULTIMATE_AND_POOLED,
+    POOLED,
+    ReadFrom,
+    last_state,
+    penultimate,
+    unpooled,
+    vision_features,
+    whole,
+    why_unread,
+)
+from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.records.method import PromptReader, Tower
-
-_NORM = re.compile(r"ln_final|ln_post|attn_pool|(?:^|\.)norm\.|fc_norm")
-_POOL = re.compile(r"attn_pool")
-_PROJECTION = re.compile(r"text_projection|^text\.proj|^visual\.(?:proj|head|trunk\.head)")
+from slsgu_cli.text import enumerated
 
 
 class Family(StrEnum):
@@ -35,91 +54,6 @@ class Family(StrEnum):
 # Those that have a name on the command line.
 KINDS = tuple(family for family in Family if family is not Family.OTHER)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReadFrom:
-    """What a model reads of one tower.
-
-    `blocks` is how many blocks run before the place that is read (None for all of them);
-    `norm` and `projection` tell whether the final norm and the projection are read too.
-    `reads` says it in words.
-    """
-
-    tower: Tower
-    blocks: int | None = None
-    norm: bool = True
-    projection: bool = True
-    reads: str = "the projected features"
-
-    def why_not(self, name: str) -> str | None:
-        """Return why a layer cannot influence the model; None where it can."""
-        layer = Layer.parse(name)
-        if layer.tower is not self.tower:
-            return f"the {layer.tower} tower is not part of it"
-        if layer.block is not None:
-            unread = self.blocks is not None and layer.block >= self.blocks
-            before = f"it reads {self.reads}, which lies before block {layer.block}"
-            return before if unread else None
-        if not self.norm and _NORM.search(name):
-            return f"it reads {self.reads}, which lies before the final norm"
-        if not self.projection and _POOL.search(name):
-            return f"it reads {self.reads}, which is not pooled"
-        if not self.projection and _PROJECTION.search(name):
-            return f"it reads {self.reads}, which is not projected"
-        return None
-
-
-def last_state(blocks: int | None) -> ReadFrom:
-    """Return that the last hidden state of a text encoder is read."""
-    reads = "the last hidden state" + (f" of {blocks} blocks" if blocks else "")
-    return ReadFrom(tower=Tower.TEXT, blocks=blocks, projection=False, reads=reads)
-
-
-def penultimate(blocks: int, *, norm: bool) -> ReadFrom:
-    """Return that what enters the last of a text encoder's `blocks` blocks is read.
-
-    With `norm`, the final norm is applied to it.
-    """
-    return ReadFrom(
-        tower=Tower.TEXT, blocks=blocks - 1, norm=norm, projection=False, reads=PENULTIMATE
-    )
-
-
-PENULTIMATE = "the penultimate hidden state"
-PENULTIMATE_AND_POOLED = f"{PENULTIMATE} and the projected pooled vector"
-POOLED, EVERY_TOKEN = "the pooled vector alone", "every token"
-
-
-def vision_features(layers: Iterable[int], blocks: int) -> ReadFrom:
-    """Return that hidden states of a vision tower of `blocks` blocks are read.
-
-    State 0 enters block 0, and `blocks` leaves the last; negative ones count from the end.
-    """
-    states = [state if state >= 0 else blocks + 1 + state for state in layers]
-    names = ", ".join(str(state) for state in layers)
-    reads = f"vision layer {names}"
-    return ReadFrom(
-        tower=Tower.VISION, blocks=max(states), norm=False, projection=False, reads=reads
-    )
-
-
-def unpooled() -> ReadFrom:
-    """Return that a vision tower is read after its final norm, without its attention pool."""
-    reads = "the last hidden state, after the final norm"
-    return ReadFrom(tower=Tower.VISION, projection=False, reads=reads)
-
-
-def whole(*towers: Tower) -> tuple[ReadFrom, ...]:
-    """Return that all of CLIP's towers are read."""
-    return tuple(ReadFrom(tower=tower) for tower in towers)
-
-
-def _why_not(read_from: Sequence[ReadFrom], layer: str) -> str | None:
-    """Return why a layer cannot influence anything that is read; None where it can."""
-    reasons = [read.why_not(layer) for read in read_from]
-    return None if None in reasons else reasons[-1]
-
-
 # What reads the prompts of a kind of pipelines, where there are several.
 READERS = {
     Family.SDXL: (
@@ -136,15 +70,15 @@ READERS = {
         PromptReader("text_encoder_2", "T5", EVERY_TOKEN),
     ),
 }
+
 # The classes of pipelines of Stable Diffusion 1 and 2, which read alike.
 _STABLE_DIFFUSION = re.compile(
     r"StableDiffusion|StableUnCLIP|LatentConsistency|AnimateDiff|TextToVideo|Marigold|^$"
 )
 
 
-def _with_edits(
-    readers: Sequence[PromptReader], names: Collection[str]
-) -> tuple[PromptReader, ...]:
+def with_edits(readers: Sequence[PromptReader], names: Collection[str]) -> tuple[PromptReader, ...]:
+    """Return prompt readers, those of these names marked as edited."""
     return tuple(replace(reader, edited=reader.name in names) for reader in readers)
 
 
@@ -164,8 +98,6 @@ def prompt_note(target: str, readers: Sequence[PromptReader]) -> str | None:
     )
 
 
-CONFIG, PIPELINE, OPEN_CLIP = "config.json", "model_index.json", "open_clip_config.json"
-SHARDS = "*.index.json"
 PROJECTORS = ("multi_modal_projector.", "mm_projector.")
 
 # How the names of a text encoder begin in single files of diffusion models.
@@ -175,6 +107,7 @@ SINGLE_FILES = {
     "cond_stage_model.transformer.": Family.SD1,
     "text_encoders.": Family.SD3,
 }
+
 # What files call the encoders of Stable Diffusion 3 and FLUX, and what only FLUX has.
 _IN_FILES = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 _T5_IN_FILES, _OF_FLUX = "text_encoders.t5", "double_blocks."
@@ -195,7 +128,7 @@ class Encoder:
 
     def why_not(self, layer: str) -> str | None:
         """Return why a layer cannot influence the target through this encoder, if so."""
-        return _why_not(self.read_from, layer)
+        return why_unread(self.read_from, layer)
 
     def towers(self, weights: WeightSet) -> list[TowerPlace]:
         """Return the encoder's towers in one of its sets of weights."""
@@ -217,7 +150,7 @@ class Target:
 
     def readers_beside(self, edited: Collection[str]) -> tuple[PromptReader, ...]:
         """Return what reads prompts, the `edited` encoders marked."""
-        return _with_edits(self.readers, edited)
+        return with_edits(self.readers, edited)
 
     def chosen(self, name: str | None) -> tuple[Encoder, ...]:
         """Return the encoder called `name`, or with None all of them. Raises UsageError."""
@@ -254,15 +187,9 @@ NAFLEX_HINT = (
     "NaFlex takes images as patches in their own proportions, which open_clip has no tower for; "
     "SigLIP 2 of a fixed size is a SiglipModel, such as google/siglip2-base-patch16-224"
 )
+
 # The types of towers that edits go into.
 TOWERS = ("clip_vision_model", "siglip_vision_model")
-
-
-def kind_of(config: Mapping[str, Any]) -> str:
-    """Return what transformers calls the model of a configuration: its class and its type."""
-    classes = config.get("architectures")
-    named = classes[0] if isinstance(classes, list) and classes else "model"
-    return f"{named} ({config.get('model_type', 'of no type')})"
 
 
 def _refuse_unknown(folder: Path, config: Mapping[str, Any]) -> None:
@@ -285,48 +212,6 @@ def _refuse_unknown(folder: Path, config: Mapping[str, Any]) -> None:
             f"{folder} is a {named}, and slsgu does not know what it reads of a CLIP or SigLIP, "
             "if it has one",
             hint="LLaVA, LLaVA-NeXT, LLaVA-OneVision and PaliGemma are known",
-        )
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON configuration file. Raises MissingError or InputError."""
-    try:
-        content = parse_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise MissingError(
-            f"{path.parent} is no model that slsgu knows: it has no {path.name}",
-            hint=f"a folder with {CONFIG} (transformers), {PIPELINE} (diffusers) or {OPEN_CLIP}, "
-            "or one file of weights",
-        ) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a JSON object")
-    return content
-
-
-def config_of(path: Path) -> dict[str, Any]:
-    """Return what `read_config` does, and an empty object where there is no such file."""
-    return read_config(path) if path.is_file() else {}
-
-
-def require_inside(folder: Path) -> None:
-    """Refuse a model whose indices of shards name files outside of its folder. Raises InputError.
-
-    Other libraries would read what they name, and a copy would lead there too.
-    """
-    for path in sorted([*folder.glob(SHARDS), *folder.glob(f"*/{SHARDS}")]):
-        shards = read_config(path).get("weight_map", {})
-        for shard in sorted(map(str, shards.values())) if isinstance(shards, dict) else ():
-            _require_name(path, shard)
-
-
-def _require_name(path: Path, name: str) -> None:
-    """Refuse a file that names another one outside of its folder."""
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
-        raise InputError(
-            f"{path} names {name!r}, which lies outside of the model",
-            hint="get the model from a source that you trust",
         )
 
 
@@ -396,7 +281,7 @@ def _pipeline(folder: Path) -> Target:
             f"{kind or 'pipeline of no class'}, whose prompts are read by {reads}"
         )
     for name in index:
-        _require_name(folder / PIPELINE, name)
+        require_name_inside(folder / PIPELINE, name)
     unread: dict[Path, str] = {}
     sets: dict[str, list[WeightSet]] = {}
     depths: dict[str, int] = {}
@@ -412,7 +297,7 @@ def _pipeline(folder: Path) -> Target:
         if name not in classes:
             readers.append(PromptReader(name, _short(model), EVERY_TOKEN))
             continue
-        text = _text_read(family, depths[name], pooled=model.endswith("WithProjection"))
+        text = text_reading(family, depths[name], pooled=model.endswith("WithProjection"))
         reads = f"at most {text.reads}" if family is Family.OTHER else text.reads
         readers.append(PromptReader(name, _short(model), reads))
         encoders.append(Encoder(name, tuple(sets[name]), (text,)))
@@ -451,7 +336,7 @@ def _family(kind: str, blocks: int) -> Family:
     return Family.SD2 if blocks > 12 else Family.SD1
 
 
-def _text_read(family: Family, blocks: int, *, pooled: bool) -> ReadFrom:
+def text_reading(family: Family, blocks: int, *, pooled: bool) -> ReadFrom:
     """Return what a pipeline reads of a text encoder; a `pooled` one projects its last state."""
     match family:
         case Family.FLUX:
@@ -509,7 +394,7 @@ def _file_read(family: Family, weights: WeightSet, place: TowerPlace) -> ReadFro
         return last_state(blocks)
     if family is Family.SD2:
         return penultimate(blocks, norm=True)
-    return _text_read(family, blocks, pooled=place.spelling is Spelling.OPEN_CLIP)
+    return text_reading(family, blocks, pooled=place.scheme is NamingScheme.OPEN_CLIP)
 
 
 def _require_towers(
@@ -522,103 +407,3 @@ def _require_towers(
         what = f": it is a {kind_of(config)}" if config and "architectures" in config else ""
         why = f": {next(iter(unread.values()))}" if unread else ""
         raise InputError(f"{place} holds no weights of a CLIP{what}{why}")
-
-
-Shapes = Mapping[str, tuple[int, ...]]
-
-# The second encoder of SDXL and of Stable Diffusion 3 is OpenCLIP's bigG, of this width.
-SECOND_WIDTH = 1280
-
-
-@dataclass(frozen=True, slots=True)
-class TargetLayers:
-    """What a ranking is for: the target in the user's words, and what it reads of a CLIP.
-
-    `readers` are what reads its prompts, and which of them an edit of a layer would change.
-    """
-
-    target: str
-    read_from: tuple[ReadFrom, ...]
-    readers: tuple[PromptReader, ...] = ()
-
-    def why_not(self, layer: str) -> str | None:
-        """Return why a layer cannot influence the target; None where it can."""
-        return _why_not(self.read_from, layer)
-
-
-def layers_read_by(target: str, shapes: Shapes, *, encoder: str | None) -> TargetLayers:
-    """Return what `target`, a path or a kind, reads of the CLIP whose layers have `shapes`.
-
-    Raises MissingError, InputError, and UsageError where an encoder must be named.
-    """
-    if target in KINDS and not Path(target).exists():
-        family = Family(target)
-        name = encoder or _encoder_of_kind(family, shapes)
-        read = _with_edits(READERS.get(family, ()), [name])
-        return TargetLayers(target, _of_kind(family, shapes, name), read)
-    model = read_target(Path(target))
-    one = fitting_encoder(model, shapes, encoder)
-    return TargetLayers(target, one.read_from, _with_edits(model.readers, [one.name]))
-
-
-def fitting_encoder(model: Target, shapes: Shapes, encoder: str | None) -> Encoder:
-    """Return the encoder of a model whose layers have these `shapes`, or that which is named.
-
-    Raises InputError where none has them, and UsageError where one must be named.
-    """
-    fitting = [one for one in model.chosen(encoder) if _fits(one, shapes)]
-    if not fitting:
-        raise InputError(
-            f"the CLIP inside {model.path} is another than the one the gradients are of",
-            hint="compute them on the CLIP that the target was built on",
-        )
-    if len(fitting) > 1:
-        raise UsageError(
-            f"{model.path} has several encoders of this shape",
-            hint=f"--encoder {' or '.join(one.name for one in fitting)}",
-        )
-    return fitting[0]
-
-
-def _encoder_of_kind(family: Family, shapes: Shapes) -> str:
-    """Return which encoder of a kind of pipelines a CLIP of these `shapes` is, by its width."""
-    width = shapes.get("ln_final.weight", shapes.get("text.ln_final.weight", (0,)))[0]
-    second = width == SECOND_WIDTH and family in (Family.SDXL, Family.SD3)
-    return "text_encoder_2" if second else "text_encoder"
-
-
-def _of_kind(family: Family, shapes: Shapes, encoder: str) -> tuple[ReadFrom, ...]:
-    match family:
-        case Family.SD1:
-            return (last_state(None),)
-        case Family.SD2:
-            return (penultimate(_depth(shapes, Tower.TEXT), norm=True),)
-        case Family.SDXL | Family.SD3 | Family.FLUX:
-            clips = [one.name for one in READERS[family] if one.model == "CLIP"]
-            if encoder not in clips:
-                raise UsageError(
-                    f"{family} has no CLIP called {encoder}; it has {', '.join(clips)}"
-                )
-            pooled = encoder == "text_encoder_2"
-            return (_text_read(family, _depth(shapes, Tower.TEXT), pooled=pooled),)
-        case Family.LLAVA:
-            return (vision_features([-2], _depth(shapes, Tower.VISION)),)
-        case Family.PALIGEMMA:
-            return (unpooled(),)
-    return whole(*Tower)
-
-
-def _depth(shapes: Shapes, tower: Tower) -> int:
-    return block_count(name for name in shapes if Layer.parse(name).tower is tower)
-
-
-def _fits(encoder: Encoder, shapes: Shapes) -> bool:
-    """Return whether every layer of `shapes` that lies in an encoder has the same shape there."""
-    weights = encoder.copies[0]
-    same = [
-        weights.shape(places) == shape
-        for place in encoder.towers(weights)
-        for layer, shape in shapes.items()
-        if weights.holds(places := tensor_places(layer, place))
-    ]
-    return bool(same) and all(same)

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli import tables
 from slsgu_cli.cli.app import Session, command
-from slsgu_cli.errors import InputError, UsageError, near
+from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.figures.html import percent, roughly
 from slsgu_cli.records.options import ApplyRequest, BuildRequest, DemoOptions, PassOptions
 from slsgu_cli.records.sets import LOCAL, ModelSpec
 from slsgu_cli.records.words import OUTPUT, Option, command_line
+from slsgu_cli.text import near
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
@@ -196,7 +197,7 @@ def init(
     ] = False,
 ) -> None:
     """Example: slsgu init brands.toml --demo && slsgu run brands.toml"""
-    from slsgu_cli.store.files import replacing, require_regular
+    from slsgu_cli.store.atomic import replacing, require_regular
 
     require_regular(path)
     if path.exists() and not overwrite:

@@ -16,7 +16,7 @@ from slsgu_cli.records.method import GradientHeader, Ranking
 from slsgu_cli.records.sets import SetManifest
 
 if TYPE_CHECKING:
-    from slsgu_cli.checkpoints.apply import AppliedResult
+    from slsgu_cli.checkpoints.model_copy import AppliedResult
     from slsgu_cli.cli.console import Console
     from slsgu_cli.engine.evaluate import EvalResult
     from slsgu_cli.engine.find_edits import FoundEdit

@@ -19,8 +19,9 @@ from typing import Any, Generic, TypeVar
 import typer
 from typer.core import TyperCommand
 
-from slsgu_cli.errors import UsageError, enumerated, near
+from slsgu_cli.errors import UsageError
 from slsgu_cli.records.words import COMMON, PANELS, Option, build, places
+from slsgu_cli.text import enumerated, near
 
 R = TypeVar("R")
 

@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from slsgu_cli.clip.batches import Images
+from slsgu_cli.machine import cores
+from slsgu_cli.prefetch import prefetch
 from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.sources.rows import Unread
-from slsgu_cli.store.files import cores, prefetch
 
 T = TypeVar("T")
 # Images a core that are decoded ahead.

@@ -8,7 +8,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from slsgu_cli.errors import NotFiniteError, listed
+from slsgu_cli.errors import NotFiniteError
+from slsgu_cli.text import listed
 
 Ints = npt.NDArray[np.integer]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from slsgu_cli.checkpoints.layers import Spelling
-from slsgu_cli.checkpoints.layouts import open_weights, weight_files
-from slsgu_cli.checkpoints.targets import CONFIG
+from slsgu_cli.checkpoints.configurations import CONFIG
+from slsgu_cli.checkpoints.layouts import open_weights
+from slsgu_cli.checkpoints.naming_schemes import NamingScheme
 from slsgu_cli.checkpoints.tensor_file import COMPILED
-from slsgu_cli.checkpoints.transformers_clip import bert_config, check_size
+from slsgu_cli.checkpoints.transformers_families import bert_config
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.records.sets import LOCAL
 
@@ -29,15 +29,12 @@ def load(
     """Build the module in fp32 and evaluation mode on `device`, with its weights loaded."""
     import open_clip
 
-    if model.spelling is Spelling.TRANSFORMERS or not is_read_by_open_clip(model):
+    if model.scheme is NamingScheme.TRANSFORMERS or not is_read_by_open_clip(model):
         return _load_ourselves(model, device, warn)
     # An absolute path: a file may have the name of a tag, which open_clip would take first.
     pretrained = None if ":" in model.identifier else str(model.weights.absolute())
     with quiet(), explained(model), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        if pretrained is None:
-            # Configurations of open_clip itself need no check.
-            check_size(model.config, model.weights.stat().st_size)
         module: torch.nn.Module = open_clip.create_model(
             model.identifier,
             pretrained=pretrained,
@@ -93,8 +90,6 @@ def _without_weights(model: ResolvedModel) -> "torch.nn.Module":
     """Build the module in evaluation mode, with its buffers, and parameters on `meta`."""
     import torch
 
-    check_size(model.config, _nbytes(model))
-
     register = torch.nn.Module.register_parameter
 
     def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
@@ -129,7 +124,7 @@ def _unfilled(model: ResolvedModel) -> "torch.nn.Module":
     import open_clip
 
     on_no_device: Any = None
-    if model.spelling is Spelling.TRANSFORMERS:
+    if model.scheme is NamingScheme.TRANSFORMERS:
         return _built_by_config(model.config)
     return open_clip.create_model(  # type: ignore[no-any-return]
         model.identifier, load_weights=False, pretrained_text=False, device=on_no_device
@@ -150,13 +145,6 @@ def built_tower(model: ResolvedModel) -> Any:
     """Return the vision tower of a model's configuration, without weights."""
     with quiet(), explained(model):
         return _without_weights(model).visual
-
-
-def _nbytes(model: ResolvedModel) -> int:
-    """Return the size of a model's weights in bytes; for transformers, of all its files."""
-    of_transformers = model.spelling is Spelling.TRANSFORMERS
-    files = weight_files(model.weights.parent) if of_transformers else [model.weights]
-    return sum(path.stat().st_size for path in files)
 
 
 def _built_by_config(config: Mapping[str, Any]) -> "torch.nn.Module":

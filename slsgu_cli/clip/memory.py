@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from slsgu_cli import processes
-from slsgu_cli.store.files import free_memory
+from slsgu_cli.machine import free_memory
 
 # Free bytes to assume if the system does not report them.
 ASSUMED_FREE = 8 << 30

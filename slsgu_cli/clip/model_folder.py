@@ -4,15 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.layers import Spelling
+from slsgu_cli.checkpoints.configurations import config_of
+from slsgu_cli.checkpoints.hub import FETCH_ERRORS
 from slsgu_cli.checkpoints.layouts import clip_shapes
-from slsgu_cli.checkpoints.targets import config_of
-from slsgu_cli.checkpoints.transformers_clip import FETCH_ERRORS
+from slsgu_cli.checkpoints.naming_schemes import NamingScheme
 from slsgu_cli.clip.loading import built_shapes, is_read_by_open_clip, load
 from slsgu_cli.clip.models import ResolvedModel, contents, resolve
 from slsgu_cli.clip.tokenizers import TOKENIZER_CONFIG, fresh_tokenizer, probe_tokens
-from slsgu_cli.errors import SlsguError, first_lines, listed
+from slsgu_cli.errors import SlsguError
 from slsgu_cli.records.sets import LOCAL, ModelSpec
+from slsgu_cli.text import first_lines, listed
 
 # All files of any tokenizer of transformers.
 TOKENIZER_FILES = (
@@ -131,7 +132,11 @@ def _other_weights(model: ResolvedModel) -> str | None:
 def _other_tokenizer(model: ResolvedModel, original: ResolvedModel | None) -> str | None:
     """Return how the tokenizer of a folder differs from that of the original model."""
     name = hub_tokenizer(model)
-    if original is not None and model.spelling is Spelling.TRANSFORMERS and hub_tokenizer(original):
+    if (
+        original is not None
+        and model.scheme is NamingScheme.TRANSFORMERS
+        and hub_tokenizer(original)
+    ):
         here, there = _cleaning(model), _cleaning(original)
         if here != there:
             return (
@@ -142,7 +147,7 @@ def _other_tokenizer(model: ResolvedModel, original: ResolvedModel | None) -> st
     if name is None and not by_name:
         return None
     ids = probe_tokens(model)
-    copied = original is not None and original.folder and original.spelling is model.spelling
+    copied = original is not None and original.folder and original.scheme is model.scheme
     if original is not None and not copied and ids != probe_tokens(original):
         return f"its tokenizer gives other ids than that of {original.spec}"
     return None

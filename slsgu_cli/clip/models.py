@@ -7,35 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slsgu_cli.checkpoints.layers import Layer, Spelling
+from slsgu_cli.checkpoints.configurations import OPEN_CLIP
+from slsgu_cli.checkpoints.hub import FETCH_ERRORS, HUB, fetch_clip, unreachable
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.layouts import file_fingerprint, open_weights, read_layer, weight_files
-from slsgu_cli.checkpoints.targets import OPEN_CLIP
-from slsgu_cli.checkpoints.tensor_file import Floats, canonical_name
-from slsgu_cli.checkpoints.transformers_clip import (
-    FETCH_ERRORS,
-    HUB,
-    KNOWN,
-    ClipWeights,
-    check_config,
-    fetch_clip,
-    is_clip,
-    model_config,
-    other_model,
-    preprocess_config,
-    unreachable,
-)
-from slsgu_cli.errors import (
-    InputError,
-    MissingError,
-    SlsguError,
-    UsageError,
-    first_lines,
-    lacks_memory,
-    near,
-    reason_of,
-)
+from slsgu_cli.checkpoints.naming_schemes import NamingScheme
+from slsgu_cli.checkpoints.number_formats import Floats
+from slsgu_cli.checkpoints.tensor_file import canonical_name
+from slsgu_cli.checkpoints.transformers_families import KNOWN, is_clip, model_config, other_model
+from slsgu_cli.checkpoints.transformers_inputs import preprocess_config
+from slsgu_cli.checkpoints.transformers_weights import ClipWeights
+from slsgu_cli.errors import InputError, MissingError, SlsguError, UsageError, lacks_memory
 from slsgu_cli.records.codec import digest, parse_json
 from slsgu_cli.records.sets import LOCAL, ModelSpec
+from slsgu_cli.text import first_lines, near, reason_of
 
 # The order in which open_clip itself looks for weights in a folder.
 PREFERRED = (
@@ -67,7 +52,7 @@ class ResolvedModel:
     preprocess: dict[str, Any]
     weights: Path
     folder: Path | None
-    spelling: Spelling = Spelling.OPEN_CLIP
+    scheme: NamingScheme = NamingScheme.OPEN_CLIP
 
 
 def resolve(spec: ModelSpec) -> ResolvedModel:
@@ -76,7 +61,7 @@ def resolve(spec: ModelSpec) -> ResolvedModel:
     Raises MissingError, InputError or UsageError; downloads where the name asks for it.
     """
     model = _resolved(spec)
-    check_config(str(spec), model.config, model.preprocess)
+    require_towers(str(spec), model.config)
     return model
 
 
@@ -94,7 +79,7 @@ def contents(
     model: ResolvedModel,
 ) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Floats]]:
     """Return the shapes of a model's tensors by open_clip's names, and a function to read one."""
-    if model.spelling is Spelling.TRANSFORMERS:
+    if model.scheme is NamingScheme.TRANSFORMERS:
         weights = ClipWeights(model.weights.parent)
         return weights.shapes(), weights.read
     file = open_weights(model.weights)
@@ -108,7 +93,7 @@ def fingerprint(model: ResolvedModel, instead: Mapping[str, Floats] | None = Non
 
     Values in `instead` replace those of the file.
     """
-    if model.spelling is Spelling.TRANSFORMERS:
+    if model.scheme is NamingScheme.TRANSFORMERS:
         weights = ClipWeights(model.weights.parent).fingerprint(instead)
     else:
         weights = file_fingerprint(model.weights, instead)
@@ -126,7 +111,7 @@ def has_model(spec: ModelSpec, weights: str | None) -> bool:
 
 def model_layer(model: ResolvedModel, name: str) -> Floats:
     """Return a layer in the precision of the file: fp16 as fp16, bf16 as fp32."""
-    if model.spelling is Spelling.OPEN_CLIP:
+    if model.scheme is NamingScheme.OPEN_CLIP:
         return read_layer(model.weights, name)
     layer = Layer.parse(name)
     values: Floats = layer.rows(ClipWeights(model.weights.parent).read(layer.parameter))
@@ -180,8 +165,8 @@ def _no_model(folder: Path) -> MissingError:
 def _resolve_transformers(spec: ModelSpec, folder: Path) -> ResolvedModel:
     weights = ClipWeights(folder).weights.path
     config, preprocess = model_config(folder), _defaults() | preprocess_config(folder)
-    spelling = Spelling.TRANSFORMERS
-    return ResolvedModel(spec, str(folder), config, preprocess, weights, folder, spelling)
+    scheme = NamingScheme.TRANSFORMERS
+    return ResolvedModel(spec, str(folder), config, preprocess, weights, folder, scheme)
 
 
 def _resolve_hub(spec: ModelSpec) -> ResolvedModel:

@@ -6,22 +6,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from slsgu_cli.checkpoints.apply import README, STANDARD_NAME, OtherLayout
+from slsgu_cli.checkpoints.apply import STANDARD_NAME
+from slsgu_cli.checkpoints.configurations import CONFIG, OPEN_CLIP, config_of
+from slsgu_cli.checkpoints.destinations import README
 from slsgu_cli.checkpoints.edits import Edit
-from slsgu_cli.checkpoints.layers import Layer, Spelling, TowerPlace, tensor_places
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.layouts import WeightSet
 from slsgu_cli.checkpoints.model_card import hub_id
-from slsgu_cli.checkpoints.targets import CONFIG, OPEN_CLIP, Target, config_of
-from slsgu_cli.checkpoints.transformers_clip import (
+from slsgu_cli.checkpoints.naming_schemes import NamingScheme, TowerPlace, tensor_places
+from slsgu_cli.checkpoints.other_layout import OtherLayout
+from slsgu_cli.checkpoints.targets import Target
+from slsgu_cli.checkpoints.transformers_families import (
     CLIP,
     CLIP_TEXT,
     FAMILIES,
     GELU,
-    PREPROCESSOR,
     family_of,
     transformers_config,
-    transformers_preprocess,
 )
+from slsgu_cli.checkpoints.transformers_inputs import PREPROCESSOR, transformers_preprocess
 from slsgu_cli.clip.loading import built_tower
 from slsgu_cli.clip.model_folder import (
     TOKENIZER_FILES,
@@ -69,7 +72,7 @@ def other_layout(
             f"{target.path} is not a whole CLIP, which --format {wanted} needs",
             hint="leave --format out to write it in its own layout",
         )
-    if (wanted is ModelLayout.HF) is (model.spelling is Spelling.TRANSFORMERS):
+    if (wanted is ModelLayout.HF) is (model.scheme is NamingScheme.TRANSFORMERS):
         return None
     layout = _for_transformers if wanted is ModelLayout.HF else _for_open_clip
     made = layout(model, scratch)
@@ -132,8 +135,8 @@ def clip_tokenizer(context_length: int) -> dict[str, str]:
 def _for_open_clip(model: ResolvedModel, scratch: Path) -> OtherLayout:
     """Return what open_clip loads a model of transformers from."""
     config, family = model.config, FAMILIES[family_of(model.config)]
-    text, is_siglip = config["text_cfg"], family.names is Spelling.SIGLIP
-    if family.names is Spelling.BERT:
+    text, is_siglip = config["text_cfg"], family.names is NamingScheme.SIGLIP
+    if family.names is NamingScheme.BERT:
         raise InputError(
             f"{model.spec} cannot be written for open_clip, which builds a BERT by the name of a "
             "repository alone, and reads none that lies in a model's folder",
@@ -149,7 +152,7 @@ def _for_open_clip(model: ResolvedModel, scratch: Path) -> OtherLayout:
         config = config | {"vision_cfg": _named_by_timm(model)}
     content = _json({"model_cfg": config, "preprocess_cfg": model.preprocess})
     prefixes = {Tower.TEXT: "text." if is_siglip else "", Tower.VISION: ""}
-    towers = tuple(TowerPlace(tower, Spelling.OPEN_CLIP, prefixes[tower]) for tower in Tower)
+    towers = tuple(TowerPlace(tower, NamingScheme.OPEN_CLIP, prefixes[tower]) for tower in Tower)
     return OtherLayout(
         "open_clip",
         STANDARD_NAME["safetensors"],
@@ -236,11 +239,11 @@ def _for_comfy(model: ResolvedModel | None, target: Target, edits: Sequence[Edit
             for (blocks, width), (name, act) in COMFY_TOWERS.items()
         )
         raise InputError(f"ComfyUI has no place for {target.path}: {why_not[0]}; it knows {known}")
-    towers = (TowerPlace(Tower.TEXT, Spelling.TRANSFORMERS, "text_model."),)
+    towers = (TowerPlace(Tower.TEXT, NamingScheme.TRANSFORMERS, "text_model."),)
     return OtherLayout(
         "ComfyUI",
         "",
-        Spelling.TRANSFORMERS,
+        NamingScheme.TRANSFORMERS,
         towers,
         optional=(PROJECTION,),
         weights=None if model is None else model.weights,
@@ -250,9 +253,9 @@ def _for_comfy(model: ResolvedModel | None, target: Target, edits: Sequence[Edit
 def _why_not_comfy(weights: WeightSet, model: ResolvedModel | None) -> str | None:
     """Return why ComfyUI would run a text encoder differently; None if it would not."""
     tower = weights.tower(Tower.TEXT)
-    if tower.spelling is Spelling.SIGLIP:
+    if tower.scheme is NamingScheme.SIGLIP:
         return "it is a SigLIP"
-    if tower.spelling is Spelling.BERT:
+    if tower.scheme is NamingScheme.BERT:
         return "its text tower is a BERT"
 
     def shape(name: str) -> tuple[int, ...]:

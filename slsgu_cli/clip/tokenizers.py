@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slsgu_cli.checkpoints.layers import Spelling
-from slsgu_cli.checkpoints.targets import CONFIG
-from slsgu_cli.checkpoints.transformers_clip import AS_IT_IS, vocabulary
+from slsgu_cli.checkpoints.configurations import CONFIG
+from slsgu_cli.checkpoints.naming_schemes import NamingScheme
+from slsgu_cli.checkpoints.transformers_families import AS_IT_IS
+from slsgu_cli.checkpoints.transformers_inputs import vocabulary
 from slsgu_cli.clip.models import ResolvedModel, explained, quiet
-from slsgu_cli.errors import InputError, MissingError, SlsguError, first_lines
+from slsgu_cli.errors import InputError, MissingError, SlsguError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.sets import InputSpec
+from slsgu_cli.text import first_lines
 
 # The file from which transformers reads any tokenizer.
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -27,21 +29,21 @@ Tokenize = Callable[[Sequence[str]], npt.NDArray[np.int32]]
 def input_spec(model: ResolvedModel) -> InputSpec:
     """Return how `model` takes images and text."""
     size = model.config["vision_cfg"].get("image_size", 224)
-    height, width = size if isinstance(size, list | tuple) else (size, size)
     with explained(model):
+        height, width = size if isinstance(size, list | tuple) else (size, size)
         tokens = tokenizer(model)(PROBE)
-    preprocess = model.preprocess
-    return InputSpec(
-        height=int(height),
-        width=int(width),
-        mean=tuple(float(value) for value in preprocess["mean"]),
-        std=tuple(float(value) for value in preprocess["std"]),
-        interpolation=str(preprocess["interpolation"]),
-        resize_mode=str(preprocess["resize_mode"]),
-        fill_color=int(preprocess.get("fill_color", 0)),
-        tokenizer=digest(tokens.tolist()),
-        context_length=int(tokens.shape[1]),
-    )
+        preprocess = model.preprocess
+        return InputSpec(
+            height=int(height),
+            width=int(width),
+            mean=tuple(float(value) for value in preprocess["mean"]),
+            std=tuple(float(value) for value in preprocess["std"]),
+            interpolation=str(preprocess["interpolation"]),
+            resize_mode=str(preprocess["resize_mode"]),
+            fill_color=int(preprocess.get("fill_color", 0)),
+            tokenizer=digest(tokens.tolist()),
+            context_length=int(tokens.shape[1]),
+        )
 
 
 def tokenizer(model: ResolvedModel) -> Tokenize:
@@ -81,7 +83,7 @@ def _tokenizer_of(model: ResolvedModel) -> Any:
     except Exception as error:  # transformers and its hub raise many kinds here
         raise _no_tokenizer(model, error) from error
     text = model.config["text_cfg"]
-    if model.spelling is Spelling.TRANSFORMERS:
+    if model.scheme is NamingScheme.TRANSFORMERS:
         if "tokenizer_kwargs" not in text:
             _check_vocabulary(model, tokenize.encoder)
         if "hf_config" in text:
@@ -94,7 +96,7 @@ def _named_tokenizer(model: ResolvedModel) -> tuple[str, int | None, str | None]
 
     The latter two are None where open_clip knows the tokenizer by name.
     """
-    if model.spelling is not Spelling.TRANSFORMERS:
+    if model.scheme is not NamingScheme.TRANSFORMERS:
         return model.identifier, None, None
     text = model.config["text_cfg"]
     cleaned = text.get("tokenizer_kwargs", {}).get("clean")
@@ -109,7 +111,7 @@ def _no_tokenizer(model: ResolvedModel, error: Exception) -> SlsguError:
         hint = "pip install sentencepiece protobuf"
     elif isinstance(error, ImportError):
         hint = "pip install 'slsgu[targets]', which has transformers"
-    elif model.spelling is Spelling.TRANSFORMERS:
+    elif model.scheme is NamingScheme.TRANSFORMERS:
         hint = f"put the model's tokenizer into {model.folder}: {TOKENIZER_CONFIG} and its files"
     elif name and model.folder is not None:
         hint = f"put the files of {name} next to the weights: {TOKENIZER_CONFIG}, tokenizer.json"

@@ -22,8 +22,8 @@ from slsgu_cli.clip.finite import Ints, require_finite
 from slsgu_cli.clip.metrics import class_means, margins
 from slsgu_cli.clip.packing import by_beginning, packed
 from slsgu_cli.clip.towers import EMBED, SplitTower
+from slsgu_cli.prefetch import prefetch
 from slsgu_cli.store.blocks import DataBlock, JoinedRows
-from slsgu_cli.store.files import prefetch
 
 # Images in one read.
 ROWS_PER_READ = 64

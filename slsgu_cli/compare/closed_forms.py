@@ -246,7 +246,7 @@ def layer_for(
         of_middle = (layer.name for layer in texts if layer.block == middle)
         return next(filter(MLP_OUTPUT.search, of_middle), None)
     layer = named_layer(store, pointer, wanted)
-    is_matrix = layer.third is None and len(header.weights[layer.name].shape) == 2
+    is_matrix = layer.part is None and len(header.weights[layer.name].shape) == 2
     if layer.tower is not Tower.TEXT or not is_matrix or not layer.is_of(Qkv.SPLIT):
         raise UsageError(
             f"--layer {wanted} is no linear map of texts that is applied as a whole",

@@ -16,10 +16,15 @@ from torch import Tensor, nn
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, by_layer
-from slsgu_cli.checkpoints.layers import TensorPlace, TowerPlace, tensor_places, tower_places
 from slsgu_cli.checkpoints.layouts import file_fingerprint, weight_files
+from slsgu_cli.checkpoints.naming_schemes import (
+    TensorPlace,
+    TowerPlace,
+    tensor_places,
+    tower_places,
+)
+from slsgu_cli.checkpoints.number_formats import layer_digests
 from slsgu_cli.checkpoints.targets import Encoder, Family, Target, prompt_note, read_target
-from slsgu_cli.checkpoints.tensor_file import layer_digests
 from slsgu_cli.clip.batches import spans
 from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.clip.in_place import edited
@@ -29,11 +34,11 @@ from slsgu_cli.errors import (
     NotFiniteError,
     StaleError,
     UsageError,
-    first_lines,
     lacks_memory,
 )
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.targets import PaintOptions
+from slsgu_cli.text import first_lines
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from slsgu_cli.checkpoints.edits import earlier_edits, edit_digests, load_edits
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.checkpoints.targets import Shapes, fitting_encoder, read_target
+from slsgu_cli.checkpoints.target_layers import Shapes, fitting_encoder
+from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.clip.batches import spans
 from slsgu_cli.clip.evaluation import concept_is_split, concept_rows, serving_rows
 from slsgu_cli.downstream.judge import JudgedPrompts, class_in

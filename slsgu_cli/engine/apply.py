@@ -11,11 +11,7 @@ from typing import Any
 import numpy as np
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.apply import (
-    AppliedResult,
-    apply_edits,
-    copy_model,
-)
+from slsgu_cli.checkpoints.apply import apply_edits, copy_model
 from slsgu_cli.checkpoints.edits import (
     Edit,
     by_layer,
@@ -25,16 +21,15 @@ from slsgu_cli.checkpoints.edits import (
     tell_of_joint_searches,
     tell_of_other_encoders,
 )
-from slsgu_cli.checkpoints.layers import Layer, Spelling
+from slsgu_cli.checkpoints.hub import HUB
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.layouts import open_weights
 from slsgu_cli.checkpoints.model_card import EditedModelCard
+from slsgu_cli.checkpoints.model_copy import AppliedResult
+from slsgu_cli.checkpoints.naming_schemes import NamingScheme
+from slsgu_cli.checkpoints.number_formats import Floats, rounded
 from slsgu_cli.checkpoints.targets import Family, Target, read_target
-from slsgu_cli.checkpoints.tensor_file import (
-    Floats,
-    canonical_name,
-    rounded,
-)
-from slsgu_cli.checkpoints.transformers_clip import HUB
+from slsgu_cli.checkpoints.tensor_file import canonical_name
 from slsgu_cli.clip.model_folder import tokenizer_beside, why_not_loaded
 from slsgu_cli.clip.models import ResolvedModel, fingerprint, model_layer, resolve
 from slsgu_cli.clip.other_layouts import other_layout
@@ -47,7 +42,7 @@ from slsgu_cli.records.options import (
     SearchOptions,
 )
 from slsgu_cli.records.sets import LOCAL, ModelSpec
-from slsgu_cli.store.files import require_regular
+from slsgu_cli.store.atomic import require_regular
 from slsgu_cli.store.store import Store
 
 # A tensor that a whole CLIP has, and none of its towers.
@@ -112,7 +107,7 @@ def _library(model: ResolvedModel | None) -> str | None:
     """Return what loads a model in the layout that it has."""
     if model is None:
         return None
-    return "transformers" if model.spelling is Spelling.TRANSFORMERS else "open_clip"
+    return "transformers" if model.scheme is NamingScheme.TRANSFORMERS else "open_clip"
 
 
 def copy_original(spec: ModelSpec, out: Path, *, options: ApplyOptions) -> AppliedResult:
@@ -155,7 +150,7 @@ def _whole_clip(target: Target, edits: Sequence[Edit]) -> ResolvedModel | None:
         like = resolve(replace(known, pretrained=str(target.path)) if named else known)
     except SlsguError:
         return None
-    return replace(like, spec=here, weights=target.path, folder=None, spelling=Spelling.OPEN_CLIP)
+    return replace(like, spec=here, weights=target.path, folder=None, scheme=NamingScheme.OPEN_CLIP)
 
 
 def _other_layers(
@@ -178,7 +173,7 @@ def _other_layers(
             )
             return None
         whole = instead.get(layer.parameter)
-        if layer.third is not None and whole is None:
+        if layer.part is not None and whole is None:
             whole = model_layer(model, layer.parameter).astype(np.float32)
         instead[layer.parameter] = layer.replaced(whole, values)
     now = fingerprint(model, instead)

@@ -16,10 +16,10 @@ from slsgu_cli.clip.batches import by_length, pixel_normalizer, spans, staged, t
 from slsgu_cli.clip.onednn import linear
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
 from slsgu_cli.engine.applied_layers import AppliedLayers, Use
+from slsgu_cli.prefetch import prefetch
 from slsgu_cli.records.method import Tower
 from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.store.blocks import DataBlock
-from slsgu_cli.store.files import prefetch
 from slsgu_cli.store.store import Arrays
 
 # At most so many retain rows are run: at 50 tokens each, 16 inputs for each of 3,072 dimensions.

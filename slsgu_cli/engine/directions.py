@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.checkpoints.tensor_file import Floats
+from slsgu_cli.checkpoints.number_formats import Floats
 from slsgu_cli.engine.stored_covariances import Covariances
 from slsgu_cli.errors import InputError, NotFiniteError
 from slsgu_cli.method.directions import Direction, LayerStatistics

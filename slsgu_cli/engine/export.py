@@ -9,7 +9,7 @@ from shlex import quote
 import torch
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.apply import copies_of, require_distinct
+from slsgu_cli.checkpoints.edit_plan import copies_of, require_distinct
 from slsgu_cli.checkpoints.edits import (
     Edit,
     earlier_edits,
@@ -25,8 +25,9 @@ from slsgu_cli.checkpoints.lora import (
     lora_tensors,
     peft_config,
 )
-from slsgu_cli.checkpoints.targets import KINDS, SECOND_WIDTH, Encoder, Family, read_target
-from slsgu_cli.checkpoints.tensor_file import Floats
+from slsgu_cli.checkpoints.number_formats import Floats
+from slsgu_cli.checkpoints.target_layers import SECOND_WIDTH
+from slsgu_cli.checkpoints.targets import KINDS, Encoder, Family, read_target
 from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.clip.evaluation import SharedEvaluation
 from slsgu_cli.clip.in_place import moved
@@ -44,7 +45,7 @@ from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import Criterion, LayerScore, LoraHeader, LoraLayout
 from slsgu_cli.records.options import ExportRequest, SearchOptions
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, set_of
-from slsgu_cli.store.files import replacing, require_regular
+from slsgu_cli.store.atomic import replacing, require_regular
 from slsgu_cli.store.store import Store
 
 # Strengths of a LoRA that figures are reported for.

@@ -8,12 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slsgu_cli.checkpoints.apply import (
-    Copies,
-    by_encoder,
-    copies_of,
-    require_distinct,
-)
+from slsgu_cli.checkpoints.edit_plan import Copies, by_encoder, copies_of, require_distinct
 from slsgu_cli.checkpoints.edits import (
     Edit,
     by_layer,
@@ -25,15 +20,10 @@ from slsgu_cli.checkpoints.edits import (
     same_values,
     strength_of,
 )
-from slsgu_cli.checkpoints.layers import TensorPlace
 from slsgu_cli.checkpoints.layouts import WeightSet
+from slsgu_cli.checkpoints.naming_schemes import TensorPlace
+from slsgu_cli.checkpoints.number_formats import FLOATS, Raw, narrow, widen
 from slsgu_cli.checkpoints.targets import read_target
-from slsgu_cli.checkpoints.tensor_file import (
-    FLOATS,
-    Raw,
-    narrow,
-    widen,
-)
 from slsgu_cli.errors import InputError
 from slsgu_cli.method.scores import norm
 from slsgu_cli.records.options import (

@@ -22,11 +22,11 @@ from slsgu_cli.clip.memory import spare
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
 from slsgu_cli.errors import InputError, StaleError
 from slsgu_cli.method.losses import Loss, contrastive, cosine_forget, sigmoid
+from slsgu_cli.prefetch import prefetch
 from slsgu_cli.records.method import Precision
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.store.blocks import DataBlock
-from slsgu_cli.store.files import prefetch
 from slsgu_cli.store.store import Arrays
 
 

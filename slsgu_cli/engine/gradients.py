@@ -33,7 +33,7 @@ from slsgu_cli.records.method import (
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import DataRef, ModelSpec, SetManifest
 from slsgu_cli.store.artifacts import Artifact, read_manifest
-from slsgu_cli.store.sharing import held
+from slsgu_cli.store.locks import held
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:

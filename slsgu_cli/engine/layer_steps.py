@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Self
 
 import slsgu_cli
 from slsgu_cli.checkpoints.edits import Edit, make_edit
-from slsgu_cli.checkpoints.tensor_file import Floats, layer_digests
+from slsgu_cli.checkpoints.number_formats import Floats, layer_digests
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.records.directions import DirectionSpec
 from slsgu_cli.records.method import EditHeader, GradientPointer, Tower, Trial
@@ -76,7 +76,7 @@ def unmeasured_edit(manifest: SetManifest, pointer: GradientPointer, layer_step:
         utility=None,
         joint=None,
         version=slsgu_cli.__version__,
-        layout=resolve(pointer.model).spelling,
+        layout=resolve(pointer.model).scheme,
     )
     return make_edit(header, delta=layer_step.delta, before=layer_step.before)
 

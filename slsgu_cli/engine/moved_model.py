@@ -14,7 +14,7 @@ from slsgu_cli.checkpoints.edits import (
     recognised,
 )
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.checkpoints.tensor_file import Floats
+from slsgu_cli.checkpoints.number_formats import Floats
 from slsgu_cli.clip.evaluation import (
     Evaluation,
     EvaluationSet,

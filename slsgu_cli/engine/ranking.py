@@ -14,8 +14,8 @@ import numpy as np
 import slsgu_cli
 from slsgu_cli import processes
 from slsgu_cli.checkpoints.layers import Layer, find_layers, layers_of, selected
-from slsgu_cli.checkpoints.targets import TargetLayers, layers_read_by
-from slsgu_cli.checkpoints.tensor_file import Floats
+from slsgu_cli.checkpoints.number_formats import Floats
+from slsgu_cli.checkpoints.target_layers import TargetLayers, layers_read_by
 from slsgu_cli.clip.models import ResolvedModel, model_layer
 from slsgu_cli.engine.directions import as_vector, implementation, layer_gradient, operand
 from slsgu_cli.engine.gradients import graded_model
@@ -30,6 +30,7 @@ from slsgu_cli.method.directions import LayerStatistics
 from slsgu_cli.method.fronts import pareto_front
 from slsgu_cli.method.layers import is_candidate
 from slsgu_cli.method.scores import Vector, alignment, importance, norm
+from slsgu_cli.prefetch import prefetch
 from slsgu_cli.records.directions import FALLBACK, DirectionSpec
 from slsgu_cli.records.method import (
     Alignment,
@@ -42,7 +43,6 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.options import RankOptions, SearchOptions
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer
-from slsgu_cli.store.files import prefetch
 from slsgu_cli.store.store import Store
 
 
@@ -61,7 +61,7 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
     if options.direction.needs_inputs and layers:
         covariances = ensure_covariances(store, manifest, pointer, layers, device=options.device)
         warn_of_fallback(covariances, layers, how="ranked", out="--exclude leaves them out")
-    split = any(Layer.parse(layer).third is not None for layer in layers)
+    split = any(Layer.parse(layer).part is not None for layer in layers)
     weights = _Weights(header, graded_model(pointer) if split else None)
     scores = [
         score
@@ -200,7 +200,7 @@ class _Weights:
 
     def third(self, layer: str) -> Floats | None:
         """Return the values of a third of a parameter; None for a whole one."""
-        if self.model is None or Layer.parse(layer).third is None:
+        if self.model is None or Layer.parse(layer).part is None:
             return None
         return model_layer(self.model, layer).astype(np.float32, copy=False)
 

@@ -18,7 +18,7 @@ from slsgu_cli.checkpoints.edits import (
     load_edit,
     tell_of_joint_searches,
 )
-from slsgu_cli.checkpoints.layers import both_held
+from slsgu_cli.checkpoints.layers import in_whole_and_in_part
 from slsgu_cli.checkpoints.targets import prompt_note
 from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.clip.models import ResolvedModel, resolve
@@ -180,7 +180,7 @@ def _on_top(store: Store, plan: SearchPlan) -> SearchPlan:
             )
         require_alike({each.name: evaluation_digest(each) for each in (manifest, plan.manifest)})
     moved = [edit.header.layer for edit in edits]
-    if twice := both_held([*moved, *(score.layer for score in plan.layers)]):
+    if twice := in_whole_and_in_part([*moved, *(score.layer for score in plan.layers)]):
         raise UsageError(
             f"{twice} is changed as a whole and a third of it as well",
             hint="rank and search all sets with the same --qkv",

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import slsgu_cli
 from slsgu_cli import processes, progress
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.checkpoints.tensor_file import Floats
+from slsgu_cli.checkpoints.number_formats import Floats
 from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.engine.gradients import load_graded, open_pairs
 from slsgu_cli.engine.resumable import KeptArrays
-from slsgu_cli.errors import SlsguError, listed
+from slsgu_cli.errors import SlsguError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
     CovarianceHeader,
@@ -26,8 +26,9 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.store.artifacts import Artifact
-from slsgu_cli.store.sharing import held
+from slsgu_cli.store.locks import held
 from slsgu_cli.store.store import Arrays, Store
+from slsgu_cli.text import listed
 
 if TYPE_CHECKING:
     from torch import Tensor

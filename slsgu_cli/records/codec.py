@@ -12,43 +12,26 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from slsgu_cli.errors import StaleError, reason_of
+from slsgu_cli.errors import FormatError, StaleError
+from slsgu_cli.text import reason_of
 
 T = TypeVar("T")
 
-# Levels of JSON that anybody writes; what reads or writes it again goes down by recursion.
-DEEPEST = 64
+# The format of all records and headers in a store. Raise it when an earlier version of slsgu
+# could not read what this one writes, or the reverse.
+FORMAT = 1
 
 
 class TooDeepError(ValueError):
-    """JSON that is nested more than DEEPEST levels deep."""
+    """JSON that is nested so deeply that Python does not read it."""
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text. Raises ValueError, a TooDeepError where it is nested so."""
+    """Return the value of a JSON text. Raises ValueError, a TooDeepError for deep nesting."""
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except RecursionError as error:
         raise TooDeepError("it is nested too deeply") from error
-    # What is nested has brackets, and few texts have many.
-    opening = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
-    if sum(map(text.count, opening)) > DEEPEST and _is_deep(value):  # type: ignore[arg-type]
-        raise TooDeepError("it is nested too deeply")
-    return value
-
-
-def _is_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(DEEPEST + 1):
-        inside = (
-            each.values() if isinstance(each, dict) else each
-            for each in level
-            if isinstance(each, dict | list)
-        )
-        level = [item for items in inside for item in items if isinstance(item, dict | list)]
-        if not level:
-            return False
-    return True
 
 
 ADDED = "added"
@@ -237,27 +220,32 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# The key under which a JSON object carries the digest of the rest of it.
-SEAL = "sha256"
+# The keys under which a JSON object carries its format, and the digest of all the rest.
+FORMAT_KEY, SEAL = "format", "sha256"
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a JSON-ready object with a digest of its content, last."""
-    return {**_unsealed(content), SEAL: _seal(content)}
+    """Return a JSON-ready object with its format, and last a digest of its content."""
+    unsealed = {FORMAT_KEY: FORMAT} | {key: v for key, v in content.items() if key != SEAL}
+    return {**unsealed, SEAL: _seal(unsealed)}
 
 
-def is_sealed(content: Any) -> bool:
-    """Return whether an object carries a digest. Raises ValueError where it has another one."""
+def require_seal(content: Any) -> None:
+    """Raise ValueError unless an object carries the digest of its content.
+
+    Raises FormatError where another version of slsgu wrote it in another format.
+    """
     if not isinstance(content, Mapping) or SEAL not in content:
-        return False
-    if content[SEAL] != _seal(content):
+        raise ValueError("it carries no digest")
+    if content[SEAL] != _seal({key: value for key, value in content.items() if key != SEAL}):
         raise ValueError("its content is not what its digest was made of")
-    return True
+    if (found := content.get(FORMAT_KEY, 0)) != FORMAT:
+        raise FormatError(
+            f"another version of slsgu wrote this store, in format {found}; "
+            f"this version reads format {FORMAT}",
+            hint="build the sets again in a new store (--store)",
+        )
 
 
-def _seal(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_compact(_unsealed(content)).encode()).hexdigest()
-
-
-def _unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in content.items() if key != SEAL}
+def _seal(unsealed: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_compact(unsealed).encode()).hexdigest()

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from slsgu_cli.errors import UsageError, near
+from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import added
+from slsgu_cli.text import near
 
 # How sure an interval of a share is, and to which share of its width bisection finds its ends.
 CONFIDENCE = 0.95

@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NoReturn
 
-from slsgu_cli.errors import InputError, MissingError, UsageError, near
+from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.records.codec import added
 from slsgu_cli.records.figures import Accuracy, Assertion, PassTime, read_assertions, require_known
 from slsgu_cli.records.method import Tower
@@ -37,6 +37,7 @@ from slsgu_cli.records.words import (
     option,
     places,
 )
+from slsgu_cli.text import near
 
 
 class Together(StrEnum):

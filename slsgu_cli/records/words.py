@@ -17,8 +17,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from slsgu_cli.errors import UsageError, near
+from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import ADDED, usual_value, without_none
+from slsgu_cli.text import near
 
 R = TypeVar("R")
 

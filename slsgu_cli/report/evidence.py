@@ -47,7 +47,8 @@ from slsgu_cli.report.removals import (
     gather_removals,
     verified,
 )
-from slsgu_cli.store.files import file_sha256, replacing, require_regular
+from slsgu_cli.store.atomic import replacing, require_regular
+from slsgu_cli.store.digests import file_sha256
 from slsgu_cli.store.store import Store
 
 PAGE, FIGURES = "evidence.html", "evidence.json"

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from slsgu_cli.checkpoints.apply import all_files
+from slsgu_cli.checkpoints.destinations import all_files
 from slsgu_cli.checkpoints.edits import Edit, by_layer, earlier_edits, moved_values, read_edit
-from slsgu_cli.checkpoints.tensor_file import PRECISION, layer_digest, narrow, widen
+from slsgu_cli.checkpoints.number_formats import PRECISION, layer_digest, narrow, widen
 from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.engine.find_edits import FoundEdit, Presence, find_edits
 from slsgu_cli.errors import MissingError, SlsguError
@@ -40,7 +40,7 @@ from slsgu_cli.records.verification import Verification
 from slsgu_cli.records.words import command_line
 from slsgu_cli.store.artifacts import TABLE, Artifact, read_manifest
 from slsgu_cli.store.catalog import Catalog, Standing
-from slsgu_cli.store.files import file_sha256
+from slsgu_cli.store.digests import file_sha256
 from slsgu_cli.store.store import Store
 
 T = TypeVar("T")

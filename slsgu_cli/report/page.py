@@ -47,8 +47,8 @@ from slsgu_cli.report.gather import (
     written_fingerprint,
 )
 from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.atomic import replacing, require_regular
 from slsgu_cli.store.catalog import Catalog
-from slsgu_cli.store.files import replacing, require_regular
 from slsgu_cli.store.store import Store
 
 if TYPE_CHECKING:

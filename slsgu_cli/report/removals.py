@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
 
-from slsgu_cli.errors import InputError, MissingError, UsageError, near
+from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.records.codec import by_name, with_texts
 from slsgu_cli.records.figures import Accuracy, Share
 from slsgu_cli.records.recipe import (
@@ -39,6 +39,7 @@ from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
+from slsgu_cli.text import near
 
 ALL = "all"
 EDITS, SUMS = "edits", ".sha256"

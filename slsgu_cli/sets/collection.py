@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from slsgu_cli import __version__, progress
 from slsgu_cli.errors import InputError, UsageError
+from slsgu_cli.machine import cores
 from slsgu_cli.records.codec import digest, encode
 from slsgu_cli.records.sets import Collection, CollectRequest, ConceptCounts, Origin
 from slsgu_cli.sets.metadata import (
@@ -55,7 +56,6 @@ from slsgu_cli.sources.rows import (
 )
 from slsgu_cli.sources.tar import ORIGIN_FILE, ORIGIN_ROW
 from slsgu_cli.store.artifacts import Artifact
-from slsgu_cli.store.files import cores
 from slsgu_cli.store.store import Store
 
 FORMAT = 1

@@ -32,8 +32,8 @@ from slsgu_cli.records.codec import digest
 from slsgu_cli.records.sets import DataRef, InputSpec, Origin, Screening
 from slsgu_cli.sources.rows import Extent, Reader
 from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.atomic import remedy
 from slsgu_cli.store.blocks import DataBlock, Ints, Pixels
-from slsgu_cli.store.files import remedy
 from slsgu_cli.store.store import ELSEWHERE, Store
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ from slsgu_cli.sources.opening import RowId, fetch, parse_source, scan
 from slsgu_cli.sources.rows import Columns, Reader, Row
 from slsgu_cli.store.artifacts import Artifact, plot_path, read_manifest
 from slsgu_cli.store.blocks import BlockWriter, DataBlock, block_writer
-from slsgu_cli.store.sharing import held
+from slsgu_cli.store.locks import held
 from slsgu_cli.store.store import Store
 
 

@@ -34,6 +34,8 @@ import pyarrow as pa
 
 from slsgu_cli import progress
 from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.machine import cores
+from slsgu_cli.prefetch import prefetch
 from slsgu_cli.records.codec import parse_json
 from slsgu_cli.records.sets import CollectRequest, DownloadOptions
 from slsgu_cli.sources.captions import ConceptIndex, Prefilter, matcher
@@ -49,7 +51,6 @@ from slsgu_cli.sources.rows import (
     usual_column,
 )
 from slsgu_cli.sources.tar import ORIGIN_FILE, ORIGIN_ROW
-from slsgu_cli.store.files import cores, prefetch
 from slsgu_cli.store.store import Store
 
 # Rows to retain come from row groups that hold this many times as many, or from all.

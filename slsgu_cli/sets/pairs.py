@@ -39,7 +39,7 @@ from slsgu_cli.sources.rows import (
     tokenizable,
 )
 from slsgu_cli.store.blocks import DataBlock, Pixels, block_writer
-from slsgu_cli.store.sharing import held
+from slsgu_cli.store.locks import held
 
 TAKE = ""
 MATCHES_CONCEPT = "about the concept"

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from slsgu_cli.errors import InputError, UsageError, listed
+from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.records.sets import Concept
 from slsgu_cli.sources.rows import label_words
+from slsgu_cli.text import listed
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 import fsspec
 
-from slsgu_cli.errors import InputError, MissingError, first_lines
+from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.codec import parse_json
 from slsgu_cli.sources.rows import (
     IMAGE_FIELDS,
@@ -48,6 +48,7 @@ from slsgu_cli.sources.rows import (
     stamp,
     usual_column,
 )
+from slsgu_cli.text import first_lines
 
 TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 PARQUET = (".parquet", ".pq")

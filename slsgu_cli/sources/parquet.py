@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from slsgu_cli.errors import InputError, MissingError, first_lines
+from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.codec import parse_json
 from slsgu_cli.sources.rows import (
     BOMB,
@@ -39,6 +39,7 @@ from slsgu_cli.sources.rows import (
     Unread,
     Wanted,
 )
+from slsgu_cli.text import first_lines
 
 # Rows that are read together: of fields, of images, of one column of text.
 TEXT_BATCH, IMAGE_BATCH, COLUMN_BATCH = 4096, 64, 1 << 16

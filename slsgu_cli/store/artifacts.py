@@ -1,7 +1,7 @@
 """The table of artifacts: where each kind lies, what makes it, what it was made from.
 
 Everything that names a place in the store, says which command to run first, judges whether
-a record still stands or goes on from an earlier run reads this table. `contents` reads one whole.
+a record still stands or goes on from an earlier run reads this table. `verify` reads one whole.
 """
 
 import zlib
@@ -14,11 +14,12 @@ from shlex import quote
 from typing import Any, TypeVar
 
 from slsgu_cli import progress
-from slsgu_cli.errors import InputError, MissingError, StaleError, near
+from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import FeatureHeader, GradientPointer, Ranking
 from slsgu_cli.records.sets import FORGET, Collection, SetManifest, check_name
 from slsgu_cli.store.store import Arrays, Store, require
+from slsgu_cli.text import near
 
 T = TypeVar("T")
 
@@ -405,28 +406,30 @@ def resume(store: Store, kind: Artifact, name: str, fresh: T) -> T:
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
 
 
-def contents(store: Store, kind: Artifact, path: str) -> bool:
-    """Read all of an artifact; return whether it carries a digest.
+def verify(store: Store, kind: Artifact, path: str) -> None:
+    """Read all of an artifact, and compare it with its digests.
 
     Raises MissingError, and InputError where it is damaged.
     """
     if kind is Artifact.DATA:
         from slsgu_cli.store.blocks import DataBlock
 
-        return DataBlock.at(store, path).verify()
+        DataBlock.at(store, path).verify()
+        return
     if kind is Artifact.COLLECTION:
         collection = store.read_record(path, Collection)
         for shard, known in sorted(collection.digests.items()):
             store.require_digest(f"{path.removesuffix('.json')}/parts/{shard}", known)
-        return store.verify(path) and set(collection.digests) == set(collection.shards())
+        store.verify(path)
+        return
     if kind is not Artifact.PLOT:
-        return store.verify(path)
+        store.verify(path)
+        return
     picture = store.read_bytes(path)
     try:
         _require_picture(picture)
     except ValueError as error:
         raise InputError(f"{store.where(path)} is damaged: {error}") from error
-    return True
 
 
 def _require_picture(data: bytes) -> None:

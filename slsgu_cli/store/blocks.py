@@ -15,10 +15,11 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import FsspecStore, LocalStore
 
-from slsgu_cli.errors import InputError, MissingError, StaleError, reason_of
-from slsgu_cli.records.codec import is_sealed, parse_json, sealed
+from slsgu_cli.errors import FormatError, InputError, MissingError, StaleError
+from slsgu_cli.records.codec import parse_json, require_seal, sealed
 from slsgu_cli.records.sets import DataRef, Origin
 from slsgu_cli.store.store import Store
+from slsgu_cli.text import reason_of
 
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int32]
@@ -135,8 +136,8 @@ class DataBlock:
         """A digest of each row's encoded image, uint8 (rows, 16)."""
         return self._read("source_digests")
 
-    def verify(self) -> bool:
-        """Read every row; return whether the attributes carry a digest.
+    def verify(self) -> None:
+        """Read every row.
 
         Raises InputError where one is damaged, or the rows are not those of the fingerprint.
         """
@@ -151,7 +152,6 @@ class DataBlock:
             fingerprint = _fingerprint(size, pixels, self.tokens, self.labels, self.attributes)
             if fingerprint != self.attributes["fingerprint"]:
                 raise ValueError("its rows are not those of its fingerprint")
-            return is_sealed(self.attributes)
 
     def _read(self, name: str) -> npt.NDArray[Any]:
         with _undamaged(self.where):
@@ -171,7 +171,8 @@ class DataBlock:
         """
         if self.attributes.get("complete") is not True:
             raise ValueError("it is not complete")
-        if is_sealed(self.attributes) and self.attributes[LAYOUT] != _layout(self._arrays):
+        require_seal(self.attributes)
+        if self.attributes[LAYOUT] != _layout(self._arrays):
             raise ValueError("its arrays are not laid out as its attributes say")
         for name, array in self._arrays.items():
             if array.size and array.nchunks_initialized != array.nchunks:
@@ -268,7 +269,7 @@ class JoinedRows:
 def _undamaged(where: str) -> Iterator[None]:
     try:
         yield
-    except (InputError, MissingError):
+    except (InputError, MissingError, FormatError):
         raise
     except DAMAGE as error:
         raise InputError(

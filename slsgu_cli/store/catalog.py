@@ -11,14 +11,15 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from slsgu_cli.errors import InputError, MissingError, SlsguError, once, reason_of
-from slsgu_cli.records.codec import digest, is_sealed, parse_json
+from slsgu_cli.errors import FormatError, InputError, MissingError, SlsguError, once
+from slsgu_cli.records.codec import digest, parse_json, require_seal
 from slsgu_cli.records.method import EditHeader, GradientPointer
 from slsgu_cli.records.sets import Collection, ModelSpec, SetManifest
 from slsgu_cli.records.studies import Sweep
 from slsgu_cli.records.verification import Verification
 from slsgu_cli.store.artifacts import FOLDERS, SWEPT, TABLE, Artifact, changed, digests_of
 from slsgu_cli.store.store import Store
+from slsgu_cli.text import reason_of
 
 
 class Standing(StrEnum):
@@ -53,6 +54,8 @@ class Catalog:
             reader = self.store.read_record if row.suffix == ".json" else self.store.read_header
             try:
                 self._records[kind, name] = reader(path, row.record)
+            except FormatError:
+                raise
             except MissingError:
                 self._records[kind, name] = None
             except SlsguError as error:
@@ -186,8 +189,10 @@ def attributes(store: Store, path: str) -> dict[str, Any]:
         said = parse_json(content)["attributes"]
         if said.get("complete") is not True:
             raise ValueError("it is not complete")
-        is_sealed(said)
+        require_seal(said)
         return {"rows": int(said["rows"]), "fingerprint": said["fingerprint"]}
+    except FormatError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{store.where(path)} is damaged: {reason_of(error)}") from error
 

@@ -12,15 +12,16 @@ from functools import cache
 from pathlib import Path
 
 from slsgu_cli import progress
-from slsgu_cli.errors import ForeignError, InputError, MissingError, SlsguError, StaleError, near
+from slsgu_cli.errors import ForeignError, InputError, MissingError, SlsguError, StaleError
 from slsgu_cli.records.method import GradientPointer
 from slsgu_cli.records.sets import ModelSpec, SetManifest
 from slsgu_cli.sources.opening import expand, parse_source
-from slsgu_cli.store.artifacts import FOLDERS, TABLE, TENSORS, Artifact, contents, set_of
+from slsgu_cli.store.artifacts import FOLDERS, TABLE, TENSORS, Artifact, set_of, verify
+from slsgu_cli.store.atomic import UNFINISHED, writer_lives
 from slsgu_cli.store.catalog import Catalog, Entry, Standing, entries
-from slsgu_cli.store.files import UNFINISHED, writer_lives
-from slsgu_cli.store.sharing import FOLDER, read_holder
+from slsgu_cli.store.locks import FOLDER, holder
 from slsgu_cli.store.store import Store
+from slsgu_cli.text import near
 
 # After so long without a change, a write is given up of whose process nobody can tell.
 ABANDONED_SECONDS = 3600.0
@@ -45,7 +46,6 @@ class State(StrEnum):
     STALE = "stale"
     UNFINISHED = "unfinished"
     UNREFERENCED = "unreferenced"
-    NO_DIGEST = "no digest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def check(
             found += run.of_entry(entry)
             ticker.advance()
     if not names:
-        found += [*run.foreign(), *run.leases()]
+        found += [*run.foreign(), *run.locks()]
     if repair:
         found = [run.repaired(finding, irreplaceable=irreplaceable) for finding in found]
     order = list(State)
@@ -120,7 +120,7 @@ def garbage(store: Store) -> list[Finding]:
                 hint="run `slsgu check`",
             )
     found = [finding for entry in run.entries for finding in run.unused(entry)]
-    found += run.leases()
+    found += run.locks()
     busy = any(finding.reason.startswith(UNDER_WAY) for finding in found)
     since = time.time() - ABANDONED_SECONDS
     return [
@@ -191,7 +191,7 @@ class _Check:
         try:
             if error is not None:
                 raise error
-            has_digest = contents(self.store, entry.kind, entry.path)
+            verify(self.store, entry.kind, entry.path)
             self._read_folder(entry)
         except SlsguError as damage:
             self._damaged.add(entry.path)
@@ -203,8 +203,6 @@ class _Check:
             is_unused = entry.state is Standing.UNREFERENCED
             mend = "slsgu gc" if is_unused else self.catalog.maker(entry.kind, entry.name)
             yield _finding(entry, State(entry.state), entry.reason, mend)
-        if not has_digest:
-            yield _finding(entry, State.NO_DIGEST, "it was written before there were digests")
 
     def unused(self, entry: Entry) -> Iterator[Finding]:
         """Yield an entry if nothing refers to it, damaged or not; nothing of it is read."""
@@ -240,20 +238,14 @@ class _Check:
                 reason = "what it belongs to is not complete" if under_way else "no artifact"
                 yield Finding(state, None, name, path, self.store.size(path), reason)
 
-    def leases(self) -> Iterator[Finding]:
-        """Yield the leases on what is being made, and those that dead processes left."""
-        for name in self.store.names(FOLDER):
+    def locks(self) -> Iterator[Finding]:
+        """Yield the locks of processes that compute something, and those that dead ones left."""
+        for name in self.store.names(FOLDER) if self.store.is_local else ():
             path = f"{FOLDER}/{name}"
-            try:
-                holder = read_holder(self.store.read_bytes(path))
-            except SlsguError:
-                continue
-            silent = time.time() - _last_change(self.store, path) > 2 * holder.seconds
-            dead = holder.is_dead or silent
-            by = f"process {holder.pid} on {holder.host}, since {holder.since}"
-            reason = f"a lease of a dead {by}" if dead else f"{UNDER_WAY}: {by}"
-            mend = REPAIR if dead else None
-            yield Finding(State.UNFINISHED, None, name, path, 0, reason, mend, dead)
+            by = holder(Path(self.store.where(path)))
+            reason = f"{UNDER_WAY}: {by}" if by else "the process that held this lock has ended"
+            mend = None if by else REPAIR
+            yield Finding(State.UNFINISHED, None, name, path, 0, reason, mend, not by)
 
     def _unreadable(self, entry: Entry) -> SlsguError | None:
         """Return what kept the catalog from reading an entry."""
@@ -273,7 +265,7 @@ class _Check:
                 self.store.require_digest(f"{folder}/{name}", known)
         for name in self.store.names(folder) if TABLE[entry.kind].has_folder else ():
             if name.endswith(PICTURE):
-                contents(self.store, Artifact.PLOT, f"{folder}/{name}")
+                verify(self.store, Artifact.PLOT, f"{folder}/{name}")
 
     def _of_unfinished(self, entry: Entry) -> Finding:
         """Return a write that is not complete; that of a dead process is nobody's."""
@@ -365,12 +357,10 @@ def _of_file(path: Path) -> Finding | None:
     store, kind = Store(str(path.parent)), kinds.get(path.suffix, Artifact.RANKING)
     size = _file_size(path)
     try:
-        if contents(store, kind, path.name):
-            return None
-        state, reason = State.NO_DIGEST, "it was written before there were digests"
+        verify(store, kind, path.name)
     except SlsguError as error:
-        state, reason = State.DAMAGED, _why(error)
-    return Finding(state, None, path.name, str(path), size, reason)
+        return Finding(State.DAMAGED, None, path.name, str(path), size, _why(error))
+    return None
 
 
 def _why(damage: SlsguError) -> str:

@@ -7,11 +7,12 @@ from slsgu_cli.store.store import Arrays, Store
 
 
 class RankStore(Store):
-    """A store in which every rank reads, and rank 0 alone writes and holds leases."""
+    """A store in which every rank reads, and rank 0 alone writes and holds locks."""
 
-    def create_bytes(self, path: str, data: bytes) -> bool | None:
-        """Write `data` on rank 0 if there is nothing at `path`."""
-        return super().create_bytes(path, data) if processes.is_first() else None
+    @property
+    def has_locks(self) -> bool:
+        """Whether this process waits for others: only rank 0 does."""
+        return super().has_locks and processes.is_first()
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write `data` at `path` on rank 0."""

@@ -19,11 +19,28 @@ import numpy as np
 import numpy.typing as npt
 
 from slsgu_cli import progress
-from slsgu_cli.errors import ForeignError, InputError, MissingError, SlsguError, StaleError
-from slsgu_cli.records.codec import canonical_json, decode, encode, is_sealed, parse_json, sealed
-from slsgu_cli.store import files
-from slsgu_cli.store.files import UNFINISHED, content_digest, is_content, partial_name, remedy
-from slsgu_cli.store.sharing import Remote
+from slsgu_cli.errors import (
+    ForeignError,
+    FormatError,
+    InputError,
+    MissingError,
+    SlsguError,
+    StaleError,
+)
+from slsgu_cli.records.codec import canonical_json, decode, encode, parse_json, require_seal, sealed
+from slsgu_cli.store.atomic import (
+    UNFINISHED,
+    discard,
+    move,
+    move_if_absent,
+    partial_name,
+    remedy,
+    remove,
+)
+from slsgu_cli.store.copying import BUFFER
+from slsgu_cli.store.digests import content_digest
+from slsgu_cli.store.remote import Remote
+from slsgu_cli.store.tensor_header import safetensors_header
 
 T = TypeVar("T")
 HEADER, TENSORS = "slsgu", "tensors"
@@ -120,10 +137,15 @@ class Store:
     def remove(self, path: str) -> None:
         """Remove the artifact at `path` if it is there."""
         if self.is_local:
-            files.remove(Path(self._full(path)))
+            remove(Path(self._full(path)))
         elif self.exists(path):
             with self._explained("remove", path):
                 self._fs.rm(self._full(path), recursive=True)
+
+    @property
+    def has_locks(self) -> bool:
+        """Whether this process waits for others that compute what it would compute."""
+        return self.waits and self.is_local
 
     @contextmanager
     def writing(
@@ -157,18 +179,18 @@ class Store:
                 partial.parent.mkdir(parents=True, exist_ok=True)
                 yield str(partial)
                 target = into() if into else path
-                settled = whole is not None and files.settle(partial, Path(self._full(target)))
-                if not settled and not (whole is not None and whole(target)):
-                    files.move(partial, Path(self._full(target)))
+                moved = whole is not None and move_if_absent(partial, Path(self._full(target)))
+                if not moved and not (whole is not None and whole(target)):
+                    move(partial, Path(self._full(target)))
             finally:
-                files.discard(partial)
+                discard(partial)
 
     def require_writable(self, path: str) -> None:
         """Raise InputError unless there is leave and room to write at `path`; for long work."""
         folder, _, name = path.rpartition("/")
         probe = f"{folder}/{partial_name(name)}"
         try:
-            self.create_bytes(probe, bytes(ROOM))
+            self.write_bytes(probe, bytes(ROOM))
         finally:
             with suppress(SlsguError, OSError):
                 self.remove(probe)
@@ -187,30 +209,6 @@ class Store:
         with self.writing(path) as partial:
             Path(partial).write_bytes(data)
 
-    def create_bytes(self, path: str, data: bytes) -> bool | None:
-        """Write `data` at `path` if nothing is there, and return whether it was so.
-
-        None, where the file system has no way to do this in one step. Raises InputError.
-        """
-        if self.is_local:
-            folder, _, name = path.rpartition("/")
-            made = Path(self._full(folder), partial_name(name))
-            with self._explained("write", path):
-                made.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    made.write_bytes(data)
-                    return files.settle(made, Path(self._full(path)))
-                finally:
-                    made.unlink(missing_ok=True)
-        with self._explained("write", path):
-            try:
-                self._fs.pipe_file(self._full(path), data, mode="create")
-            except FileExistsError:
-                return False
-            except (NotImplementedError, TypeError, ValueError):
-                return None
-        return True
-
     def read_bytes(self, path: str) -> bytes:
         """Return the content of `path`. Raises MissingError or InputError."""
         with self._reading(path):
@@ -220,7 +218,7 @@ class Store:
         """Return the SHA-256 of a file of any size. Raises MissingError or InputError."""
         whole = hashlib.sha256()
         with self._reading(path), self._fs.open(self._full(path), "rb") as file:
-            while data := file.read(files.BUFFER):
+            while data := file.read(BUFFER):
                 whole.update(data)
         return whole.hexdigest()
 
@@ -237,17 +235,23 @@ class Store:
 
     def read_record(self, path: str, kind: type[T]) -> T:
         """Return the record at `path`. Raises MissingError, StaleError or InputError."""
-        return self._decode(path, kind, self._json(path)[0])
+        return self._decode(path, kind, self._json(path))
 
-    def _json(self, path: str) -> tuple[Any, bool]:
-        """Return what the JSON file at `path` holds, and whether it carries a digest."""
+    def _json(self, path: str) -> Any:
+        """Return the content of the JSON file at `path`, compared with its digest."""
         data = self.read_bytes(path)
         try:
             value = parse_json(data)
         except ValueError as error:
             raise InputError(f"{self.where(path)} is not JSON: {error}", hint=REMEDY) from error
+        self._require_seal(path, value)
+        return value
+
+    def _require_seal(self, path: str, content: Any) -> None:
         try:
-            return value, is_sealed(value)
+            require_seal(content)
+        except FormatError:
+            raise
         except ValueError as error:
             raise self._damaged(path, error) from error
 
@@ -298,7 +302,7 @@ class Store:
         with self._reading(path):
             size = int(self._fs.size(self._full(path)))
             try:
-                content, base = files.safetensors_header(
+                content, base = safetensors_header(
                     lambda start, end: self._fs.cat_file(self._full(path), start=start, end=end),
                     size,
                 )
@@ -307,7 +311,10 @@ class Store:
                 if max(ends, default=0) != size - base:
                     raise ValueError("it is not as long as its header says")
                 header = parse_json(metadata.get(HEADER, "null"))
-                _digests_in(header, content)
+                if header is not None:
+                    _digests_in(header, content)
+            except FormatError:
+                raise
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 raise self._damaged(path, error) from error
         if header is None:
@@ -332,17 +339,17 @@ class Store:
             wanted = sorted(file.keys()) if names is None else names
             return {name: self._tensor(place, file, name) for name in wanted}
 
-    def verify(self, path: str) -> bool:
-        """Read all of a record or safetensors file; return whether it carries digests.
+    def verify(self, path: str) -> None:
+        """Read all of a record or safetensors file.
 
         Raises MissingError, and InputError where it is damaged.
         """
         if not path.endswith(".safetensors"):
-            return self._json(path)[1]
+            self._json(path)
+            return
         with self._tensor_file(path, fresh=True) as (place, file):
             for name in sorted(file.keys()):
                 self._tensor(place, file, name)
-            return is_sealed(_header_of(file))
 
     @contextmanager
     def _tensor_file(self, path: str, *, fresh: bool = False) -> Iterator[tuple[Path, Any]]:
@@ -376,7 +383,7 @@ class Store:
         if digests is None:
             digests = self._uncompared[state] = _digests_in(_header_of(file), file.keys())
         array: npt.NDArray[Any] = file.get_tensor(name)
-        if name in digests and not is_content(digests[name], *_content(array)):
+        if name in digests and content_digest(*_content(array)) != digests[name]:
             raise ValueError(f"{name} is not what its digest was made of")
         digests.pop(name, None)
         return array
@@ -450,12 +457,11 @@ def _content(array: npt.NDArray[Any]) -> tuple[str, memoryview]:
 
 
 def _digests_in(header: Any, names: Collection[str]) -> dict[str, str]:
-    """Return the digests of tensors in a file's header; none of a file that carries none.
+    """Return the digests of tensors in a file's header.
 
     Raises ValueError or KeyError where the header is damaged, or its digests are not of `names`.
     """
-    if not is_sealed(header):
-        return {}
+    require_seal(header)
     digests: dict[str, str] = header[TENSORS]
     if set(digests) != set(names):
         raise ValueError("it holds other tensors than its digests are of")

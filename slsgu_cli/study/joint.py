@@ -32,7 +32,7 @@ from slsgu_cli.engine.search_plan import (
 )
 from slsgu_cli.engine.shown_classes import choose_shown
 from slsgu_cli.engine.utility import SPREAD, expected_hits, names_kept
-from slsgu_cli.errors import NotForgottenError, UsageError, listed
+from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.figures.curves import several_plot
 from slsgu_cli.figures.pictures import CosineMap, cosine_maps
 from slsgu_cli.records.codec import digest
@@ -43,6 +43,7 @@ from slsgu_cli.records.studies import JointMove, JointSearch, JointTrial
 from slsgu_cli.store.artifacts import Artifact, joint_label, plot_path, resume
 from slsgu_cli.store.store import Store
 from slsgu_cli.study.balanced_steps import RAISE, BalancedSteps
+from slsgu_cli.text import listed
 
 # Rounds in which steps are balanced, for each of `--steps`.
 ROUNDS = 2

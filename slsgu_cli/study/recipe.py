@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import slsgu_cli
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.apply import all_files
+from slsgu_cli.checkpoints.destinations import all_files
 from slsgu_cli.checkpoints.lora import modules_of
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.clip.devices import device_name, pick_device
@@ -35,7 +35,7 @@ from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.sets.build import Preview, made_from
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Catalog, Standing, typical_sizes
-from slsgu_cli.store.files import file_sha256
+from slsgu_cli.store.digests import file_sha256
 from slsgu_cli.store.store import Store
 
 # What a stage of requests leaves in the store.

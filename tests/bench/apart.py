@@ -28,9 +28,9 @@ BUSY = []
 def time_digests() -> None:
     """Count what the digests of artifacts take, as they are made and compared."""
     from slsgu_cli.records import codec
-    from slsgu_cli.store import files
+    from slsgu_cli.store import digests
 
-    for module, name in ((files, "content_digest"), (files, "is_content"), (codec, "_seal")):
+    for module, name in ((digests, "content_digest"), (codec, "_seal")):
         setattr(module, name, _timed(getattr(module, name)))
 
 

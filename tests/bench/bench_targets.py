@@ -24,7 +24,7 @@ from pathlib import Path
 import apart
 import numpy as np
 
-from slsgu_cli.checkpoints.layers import Spelling, TowerPlace, names, tensor_places
+from slsgu_cli.checkpoints.naming_schemes import NamingScheme, TowerPlace, names, tensor_places
 from slsgu_cli.records.method import Tower
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
@@ -114,7 +114,7 @@ def pipeline(folder: Path, kind: str, encoders: dict[str, tuple[int, int, int]])
     for name, sizes in encoders.items():
         second = name == "text_encoder_2"
         index[name] = ["transformers", f"CLIPTextModel{'WithProjection' if second else ''}"]
-        place = TowerPlace(Tower.TEXT, Spelling.TRANSFORMERS, "text_model.")
+        place = TowerPlace(Tower.TEXT, NamingScheme.TRANSFORMERS, "text_model.")
         left_out = "" if second else "text_projection"
         made = write(folder / name / "model.safetensors", place, sizes, left_out=left_out)
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -123,7 +123,7 @@ def pipeline(folder: Path, kind: str, encoders: dict[str, tuple[int, int, int]])
 
 def llava(folder: Path) -> Made:
     """Write LLaVA-1.5's tower in two shards."""
-    place = TowerPlace(Tower.VISION, Spelling.TRANSFORMERS, "vision_tower.vision_model.")
+    place = TowerPlace(Tower.VISION, NamingScheme.TRANSFORMERS, "vision_tower.vision_model.")
     folder.mkdir()
     config = {"model_type": "llava", "vision_feature_layer": -2}
     (folder / "config.json").write_text(json.dumps(config))
@@ -132,7 +132,7 @@ def llava(folder: Path) -> Made:
 
 def ldm(path: Path) -> Made:
     """Write the text encoder of Stable Diffusion 2.1 as it lies in a single file."""
-    place = TowerPlace(Tower.TEXT, Spelling.OPEN_CLIP, "cond_stage_model.model.")
+    place = TowerPlace(Tower.TEXT, NamingScheme.OPEN_CLIP, "cond_stage_model.model.")
     return write(path, place, (1024, 24, 1024), left_out="")
 
 

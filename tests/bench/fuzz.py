@@ -1,7 +1,7 @@
 """Fuzz the parsers of what strangers made, guided by which of their lines run.
 
     pip install atheris
-    python tests/bench/fuzz.py pages -max_total_time=60      # or pickles, records, tensors, tars
+    python tests/bench/fuzz.py pages -max_total_time=60      # or records, tensors, tars
 
 What follows the name goes to libFuzzer. A parser may return, or raise what it says it raises;
 anything else ends the run, with the input in a file beside.
@@ -17,7 +17,6 @@ import atheris
 
 with atheris.instrument_imports(include=["slsgu_cli"]):
     from slsgu_cli.checkpoints.layouts import open_weights
-    from slsgu_cli.checkpoints.torch_archive import read_pickle
     from slsgu_cli.errors import SlsguError
     from slsgu_cli.records.codec import decode, parse_json
     from slsgu_cli.records.method import EditHeader
@@ -33,11 +32,6 @@ PLACE = Path(tempfile.mkdtemp()) / "a.tar"
 def pages(data: bytes) -> None:
     with suppress(IndexError, pa.ArrowInvalid):
         compact_integers(data)
-
-
-def pickles(data: bytes) -> None:
-    with suppress(SlsguError):
-        read_pickle(PLACE, data)
 
 
 def records(data: bytes) -> None:
@@ -59,7 +53,7 @@ def tars(data: bytes) -> None:
         list(TarSource(str(PLACE), Columns(), {}).rows(Counter()))
 
 
-TARGETS = {each.__name__: each for each in (pages, pickles, records, tensors, tars)}
+TARGETS = {each.__name__: each for each in (pages, records, tensors, tars)}
 
 if __name__ == "__main__":
     name = sys.argv.pop(1)

@@ -37,7 +37,7 @@ from slsgu_cli.engine.apply import apply
 from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
-from slsgu_cli.errors import SlsguError, first_lines
+from slsgu_cli.errors import SlsguError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.method import GradientHeader, Qkv
@@ -46,6 +46,7 @@ from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
+from slsgu_cli.text import first_lines
 
 COLUMNS = (
     "structure",

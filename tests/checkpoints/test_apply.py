@@ -16,10 +16,12 @@ import torch
 from checkpoints import DTYPES, load, save, state
 from edit_headers import MODEL, edit
 
-from slsgu_cli.checkpoints.apply import AppliedResult, apply_edits
+from slsgu_cli.checkpoints.apply import apply_edits
+from slsgu_cli.checkpoints.configurations import OPEN_CLIP
 from slsgu_cli.checkpoints.edits import Edit, write_edit
 from slsgu_cli.checkpoints.layouts import file_fingerprint, open_weights, read_layer
-from slsgu_cli.checkpoints.targets import OPEN_CLIP, read_target
+from slsgu_cli.checkpoints.model_copy import AppliedResult
+from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.clip.model_folder import why_not_loaded
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
 from slsgu_cli.records.options import ApplyOptions
@@ -463,9 +465,9 @@ def test_a_failure_half_way_leaves_all_as_it_was(
     if there:
         run([made], main_weights(folder), out)
     original = tree(tmp_path)
-    from slsgu_cli.store import files
+    from slsgu_cli.store import copying
 
-    copy: Callable[[Path, Path], None] = files.copy_file
+    copy: Callable[[Path, Path], None] = copying.copy_file
     copied: list[Path] = []
 
     def fail_at_the_third(source: Path, target: Path) -> None:
@@ -475,8 +477,8 @@ def test_a_failure_half_way_leaves_all_as_it_was(
         copied.append(source)
         copy(source, target)
 
-    monkeypatch.setattr("slsgu_cli.checkpoints.apply.copy_file", fail_at_the_third)
-    monkeypatch.setattr("slsgu_cli.checkpoints.tensor_file.copy_file", fail_at_the_third)
+    monkeypatch.setattr("slsgu_cli.checkpoints.model_copy.copy_file", fail_at_the_third)
+    monkeypatch.setattr("slsgu_cli.checkpoints.safetensors_file.copy_file", fail_at_the_third)
     with pytest.raises((InputError, KeyboardInterrupt)):
         run([made.scaled(2)], main_weights(folder), out, overwrite=there)
     assert tree(tmp_path) == original
@@ -492,7 +494,7 @@ def test_kill_9_half_way_leaves_the_old_checkpoint(folder: Path, tmp_path: Path)
     code = f"""
         import signal
         from pathlib import Path
-        import slsgu_cli.checkpoints.tensor_file as weights
+        import slsgu_cli.checkpoints.safetensors_file as weights
         from slsgu_cli.checkpoints.apply import apply_edits
         from slsgu_cli.records.options import ApplyOptions
         from slsgu_cli.checkpoints.edits import load_edit

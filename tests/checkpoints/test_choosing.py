@@ -4,7 +4,7 @@ import pytest
 import tiny_targets
 from tiny_targets import llava, pipeline, tower
 
-from slsgu_cli.checkpoints.targets import layers_read_by
+from slsgu_cli.checkpoints.target_layers import layers_read_by
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.method.layers import is_candidate
 

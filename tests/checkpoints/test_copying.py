@@ -19,7 +19,7 @@ from slsgu_cli.checkpoints.apply import apply_edits
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.errors import InputError, SlsguError
 from slsgu_cli.records.options import ApplyOptions
-from slsgu_cli.store import files
+from slsgu_cli.store import atomic, copying
 
 
 def test_the_source_is_only_replaced_when_asked(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_failure_leaves_the_old_target_and_no_partials(
             Path(str(other)).write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(f"slsgu_cli.checkpoints.tensor_file.{stage}", fail)
+    monkeypatch.setattr(f"slsgu_cli.checkpoints.safetensors_file.{stage}", fail)
     with pytest.raises((InputError, KeyboardInterrupt)) as caught:
         write_patched(source, target, {"visual.proj": np.ones((6, 5), np.float32)})
     if isinstance(caught.value, SlsguError):
@@ -92,11 +92,13 @@ def test_a_limit_of_the_system_is_reported_not_hidden(tmp_path: Path) -> None:
         from slsgu_cli.errors import InputError
         from slsgu_cli.checkpoints.apply import CopyPlan, FilePlan, write_copy
         from slsgu_cli.records.options import ApplyOptions
+        from slsgu_cli.checkpoints.model_copy import CopyPlan, FilePlan, write_copy
+        from slsgu_cli.checkpoints.edits import ApplyOptions
         source, out = Path({str(source)!r}), Path({str(out)!r})
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
         try:
-            write_copy(CopyPlan(out, {{"": source}}, {{"": FilePlan([], ())}}), ApplyOptions())
+            write_copy(CopyPlan(out, {{"": source}}, {{"": FilePlan({{}}, ())}}), ApplyOptions())
         except InputError as error:
             print(error.message)
     """
@@ -121,7 +123,7 @@ def test_the_copy_falls_back_where_the_kernel_cannot(
         return os.write(new, os.read(old, 1000))
 
     monkeypatch.setattr(os, "copy_file_range", once)
-    files.copy_file(source, tmp_path / "out")
+    copying.copy_file(source, tmp_path / "out")
     assert len(calls) == 2
     assert (tmp_path / "out").read_bytes() == source.read_bytes()
 
@@ -134,9 +136,9 @@ def test_kill_9_leaves_the_old_target_and_the_next_write_clears_up(tmp_path: Pat
     code = f"""
         import signal
         from pathlib import Path
-        from slsgu_cli.store import files
-        with files.replacing(Path({str(target)!r})) as partial:
-            files.copy_file(Path({str(source)!r}), partial)
+        from slsgu_cli.store import atomic, copying
+        with atomic.replacing(Path({str(target)!r})) as partial:
+            copying.copy_file(Path({str(source)!r}), partial)
             print("half", flush=True)
             signal.pause()
     """
@@ -163,11 +165,11 @@ def test_a_folder_takes_anothers_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
 ) -> None:
     if not exchange:
-        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("old")
-    with files.replacing(target) as partial:
+    with atomic.replacing(target) as partial:
         partial.mkdir()
         (partial / "new").write_text("new")
         assert [path.name for path in target.iterdir()] == ["old"]
@@ -180,7 +182,7 @@ def test_two_folders_swap_in_one_step(tmp_path: Path) -> None:
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "held").write_text(name)
-    assert files._exchange(tmp_path / "one", tmp_path / "other")
+    assert atomic._exchange(tmp_path / "one", tmp_path / "other")
     assert (tmp_path / "one" / "held").read_text() == "other"
     assert (tmp_path / "other" / "held").read_text() == "one"
-    assert not files._exchange(tmp_path / "one", tmp_path / "nothing")
+    assert not atomic._exchange(tmp_path / "one", tmp_path / "nothing")

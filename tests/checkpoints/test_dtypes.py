@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from slsgu_cli.checkpoints.tensor_file import itemsize, narrow, rounded, widen
+from slsgu_cli.checkpoints.number_formats import itemsize, narrow, rounded, widen
 
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 

@@ -1,11 +1,8 @@
 """Damaged, hostile and foreign checkpoint files end in a clear message."""
 
-import io
 import os
 import struct
 import zipfile
-from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +12,7 @@ from checkpoints import CONTAINERS, header, save, state, write_patched
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slsgu_cli.checkpoints import torch_archive
 from slsgu_cli.checkpoints.layouts import open_weights
-from slsgu_cli.checkpoints.tensor_file import copy_spliced
 from slsgu_cli.errors import InputError, MissingError
 
 
@@ -32,27 +27,19 @@ class Payload:
 def test_a_malicious_pickle_does_nothing(tmp_path: Path) -> None:
     marker = tmp_path / "owned"
     torch.save({"state_dict": {"w": torch.ones(3)}, "x": Payload(marker)}, tmp_path / "m.pt")
-    file = open_weights(tmp_path / "m.pt")
-    np.testing.assert_array_equal(file.read("w"), np.ones(3))
+    with pytest.raises(InputError, match="Refusing to unpickle other objects") as caught:
+        open_weights(tmp_path / "m.pt")
+    assert "weights_only" not in caught.value.message
     assert not marker.exists()
     torch.load(tmp_path / "m.pt", weights_only=False)
     assert marker.exists(), "the payload itself must work, or this test shows nothing"
 
 
-def test_objects_of_other_libraries_are_passed_over(tmp_path: Path) -> None:
-    import argparse
-    from collections import defaultdict
-
-    torch.save(
-        {
-            "args": argparse.Namespace(lr=0.1, shape=torch.Size([1]), device=torch.device("cpu")),
-            "history": defaultdict(list, {"loss": [np.float64(1.0), np.arange(3)]}),
-            "seen": {1, 2},
-            "state_dict": {"w": torch.ones(3), "version": 4},
-        },
-        tmp_path / "m.pt",
-    )
-    assert open_weights(tmp_path / "m.pt").names() == ["w"]
+def test_a_file_without_tensors_has_no_names_and_is_not_unpickled(tmp_path: Path) -> None:
+    marker = tmp_path / "owned"
+    torch.save({"lr": 0.1, "x": Payload(marker)}, tmp_path / "training_args.bin")
+    assert open_weights(tmp_path / "training_args.bin").names() == []
+    assert not marker.exists()
 
 
 def legacy(path: Path) -> None:
@@ -61,6 +48,10 @@ def legacy(path: Path) -> None:
 
 def module(path: Path) -> None:
     torch.save(torch.nn.Linear(2, 2), path)
+
+
+def pair(path: Path) -> None:
+    torch.save([torch.ones(2), torch.ones(3)], path)
 
 
 def foreign_zip(path: Path) -> None:
@@ -86,7 +77,8 @@ def text(path: Path) -> None:
     ("make", "message"),
     [
         (legacy, "before 1.6"),
-        (module, "no state dict"),
+        (module, "Refusing to unpickle other objects"),
+        (pair, "no state dict"),
         (foreign_zip, "not one that torch.save wrote"),
         (compressed, "compressed"),
         (text, "neither a safetensors file nor a torch archive"),
@@ -138,29 +130,11 @@ def test_flipped_bytes_never_cause_anything_but_an_input_error(
             file = open_weights(path)
             for name in file.names():
                 file.stored(name)
-            file.splices({"visual.proj": np.ones((6, 5), np.float32)})
+            file.prepared({"visual.proj": np.ones((6, 5), np.float32)})
         except InputError:
             pass
 
     check()
-
-
-@cache
-def pickled() -> bytes:
-    buffer = io.BytesIO()
-    torch.save(state(), buffer)
-    with zipfile.ZipFile(buffer) as archive:
-        return archive.read("archive/data.pkl")
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=200), st.integers(0, 400))
-def test_a_corrupt_pickle_is_an_input_error(noise: bytes, place: int) -> None:
-    from slsgu_cli.checkpoints.torch_archive import read_pickle
-
-    data = pickled()
-    with suppress(InputError):
-        read_pickle(Path("m.pt"), data[:place] + noise + data[place + len(noise) :])
 
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -194,24 +168,10 @@ def test_headers_that_cannot_be_right(tmp_path: Path, data: bytes) -> None:
         open_weights(tmp_path / "m.safetensors")
 
 
-def test_a_pickle_that_reaches_beyond_its_storage(tmp_path: Path) -> None:
-    save({"w": torch.ones(4)}, tmp_path / "m.pt")
-    with (
-        zipfile.ZipFile(tmp_path / "m.pt") as old,
-        zipfile.ZipFile(tmp_path / "bad.pt", "w") as new,
-    ):
-        for info in old.infolist():
-            data = old.read(info.filename)
-            new.writestr(info.filename, data[:-4] if info.filename.endswith("/0") else data)
-    with pytest.raises(InputError, match="w reaches beyond its bytes"):
-        open_weights(tmp_path / "bad.pt")
-
-
 def test_a_wrong_checksum_is_met_before_anything_is_written(tmp_path: Path) -> None:
     source = save(state(), tmp_path / "m.pt")
-    entry = open_weights(source).entry("visual.proj")
     data = bytearray(source.read_bytes())
-    data[entry.offset] ^= 1
+    data[data.index(state()["visual.proj"].numpy().tobytes())] ^= 1
     source.write_bytes(data)
     with pytest.raises(InputError, match="checksum"):
         write_patched(source, tmp_path / "out.pt", {"visual.proj": np.ones((6, 5), np.float32)})
@@ -242,8 +202,8 @@ def test_a_directory_that_promises_more_than_the_file_holds(tmp_path: Path) -> N
     data = bytearray(path.read_bytes())
     data[position + 20 : position + 28] = struct.pack("<2I", 1 << 20, 1 << 20)
     path.write_bytes(data)
-    with pytest.raises(InputError, match="cut short"):
-        open_weights(path)
+    with pytest.raises(InputError):
+        open_weights(path).read("w")
 
 
 def repickled(path: Path, old: bytes, new: bytes) -> None:
@@ -280,16 +240,3 @@ def test_bytes_behind_the_last_tensor_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"more")
     with pytest.raises(InputError):
         open_weights(path)
-
-
-def test_a_record_of_many_chunks_keeps_a_right_checksum(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch_archive, "CHUNK", 64)
-    path, copy = tmp_path / "m.pt", tmp_path / "copy.pt"
-    torch.save({"w": torch.arange(100.0)}, path)
-    moved = np.arange(100, dtype=np.float32) + 1
-    copy_spliced(path, copy, open_weights(path).splices({"w": moved}))
-    with zipfile.ZipFile(copy) as archive:
-        assert archive.testzip() is None
-    np.testing.assert_array_equal(torch.load(copy)["w"].numpy(), moved)

@@ -8,15 +8,14 @@ import tiny_targets
 import torch
 from tower_models import CONFIGS, make
 
-from slsgu_cli.checkpoints.layers import (
-    Layer,
-    Spelling,
+from slsgu_cli.checkpoints.layers import Layer, layers_of
+from slsgu_cli.checkpoints.layouts import assembled, placed
+from slsgu_cli.checkpoints.naming_schemes import (
+    NamingScheme,
     TowerPlace,
-    layers_of,
     tensor_places,
     tower_places,
 )
-from slsgu_cli.checkpoints.layouts import assembled, placed
 from slsgu_cli.records.method import Qkv, Tower
 
 
@@ -84,26 +83,30 @@ def test_a_layer_comes_back_from_its_parts(state):
     ],
 )
 def test_text_towers_are_found_by_what_their_names_end_with(key, place):
-    spelling = Spelling.TRANSFORMERS if "embeddings." in key else Spelling.OPEN_CLIP
-    assert tower_places([key, "logit_scale"]) == [TowerPlace(Tower.TEXT, spelling, place)]
+    scheme = NamingScheme.TRANSFORMERS if "embeddings." in key else NamingScheme.OPEN_CLIP
+    assert tower_places([key, "logit_scale"]) == [TowerPlace(Tower.TEXT, scheme, place)]
 
 
 @pytest.mark.parametrize(
-    ("key", "prefix", "spelling"),
+    ("key", "prefix", "scheme"),
     [
         (
             "model.vision_tower.vision_tower.vision_model.embeddings.patch_embedding.weight",
             "model.vision_tower.vision_tower.vision_model.",
-            Spelling.TRANSFORMERS,
+            NamingScheme.TRANSFORMERS,
         ),
-        ("vision_tower.embeddings.patch_embedding.weight", "vision_tower.", Spelling.TRANSFORMERS),
-        ("module.visual.conv1.weight", "module.", Spelling.OPEN_CLIP),
-        ("visual.trunk.blocks.0.attn.qkv.weight", "", Spelling.OPEN_CLIP),
-        ("visual.transformer.resblocks.0.ln_1.weight", "", Spelling.OPEN_CLIP),
+        (
+            "vision_tower.embeddings.patch_embedding.weight",
+            "vision_tower.",
+            NamingScheme.TRANSFORMERS,
+        ),
+        ("module.visual.conv1.weight", "module.", NamingScheme.OPEN_CLIP),
+        ("visual.trunk.blocks.0.attn.qkv.weight", "", NamingScheme.OPEN_CLIP),
+        ("visual.transformer.resblocks.0.ln_1.weight", "", NamingScheme.OPEN_CLIP),
     ],
 )
-def test_vision_towers_are_found_too(key, prefix, spelling):
-    assert tower_places([key]) == [TowerPlace(Tower.VISION, spelling, prefix)]
+def test_vision_towers_are_found_too(key, prefix, scheme):
+    assert tower_places([key]) == [TowerPlace(Tower.VISION, scheme, prefix)]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -115,11 +118,11 @@ def test_layers_of_every_family_of_open_clip_lie_under_their_own_names(kind, tmp
         towers = tower_places(prefix + name for name in names)
         for layer in map(Layer.parse, layers):
             (place,) = [place for tower in towers for place in tensor_places(layer.name, tower)]
-            assert (place.key, place.within) == (prefix + layer.parameter, layer.third)
+            assert (place.key, place.within) == (prefix + layer.parameter, layer.part)
 
 
 def test_layers_without_a_counterpart_have_no_place():
-    text = TowerPlace(Tower.TEXT, Spelling.TRANSFORMERS, "text_model.")
+    text = TowerPlace(Tower.TEXT, NamingScheme.TRANSFORMERS, "text_model.")
     assert tensor_places("visual.proj", text) == ()
     assert tensor_places("logit_scale", text) == ()
     assert tensor_places("text.transformer.resblocks.0.attn.q_norm.weight", text) == ()

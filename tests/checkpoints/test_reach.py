@@ -1,6 +1,6 @@
 """Which layers can influence a model, by what it reads."""
 
-from slsgu_cli.checkpoints.targets import last_state, penultimate, vision_features, whole
+from slsgu_cli.checkpoints.reading import last_state, penultimate, vision_features, whole
 from slsgu_cli.records.method import Tower
 
 TEXT = "transformer.resblocks.{}.mlp.c_fc.weight"

@@ -14,8 +14,10 @@ from worlds import Listener
 
 from slsgu_cli.checkpoints.apply import apply_edits
 from slsgu_cli.checkpoints.edits import by_origin, write_edit
-from slsgu_cli.checkpoints.layers import Layer, tensor_places
-from slsgu_cli.checkpoints.targets import Family, layers_read_by, prompt_note, read_target
+from slsgu_cli.checkpoints.layers import Layer
+from slsgu_cli.checkpoints.naming_schemes import tensor_places
+from slsgu_cli.checkpoints.target_layers import layers_read_by
+from slsgu_cli.checkpoints.targets import Family, prompt_note, read_target
 from slsgu_cli.cli.tables import applied
 from slsgu_cli.downstream.models import LiveEncoder
 from slsgu_cli.engine.find_edits import Presence, find_edits

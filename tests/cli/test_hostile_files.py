@@ -9,7 +9,7 @@ import pytest
 import torch
 from processes import inside
 
-from slsgu_cli.records.codec import encode
+from slsgu_cli.records.codec import encode, sealed
 from slsgu_cli.store.artifacts import Artifact
 
 
@@ -22,10 +22,9 @@ def refused(*arguments, code=3):
 
 
 def rewrite(path: Path, **changes) -> None:
-    """Change fields of a JSON record, which then carries no digest, as those of others may not."""
+    """Change fields of a JSON record, and give it a digest that fits."""
     content = json.loads(path.read_text())
-    content.pop("sha256", None)
-    path.write_text(json.dumps({**content, **changes}))
+    path.write_text(json.dumps(sealed({**content, **changes})))
 
 
 @pytest.mark.parametrize("place", ["../{}", "/{}", "data/../../{}"])

@@ -125,7 +125,7 @@ def test_interrupted_gradient_pass(store, interrupt):
     first = inside("grad", "blue", store=store)
     assert_interrupted(first.exit_code, first.stdout, first.stderr)
     assert not unfinished(store)
-    assert not list((store / "leases").iterdir())
+    assert not list((store / "locks").iterdir())
     (kept,) = (store / "gradients").iterdir()
     assert inside("rank", "blue", store=store).exit_code == 3
     again = inside("grad", "blue", store=store)
@@ -171,13 +171,12 @@ def test_killed_gradient_pass(store):
     kill(start_held(*words, at=within, call=6, env={"KEEP_ALWAYS": "1"}))
     assert len(list((store / "gradients").iterdir())) == 1
     assert inside("rank", "blue", store=store).exit_code == 3
-    (lease,) = (store / "leases").iterdir()
-    dead = json.loads(lease.read_text())
+    assert len(list((store / "locks").iterdir())) == 1
     again = inside("grad", "blue", store=store)
     assert again.exit_code == 0
-    assert f"process {dead['pid']} on {dead['host']} has ended" in again.stderr
+    assert "waiting" not in again.stderr
     assert "the retain gradient goes on after 3 of its 4 mini-batches" in again.stderr
-    assert not list((store / "leases").iterdir())
+    assert not list((store / "locks").iterdir())
     assert {path: path.read_bytes() for path in before} == before
     assert inside("rank", "blue", "--direction", "gradient", store=store).exit_code == 0
 
@@ -185,7 +184,7 @@ def test_killed_gradient_pass(store):
 def test_killed_apply_leaves_no_checkpoint(world, tmp_path):
     words = ["apply", "blue", "--store", world.store.root, "--layer", "visual.conv1"]
     words += ["--step", "0.001", "--out", tmp_path / "out"]
-    process = start_held(*words, at="slsgu_cli.checkpoints.tensor_file:write_at")
+    process = start_held(*words, at="slsgu_cli.checkpoints.safetensors_file:write_at")
     (half,) = tmp_path.glob(".partial*/out/*.safetensors")
     kill(process)
     assert half.exists()

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import socket
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,7 +41,7 @@ def inodes(folder):
 def test_the_first_of_two_builds_stays_and_the_second_is_dropped(build, tmp_path):
     """One waits with a whole block at hand while the other one builds all of the set."""
     build = [*build, "--no-wait"]
-    slow = start_held(*build, at="slsgu_cli.store.files:settle")
+    slow = start_held(*build, at="slsgu_cli.store.atomic:move_if_absent")
     quick = inside(*build)
     assert quick.exit_code == 0, quick.stderr
     data = tmp_path / "store" / "data"
@@ -58,7 +57,7 @@ def test_the_first_of_two_gradients_stays(world, tmp_path):
     for file in gradients.iterdir():
         file.unlink()
     words = ["grad", "blue", "--store", store, "--no-wait"]
-    slow = start_held(*words, at="slsgu_cli.store.files:settle")
+    slow = start_held(*words, at="slsgu_cli.store.atomic:move_if_absent")
     assert inside(*words).exit_code == 0
     before = {path: node for path, node in inodes(gradients).items() if path.suffix != ".json"}
     slow.communicate(timeout=120)
@@ -155,13 +154,13 @@ def test_a_gradient_that_another_process_computes_is_waited_for(ungraded):
     first = start_held(*grad(ungraded), at=COMPUTE)
     second = Forked(grad(ungraded), environment())
     said = waits_for(second, "waiting for it")
-    assert f"process {first.pid} on {socket.gethostname()} has been at it since 20" in said
+    assert f"process {first.pid} (since 20" in said
     assert "(--no-wait computes it anyway)" in said
     first.communicate(timeout=120)
     told = second.communicate(timeout=120)[1]
     assert (first.returncode, second.returncode) == (0, 0)
     assert "another process computed it" in told
-    assert not list((ungraded / "leases").iterdir())
+    assert not list((ungraded / "locks").iterdir())
     assert inside("rank", "blue", "--direction", "gradient", store=ungraded).exit_code == 0
 
 
@@ -175,19 +174,19 @@ def test_no_wait_computes_what_another_process_is_computing(ungraded):
     assert first.returncode == 0
 
 
-def test_covariances_and_blocks_have_leases_too(world, build, monkeypatch):
-    leased = []
+def test_covariances_and_blocks_have_locks_too(world, build, monkeypatch):
+    locked = []
 
     @contextmanager
     def held(store, path, *, what):
-        leased.append((path.partition("/")[0], what))
+        locked.append((path.partition("/")[0], what))
         yield
 
     for place in ("engine.stored_covariances", "sets.pairs", "sets.evaluation_sets"):
         monkeypatch.setattr(f"slsgu_cli.{place}.held", held)
     assert inside("rank", "blue", store=world.store.root).exit_code == 0
     assert inside(*build).exit_code == 0
-    assert leased == [
+    assert locked == [
         ("covariances", "covariances of the retain set of blue"),
         ("data", "forget rows"),
         ("data", "retain rows"),

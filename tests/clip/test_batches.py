@@ -12,7 +12,7 @@ from torchvision import transforms
 from slsgu_cli.clip import batches, models, tokenizers
 from slsgu_cli.clip.batches import even_spans, pixel_normalizer, spans, text_features, to_tokens
 from slsgu_cli.clip.towers import text_tower
-from slsgu_cli.store.files import AHEAD, prefetch
+from slsgu_cli.prefetch import AHEAD, prefetch
 
 
 @pytest.fixture(scope="module")

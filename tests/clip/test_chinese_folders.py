@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from worlds import World
 
 from slsgu_cli.checkpoints.targets import read_target
-from slsgu_cli.checkpoints.transformers_clip import model_config
+from slsgu_cli.checkpoints.transformers_families import model_config
 from slsgu_cli.clip.decoding import decoder
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.model_folder import require_weights

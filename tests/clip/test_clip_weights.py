@@ -10,7 +10,9 @@ import tiny_targets
 import torch
 from safetensors.torch import load_file
 
-from slsgu_cli.checkpoints.transformers_clip import ClipWeights, model_config, preprocess_config
+from slsgu_cli.checkpoints.transformers_families import model_config
+from slsgu_cli.checkpoints.transformers_inputs import preprocess_config
+from slsgu_cli.checkpoints.transformers_weights import ClipWeights
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import fingerprint, model_layer, plain_config, resolve
 from slsgu_cli.clip.tokenizers import input_spec

@@ -13,8 +13,7 @@ import torch
 from open_clip.factory import _find_checkpoint_in_dir
 from safetensors.torch import load_file, save_file
 
-from slsgu_cli.checkpoints.transformers_clip import check_config, check_size
-from slsgu_cli.clip import loading, models, tokenizers
+from slsgu_cli.clip import loading, tokenizers
 from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.model_folder import require_weights
@@ -458,31 +457,17 @@ def test_nobody_is_told_to_load_what_could_run_code(folder, save, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("name", open_clip.list_models())
-def test_every_architecture_of_open_clip_has_sizes_that_can_be(name):
-    config = open_clip.get_model_config(name)
-    check_config(name, config, models._defaults())
-    check_size(config, 10**11)
-
-
 WRONG = [
     ("model_cfg", "embed_dim", None),
     ("model_cfg", "embed_dim", "24"),
     ("vision_cfg", "image_size", 0),
     ("vision_cfg", "image_size", [32, 32, 32]),
-    ("vision_cfg", "image_size", 10**6),
     ("vision_cfg", "layers", -1),
     ("vision_cfg", "width", 1.5),
     ("text_cfg", "heads", 1.5),
-    ("text_cfg", "context_length", 10**9),
-    ("text_cfg", "vocab_size", 10**7),
     ("text_cfg", "width", [24]),
     ("text_cfg", "tokenizer_kwargs", {"a": 1}),
     ("preprocess_cfg", "mean", 0.5),
-    ("preprocess_cfg", "std", [0.1, 0.1, 0.0]),
-    ("preprocess_cfg", "std", [0.1, 0.1, float("nan")]),
-    ("preprocess_cfg", "resize_mode", None),
-    ("preprocess_cfg", "interpolation", "magic"),
     ("preprocess_cfg", "fill_color", "red"),
 ]
 

@@ -13,10 +13,11 @@ from open_clip.loss import SigLipLoss
 from safetensors.torch import load_file
 from worlds import World
 
-from slsgu_cli.checkpoints.layers import tensor_places
 from slsgu_cli.checkpoints.layouts import read_weight_set
+from slsgu_cli.checkpoints.naming_schemes import tensor_places
 from slsgu_cli.checkpoints.targets import read_target
-from slsgu_cli.checkpoints.transformers_clip import model_config, preprocess_config
+from slsgu_cli.checkpoints.transformers_families import model_config
+from slsgu_cli.checkpoints.transformers_inputs import preprocess_config
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.model_folder import require_weights
 from slsgu_cli.clip.models import fingerprint, resolve

@@ -69,8 +69,8 @@ def edits(demo_world, tmp_path):
 def test_a_live_edit_is_the_edit_that_apply_writes(pipe, edits, tmp_path, trained_models):
     from slsgu_cli.checkpoints.apply import apply_edits
     from slsgu_cli.checkpoints.edits import load_edit
-    from slsgu_cli.checkpoints.layers import tensor_places, tower_places
     from slsgu_cli.checkpoints.layouts import read_weight_set
+    from slsgu_cli.checkpoints.naming_schemes import tensor_places, tower_places
     from slsgu_cli.checkpoints.targets import read_target
     from slsgu_cli.downstream.models import new_values
     from slsgu_cli.records.options import ApplyOptions

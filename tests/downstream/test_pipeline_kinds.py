@@ -13,7 +13,8 @@ from edit_headers import edit
 from processes import inside
 
 from slsgu_cli.checkpoints.edits import edit_digests, load_edit, write_edit
-from slsgu_cli.checkpoints.targets import fitting_encoder, read_target
+from slsgu_cli.checkpoints.target_layers import fitting_encoder
+from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.downstream.models import ImageJob, Pipeline, new_values
 from slsgu_cli.downstream.search import TargetPlan, search_target
 from slsgu_cli.downstream.subjects import PaintedSubject, moves_of

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from worlds import Listener
 
 from slsgu_cli.checkpoints.apply import apply_edits
-from slsgu_cli.checkpoints.layers import Layer, tensor_places
-from slsgu_cli.checkpoints.targets import Family, layers_read_by, read_target
+from slsgu_cli.checkpoints.layers import Layer
+from slsgu_cli.checkpoints.naming_schemes import tensor_places
+from slsgu_cli.checkpoints.target_layers import layers_read_by
+from slsgu_cli.checkpoints.targets import Family, read_target
 from slsgu_cli.downstream.models import Llava, Question, new_values
 from slsgu_cli.downstream.search import TargetPlan
 from slsgu_cli.downstream.subjects import AskedSubject, _loss, answer_gradient, moves_of

@@ -15,8 +15,8 @@ from reports import NAME, fill, fill_comparison, fill_verification, sections
 from slsgu_cli.checkpoints.apply import apply_edits
 from slsgu_cli.checkpoints.edits import load_edit, write_edit
 from slsgu_cli.checkpoints.layouts import read_layer
+from slsgu_cli.checkpoints.number_formats import PRECISION, layer_digest
 from slsgu_cli.checkpoints.targets import read_target
-from slsgu_cli.checkpoints.tensor_file import PRECISION, layer_digest
 from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.errors import MissingError
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share, TargetFigures

@@ -10,12 +10,13 @@ from processes import inside
 from tiny_images import encoded, shard
 from worlds import Listener
 
+from slsgu_cli.clip.models import contents
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.records.options import BuildRequest, MetadataSource
 from slsgu_cli.records.sets import Concept, DownloadOptions, Origin
 from slsgu_cli.sets import collection
 from slsgu_cli.sets.build import build_many, build_sets, replay, require_all, with_collection
-from slsgu_cli.store.artifacts import Artifact, contents
+from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.catalog import entries
 from slsgu_cli.store.store import Store

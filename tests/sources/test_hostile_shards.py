@@ -154,7 +154,8 @@ HOSTILE = {
     ),
     "deep JSON": (
         "tar",
-        archive([("a.json", deep(100_000)), ("a.jpg", b"a"), *GOOD, ("b.json", deep(65))]) + END,
+        archive([("a.json", deep(100_000)), ("a.jpg", b"a"), *GOOD, ("b.json", deep(200_000))])
+        + END,
         ["good"],
         {DEEP: 2},
     ),

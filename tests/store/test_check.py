@@ -1,6 +1,5 @@
 """`check` reads everything; `--repair` and `gc` remove what may go, and nothing else."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -21,10 +20,10 @@ from slsgu_cli.engine.set_edits import direct_edit
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.method import CovarianceHeader, LayerCovariance, SumsHeader
 from slsgu_cli.records.targets import Generation, PaintOptions
+from slsgu_cli.store.atomic import partial_name, writer_lives
 from slsgu_cli.store.blocks import block_writer
 from slsgu_cli.store.check import State, check, garbage, remove
-from slsgu_cli.store.files import partial_name, writer_lives
-from slsgu_cli.store.sharing import Holder
+from slsgu_cli.store.locks import held
 from slsgu_cli.store.store import Store
 
 
@@ -267,13 +266,9 @@ def test_gc_removes_nothing_while_a_record_is_unknown(world):
         garbage(world.store)
 
 
-def test_leases_and_sums_go_with_what_they_were_for(world):
+def test_locks_and_sums_go_with_what_they_were_for(world):
     store, pointer = world.store, world.pointer
-    living = Holder.here()
-    dead = dataclasses.replace(living, pid=ended_process())
-    for name, holder in (("living", living), ("dead", dead)):
-        text = json.dumps(dataclasses.asdict(holder)).encode()
-        store.write_bytes(f"leases/gradients-{name}.json", text)
+    store.write_bytes("locks/gradients-dead.lock", b"process 1")
     of_covariances = CovarianceHeader(
         pointer.model_fingerprint, pointer.retain_data, 9, {}, (), "0.1.0"
     )
@@ -281,11 +276,12 @@ def test_leases_and_sums_go_with_what_they_were_for(world):
     for name in (pointer.forget, "m", "another"):
         header = SumsHeader(name, "cpu", 9, 0, 3, "0.1.0")
         store.write_tensors(f"sums/{name}.safetensors", {"total": np.zeros(2)}, header)
-    assert garbage(store) == []
-    checked = check(store, repair=True, has_model=has_model)
+    with held(store, "gradients/living", what="it"):
+        assert garbage(store) == []
+        checked = check(store, repair=True, has_model=has_model)
     assert {found.name: found.removed for found in checked.findings} == {
-        "gradients-living.json": False,
-        "gradients-dead.json": True,
+        "gradients-living.lock": False,
+        "gradients-dead.lock": True,
         pointer.forget: True,
         "m": True,
         "another": False,

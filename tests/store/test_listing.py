@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slsgu_cli.records.codec import encode
+from slsgu_cli.records.codec import encode, sealed
 from slsgu_cli.records.directions import FALLBACK, Direction, DirectionSpec
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import (
@@ -38,7 +38,7 @@ BEFORE, AFTER = Accuracy(95.0, 100.0, 20), Accuracy(0.0, 10.0, 20)
 
 def write_block(store, name, fingerprint):
     path = f"data/{name}.zarr"
-    attributes = {"rows": 10, "fingerprint": fingerprint, "complete": True}
+    attributes = sealed({"rows": 10, "fingerprint": fingerprint, "complete": True})
     with store.writing(path) as partial:
         Path(partial, "images").mkdir(parents=True)
         Path(partial, "zarr.json").write_text(json.dumps({"attributes": attributes}))

@@ -1,7 +1,6 @@
 """Stores on S3: a real server on loopback, with and without faults."""
 
 import os
-import threading
 
 import fsspec
 import numpy as np
@@ -11,11 +10,10 @@ from s3_server import BUCKET, S3Server
 
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.store import check, files, sharing
+from slsgu_cli.store import cache, check, remote
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock, block_writer
 from slsgu_cli.store.catalog import entries
-from slsgu_cli.store.sharing import held
 from slsgu_cli.store.store import Store
 
 SPEC = ModelSpec("local-dir:clip")
@@ -34,9 +32,7 @@ def s3(server, monkeypatch, tmp_path):
     """The server without faults; commands and stores of this process reach it."""
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv(files.CACHE, str(tmp_path / "cache"))
-    monkeypatch.setattr(sharing, "PAUSE", 0.001)
-    monkeypatch.setattr(sharing, "LOOK", 0.05)
+    monkeypatch.setenv(cache.CACHE, str(tmp_path / "cache"))
     server.faults, server.always = [], None
     yield server
     server.faults, server.always = [], None
@@ -118,39 +114,33 @@ def test_commands_on_s3(s3, shared_world, url):
     kinds = [line.split("\t")[0] for line in listed.splitlines()[1:]]
     assert (kinds.count("data"), kinds.count("gradient"), kinds.count("ranking")) == (3, 2, 1)
     assert listed.count("\tok\t") == len(kinds)
-    assert not [key for key in s3.objects() if "leases/" in key or ".partial" in key]
+    assert not [key for key in s3.objects() if "locks/" in key or ".partial" in key]
 
 
 @pytest.mark.parametrize("fault", [500, 503, "drop"])
-def test_what_passes_is_tried_again_and_told(s3, store, url, listener, fault):
+def test_a_passing_fault_is_retried(s3, store, fault):
     s3.faults = [fault, fault]
     store.write_bytes("sets/a.json", b"1")
     s3.faults = [fault, fault]
     assert store.read_bytes("sets/a.json") == b"1"
-    told = [text for text in listener.heard if f"{url}: " in text]
-    assert told[0].endswith("trying again in 0.001 s (1 of 4)")
-    # Over a connection that was used before, aiohttp asks once more by itself.
-    assert len(told) == 4 or fault == "drop"
 
 
-def test_an_answer_that_does_not_come_is_asked_for_again(s3, url, listener, monkeypatch):
-    monkeypatch.setattr(sharing, "READ", 2)
+def test_an_answer_that_does_not_come_is_asked_for_again(s3, url, monkeypatch):
+    monkeypatch.setattr(remote, "READ", 2)
     store = Store(url)
     s3.faults = ["hang"]
     store.write_bytes("sets/a.json", b"1")
-    assert any("Read timeout on endpoint URL" in text for text in listener.heard)
     # Such a request has no time limit while its answer is waited for.
     assert s3.asked_first == 0
     assert store.read_bytes("sets/a.json") == b"1"
 
 
-def test_a_block_is_read_though_answers_fail(s3, store, listener):
+def test_a_block_is_read_though_answers_fail(s3, store):
     write_block(store)
     s3.faults = [500, "drop"]
     block = DataBlock.at(store, BLOCK)
     s3.faults = [503]
     assert block.images(0, 3)[:, 0, 0, 0].tolist() == [0, 1, 2]
-    assert any("trying again" in text for text in listener.heard)
 
 
 def test_an_answer_that_is_cut_short_is_asked_for_again(s3, store):
@@ -163,35 +153,28 @@ def test_an_answer_that_is_cut_short_is_asked_for_again(s3, store):
 def test_tries_are_bounded(s3, store):
     before = len(s3.requests)
     s3.always = 503
-    with pytest.raises(InputError, match=r"s3://.* does not answer: 503 SlowDown"):
+    with pytest.raises(InputError, match=r"cannot write s3://"):
         store.write_bytes("sets/a.json", b"1")
-    assert len(s3.requests) - before == sharing.TRIES
+    assert len(s3.requests) - before <= 5 * remote.TRIES
     s3.always = None
     assert not store.exists("sets/a.json")
 
 
-def test_a_server_that_never_answered_is_given_up_at_once(s3, url, monkeypatch):
-    monkeypatch.setattr(sharing, "READ", 0.2)
+def test_a_server_that_never_answers_is_given_up(s3, url, monkeypatch):
+    monkeypatch.setattr(remote, "READ", 0.2)
     before = len(s3.requests)
     s3.always = "hang"
     done = inside("ls", store=url)
     assert done.exit_code == 3
-    assert f"error: {url} does not answer: Read timeout" in done.stderr
-    assert "AWS_ENDPOINT_URL" in done.stderr
-    assert len(s3.requests) - before == 1
-
-
-def test_a_server_that_is_silent_is_told_within_a_quarter_of_a_minute():
-    given = sharing._Answers("s3://a/b").options()["config_kwargs"]
-    assert given["connect_timeout"] + given["read_timeout"] < 15
-    assert given["retries"]["total_max_attempts"] == 1
+    assert f"error: cannot open the store {url}: Read timeout" in done.stderr
+    assert len(s3.requests) - before <= 5 * remote.TRIES
 
 
 def test_nobody_listens(s3, url, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     done = inside("ls", store=url)
     assert done.exit_code == 3
-    assert "does not answer: Could not connect" in done.stderr
+    assert f"cannot open the store {url}: Could not connect" in done.stderr
 
 
 def test_a_store_that_may_not_be_read(s3, url):
@@ -237,10 +220,10 @@ def test_a_mistyped_bucket_is_told_and_not_made(s3, shared_world):
 
 
 def test_without_the_package(monkeypatch):
-    def options(self):
+    def options():
         raise ImportError("S3 needs the package s3fs")
 
-    monkeypatch.setattr(sharing._Answers, "options", options)
+    monkeypatch.setattr(remote, "_s3_options", options)
     done = inside("ls", store="s3://a/b")
     assert done.exit_code == 3
     assert "try: pip install 'slsgu[s3]'" in done.stderr
@@ -295,27 +278,6 @@ def test_a_damaged_block_is_replaced_whole(s3, store):
     assert not [key for key in s3.objects() if key.endswith("c/7/0/0/0")]
 
 
-def test_a_lease_has_one_holder(store, url):
-    assert store.create_bytes("leases/a.json", b"1") is True
-    assert Store(url).create_bytes("leases/a.json", b"2") is False
-    assert store.read_bytes("leases/a.json") == b"1"
-    inside_at_once, most = [], []
-
-    def work():
-        with held(Store(url), "gradients/a.safetensors", what="it"):
-            inside_at_once.append(1)
-            most.append(len(inside_at_once))
-            inside_at_once.pop()
-
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert most == [1, 1, 1]
-    assert store.names("leases") == ["a.json"]
-
-
 def reads(s3, name):
     return [path for method, path in s3.requests if method == "GET" and path.endswith(name)]
 
@@ -333,7 +295,7 @@ def test_tensors_are_fetched_once(s3, store, tmp_path):
 
 
 def test_the_cache_is_bounded_by_what_was_read_last(store, tmp_path, monkeypatch):
-    monkeypatch.setenv(files.CACHE_SIZE, "3K")
+    monkeypatch.setenv(cache.CACHE_SIZE, "3K")
     for name in "abc":
         store.write_tensors(f"edits/{name}.safetensors", {"x": np.zeros(100)}, SPEC)
         store.read_tensors(f"edits/{name}.safetensors")
@@ -361,13 +323,13 @@ def test_a_cache_that_cannot_be_written_is_done_without(store, monkeypatch):
         raise PermissionError
 
     store.write_tensors("edits/a.safetensors", {"x": np.zeros(3)}, SPEC)
-    monkeypatch.setattr(files.Path, "mkdir", refused)
+    monkeypatch.setattr(cache.Path, "mkdir", refused)
     assert store.read_tensors("edits/a.safetensors")["x"].tolist() == [0.0] * 3
 
 
 def test_elsewhere_files_come_under_a_partial_name(tmp_path, monkeypatch):
     """On a server of files a reader would else see half of one."""
-    monkeypatch.setattr(sharing, "OBJECT_STORES", frozenset())
+    monkeypatch.setattr(remote, "OBJECT_STORES", frozenset())
     store = Store(f"memory://{tmp_path.name}")
     seen, put = [], fsspec.filesystem("memory").put_file
 

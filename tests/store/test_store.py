@@ -13,6 +13,7 @@ import pytest
 from places import ROOT, special_files
 
 from slsgu_cli.errors import InputError, MissingError, StaleError
+from slsgu_cli.records.codec import sealed
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.store import Store, require
@@ -292,7 +293,7 @@ def test_a_tensor_file_without_our_header_is_foreign(store):
 
 
 def test_a_record_of_another_version_is_stale_and_says_where(store):
-    store.write_bytes("sets/a.json", json.dumps({"name": "clip"}).encode())
+    store.write_bytes("sets/a.json", json.dumps(sealed({"name": "clip"})).encode())
     with pytest.raises(StaleError, match=r"sets/a\.json.*pretrained"):
         store.read_record("sets/a.json", ModelSpec)
     store.write_tensors("edits/a.safetensors", {"x": np.zeros(1)}, {"name": 3, "pretrained": None})

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from slsgu_cli.checkpoints.apply import CopyPlan, FilePlan, write_copy
 from slsgu_cli.checkpoints.layouts import open_weights
+from slsgu_cli.checkpoints.model_copy import CopyPlan, FilePlan, write_copy
 from slsgu_cli.records.options import ApplyOptions
 
 DTYPES = {
@@ -54,7 +54,7 @@ def load(path: Path) -> dict[str, torch.Tensor]:
 
 def write_patched(source: Path, out: Path, patches: dict[str, np.ndarray]) -> None:
     """Write a copy of a file as apply does, with other values for some of its tensors."""
-    plan = FilePlan(open_weights(source).splices(patches), ())
+    plan = FilePlan(open_weights(source).prepared(patches), ())
     write_copy(CopyPlan(out, {"": source}, {"": plan}), ApplyOptions())
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from slsgu_cli.checkpoints.edits import Edit, make_edit
-from slsgu_cli.checkpoints.tensor_file import layer_digests
+from slsgu_cli.checkpoints.number_formats import layer_digests
 from slsgu_cli.records.directions import FALLBACK
 from slsgu_cli.records.method import EditHeader, Tower
 from slsgu_cli.records.sets import ModelSpec

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from slsgu_cli.checkpoints.edits import make_edit, write_edit
-from slsgu_cli.checkpoints.tensor_file import layer_digests
+from slsgu_cli.checkpoints.number_formats import layer_digests
 from slsgu_cli.engine.examples import BeforeAfter
 from slsgu_cli.figures.pictures import Example
 from slsgu_cli.records.directions import FALLBACK, Direction

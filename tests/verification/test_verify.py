@@ -23,7 +23,15 @@ from slsgu_cli.engine.evaluate import evaluate
 from slsgu_cli.engine.search import search
 from slsgu_cli.errors import MissingError, StaleError, UsageError
 from slsgu_cli.records.options import SearchOptions
-from slsgu_cli.records.verification import CHECKS, NEW, Check, Settings, Verification, VerifyRequest
+from slsgu_cli.records.verification import (
+    CHECKS,
+    NEW,
+    OWN,
+    Check,
+    Settings,
+    Verification,
+    VerifyRequest,
+)
 from slsgu_cli.records.words import choices
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries
@@ -31,7 +39,6 @@ from slsgu_cli.store.store import Store
 from slsgu_cli.verification import verify as verify_module
 from slsgu_cli.verification.image_probes import CLASSIFIERS
 from slsgu_cli.verification.probes import TEMPLATES, TOGETHER, unseen_templates
-from slsgu_cli.verification.training import OWN
 from slsgu_cli.verification.verify import verify
 
 SETTINGS = Settings(

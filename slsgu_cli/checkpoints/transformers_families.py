@@ -1,54 +1,31 @@
-"""A folder of transformers, or one from the hub, in open_clip's words: configuration and weights.
+"""Families of CLIPs in transformers: their configurations and open_clip's, each way."""
 
-`CLIPModel` and those like it; what differs between them stands in `FAMILIES`, by which they are
-written as well.
-"""
-
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from slsgu_cli.checkpoints.layers import SCALES, Places, Spelling, names, tensor_places
-from slsgu_cli.checkpoints.layouts import WeightSet, combined_fingerprint, read_weight_sets
-from slsgu_cli.checkpoints.targets import (
+from slsgu_cli.checkpoints.configurations import (
     CONFIG,
-    NAFLEX,
-    NAFLEX_HINT,
     OPEN_CLIP,
-    SIGLIP,
     config_of,
     kind_of,
     read_config,
-    require_inside,
 )
-from slsgu_cli.checkpoints.tensor_file import FLOATS, Floats, values_digest, widen
-from slsgu_cli.errors import InputError, MissingError, first_lines
-from slsgu_cli.records.codec import parse_json
-from slsgu_cli.records.method import Tower
-
-HUB = "hf-hub:"
-
-# Hub clients and downloads fail in many kinds; a programming error is none of these.
-FETCH_ERRORS = (OSError, RuntimeError, ValueError, KeyError)
-
-# What tells of a model, and its weights: the first of these that it has.
-TEXTS, WEIGHTS = ["*.json", "*.txt"], ("model*.safetensors", "pytorch_model*.bin")
+from slsgu_cli.checkpoints.naming_schemes import NamingScheme
+from slsgu_cli.checkpoints.targets import NAFLEX, NAFLEX_HINT, SIGLIP
+from slsgu_cli.errors import InputError
 
 CLIP, METACLIP, CHINESE_CLIP = "clip", "metaclip_2", "chinese_clip"
-PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
-INTERPOLATION = {2: "bilinear", 3: "bicubic"}
 
 
 def is_clip(folder: Path) -> bool:
     """Return whether a folder holds a model of transformers of one of `FAMILIES`."""
-    return _type(folder) in FAMILIES
+    return model_type(folder) in FAMILIES
 
 
-def _type(folder: Path) -> str:
+def model_type(folder: Path) -> str:
+    """Return the type of model that the configuration of a folder names."""
     return str(config_of(folder / CONFIG).get("model_type"))
 
 
@@ -66,126 +43,19 @@ def other_model(folder: Path) -> tuple[str, str] | None:
     return what, f"name a repository or a folder of open_clip's, or of transformers ({KNOWN})"
 
 
-def fetch_clip(repository: str, config: str) -> Path:
-    """Return the folder of a repository of transformers, as it lies in the cache.
-
-    Raises MissingError where it cannot be fetched, InputError where it is another model.
-    """
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(repository, allow_patterns=TEXTS))
-        if is_clip(folder):
-            for weights in WEIGHTS:
-                folder = Path(snapshot_download(repository, allow_patterns=[*TEXTS, weights]))
-                if any(folder.glob(weights)):
-                    return folder
-    except FETCH_ERRORS as error:
-        raise unreachable(f"{HUB}{repository} from the hub", error) from error
-    if not is_clip(folder):
-        lacks = f"it has no {config}, and no {CONFIG} of a model of transformers ({KNOWN})"
-        what, hint = other_model(folder) or (lacks, "name a repository of open_clip's")
-        raise InputError(f"{HUB}{repository} is no CLIP that slsgu knows: {what}", hint=hint)
-    raise InputError(
-        f"{HUB}{repository} has no weights that slsgu reads: {' or '.join(WEIGHTS)}",
-        hint="save it again as safetensors, and name its folder",
-    )
-
-
-def unreachable(what: str, error: BaseException) -> MissingError:
-    """Return the error of what cannot be fetched."""
-    return MissingError(
-        f"cannot fetch {what}: {first_lines(error)}",
-        hint="check the name and the connection, or use local-dir:PATH or --pretrained FILE",
-    )
-
-
-# What a configuration gives as a size, and the most that one is.
-SIZES = (
-    "embed_dim",
-    "image_size",
-    "patch_size",
-    "layers",
-    "width",
-    "head_width",
-    "heads",
-    "context_length",
-    "vocab_size",
-)
-LARGEST = {"image_size": 1 << 13, "context_length": 1 << 16, "type_vocab_size": 1 << 10}
-LARGEST_OTHER = 1 << 24
-# Those that may be lists: a pair of sides, the stages of a ResNet.
-LISTS = {"image_size": (2,), "patch_size": (2,), "layers": range(1, 9)}
-CHOICES = {
-    "interpolation": ("bicubic", "bilinear", "random"),
-    "resize_mode": ("shortest", "longest", "squash"),
-}
-
-
-def check_config(of: str, model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> None:
-    """Refuse a model_cfg or preprocess_cfg that no model can have; `of` names it.
-
-    Raises InputError.
-    """
+def require_towers(of: str, model: Mapping[str, Any]) -> None:
+    """Raise InputError unless a model_cfg describes both towers; `of` names the model."""
     for name in ("vision_cfg", "text_cfg"):
         if not isinstance(model.get(name), dict):
-            raise _wrong(of, name, model.get(name))
-    for part in (model, model["vision_cfg"], model["text_cfg"]):
-        _check_sizes(of, part)
-    for name in ("mean", "std"):
-        values = preprocess[name]
-        figures = isinstance(values, list | tuple) and len(values) == 3
-        if not figures or not all(_is_figure(value, name == "std") for value in values):
-            raise _wrong(of, name, values)
-    for name, choices in CHOICES.items():
-        if preprocess[name] not in choices:
-            raise _wrong(of, name, preprocess[name])
-    fill = preprocess.get("fill_color", 0)
-    if type(fill) is not int or not 0 <= fill <= 255:
-        raise _wrong(of, "fill_color", fill)
+            raise invalid_field(of, name, model.get(name))
 
 
-def _check_sizes(of: str, part: Mapping[str, Any]) -> None:
-    for name in SIZES:
-        # A ResNet says that it has no patches.
-        silent = name not in part or (name == "patch_size" and part[name] is None)
-        if not silent and not _is_size(name, part[name]):
-            raise _wrong(of, name, part[name])
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
-def check_size(model: Mapping[str, Any], nbytes: int) -> None:
-    """Refuse a model_cfg of more parameters than weights of so many bytes can hold.
-
-    To build what it describes might take all memory there is. Raises ValueError.
-    """
-    vision, text = model["vision_cfg"], model["text_cfg"]
-    least = 0
-    for part, named in ((vision, "timm_model_name"), (text, "hf_model_name")):
-        layers, width = part.get("layers", 1), part.get("width", 1)
-        if not part.get(named) and isinstance(layers, int):
-            # Query, key, value and what comes out of them; then what is embedded.
-            least += 4 * layers * width**2
-            least += width * (part.get("vocab_size", 1) + part.get("context_length", 1))
-    if least > nbytes:
-        raise ValueError(
-            f"the configuration is of a model of more than {least:,} parameters, "
-            f"and the weights have {nbytes:,} bytes"
-        )
-
-
-def _is_size(name: str, value: Any) -> bool:
-    is_list = isinstance(value, list | tuple) and len(value) in LISTS.get(name, ())
-    sizes = value if is_list else [value]
-    most = LARGEST.get(name, LARGEST_OTHER)
-    return all(type(size) is int and 0 < size <= most for size in sizes)
-
-
-def _is_figure(value: Any, positive: bool) -> bool:
-    figure = type(value) in (int, float) and math.isfinite(value)
-    return figure and (value > 0 or not positive)
-
-
-def _wrong(of: object, name: str, value: Any) -> InputError:
+def invalid_field(of: object, name: str, value: Any) -> InputError:
+    """Return the error of a configuration whose field `name` has a value that none can have."""
     return InputError(
         f"the configuration of {of} is not valid: {name} cannot be {value!r:.80}",
         hint="get the model again, or correct its configuration",
@@ -216,7 +86,7 @@ class Family:
     fits: Callable[[Part, Part], dict[str, bool]]
     model_cfg: Callable[[Part, Part, Part], Part]
     for_transformers: Callable[[Part], Part] | None
-    names: Spelling = Spelling.TRANSFORMERS
+    names: NamingScheme = NamingScheme.TRANSFORMERS
     processor: str = "CLIP"
 
 
@@ -257,13 +127,12 @@ def _metaclip_config(config: Part, text: Part, vision: Part) -> Part:
 def _chinese_fits(text: Part, vision: Part) -> dict[str, bool]:
     positions, padding = text["max_position_embeddings"], text["pad_token_id"]
     return {
-        "layer_norm_eps": vision["layer_norm_eps"] == 1e-5
-        and _is_figure(text["layer_norm_eps"], True),
+        "layer_norm_eps": vision["layer_norm_eps"] == 1e-5 and text["layer_norm_eps"] > 0,
         "hidden_act": vision["hidden_act"] in ("gelu", "quick_gelu")
         and text["hidden_act"] in BERT_ACTS,
         "num_channels": vision["num_channels"] == 3,
-        "max_position_embeddings": _is_size("context_length", positions),
-        "type_vocab_size": _is_size("type_vocab_size", text["type_vocab_size"]),
+        "max_position_embeddings": _is_size(positions),
+        "type_vocab_size": _is_size(text["type_vocab_size"]),
         "pad_token_id": type(padding) is int and padding >= 0,
         "position_embedding_type": text["position_embedding_type"] == "absolute",
     }
@@ -379,7 +248,7 @@ def _mlp_ratio(part: Part) -> float:
 def _siglip_fits(text: Part, vision: Part) -> dict[str, bool]:
     eps = text["layer_norm_eps"]
     return {
-        "layer_norm_eps": _is_figure(eps, True) and vision["layer_norm_eps"] == 1e-6,
+        "layer_norm_eps": eps > 0 and vision["layer_norm_eps"] == 1e-6,
         "hidden_act": {text["hidden_act"], vision["hidden_act"]} <= GELU.keys(),
         "num_channels": vision["num_channels"] == 3,
         "projection_size": _embed_dim(text) == vision["hidden_size"],
@@ -418,8 +287,10 @@ def _embed_dim(text: Part) -> Any:
 
 # Where the authors of Chinese CLIP cut texts.
 CHINESE_LENGTH = 52
+
 # How texts are cleaned that are given to a tokenizer as they are, for which open_clip has no word.
 AS_IT_IS = "none"
+
 # What a BERT is beside its sizes, and the activations that it may have.
 BERT_FIELDS = (
     "max_position_embeddings",
@@ -429,8 +300,10 @@ BERT_FIELDS = (
     "pad_token_id",
 )
 BERT_ACTS = ("gelu", "gelu_new", "relu", "silu")
+
 # Configurations of before the field was right say 2 and mean the last token of a text.
 END_OF_TEXT = (2, 49407)
+
 # The keywords of PyTorch's GELU for what transformers calls it.
 GELU = {"gelu": {"approximate": "none"}, "gelu_pytorch_tanh": {"approximate": "tanh"}}
 
@@ -518,7 +391,7 @@ FAMILIES = {
         _siglip_fits,
         _siglip_config,
         _siglip_for_transformers,
-        Spelling.SIGLIP,
+        NamingScheme.SIGLIP,
         "Siglip",
     ),
     CHINESE_CLIP: Family(
@@ -530,7 +403,7 @@ FAMILIES = {
         _chinese_fits,
         _chinese_config,
         None,
-        Spelling.BERT,
+        NamingScheme.BERT,
         "ChineseCLIP",
     ),
 }
@@ -539,16 +412,16 @@ KNOWN = ", ".join(family.name for family in FAMILIES.values())
 
 def model_config(folder: Path) -> dict[str, Any]:
     """Return open_clip's model_cfg for a folder of transformers. Raises InputError."""
-    config, family = read_config(folder / CONFIG), FAMILIES[_type(folder)]
+    config, family = read_config(folder / CONFIG), FAMILIES[model_type(folder)]
     parts = []
     for name, defaults in (("text_config", family.text), ("vision_config", family.vision)):
         said = config.get(name) or {}, config.get(f"{name}_dict") or {}
         if not all(isinstance(part, dict) for part in said):
-            raise _wrong(folder, name, said[0])
+            raise invalid_field(folder, name, said[0])
         part = defaults | said[0] | said[1]
         for field in ("hidden_size", "intermediate_size", "num_attention_heads"):
-            if not _is_size(field, part[field]):
-                raise _wrong(folder, field, part[field])
+            if not _is_size(part[field]):
+                raise invalid_field(folder, field, part[field])
         parts.append(part)
     text, vision = parts
     for field, fits in family.fits(text, vision).items():
@@ -640,155 +513,3 @@ def _flat(model: Part, kind: str) -> Part:
         flat[f"{tower}.mlp_ratio"] = _mlp_size(model[tower])
     left_out = _NOT_BUILT if kind == CLIP else _NOT_BUILT | _TOKENIZER
     return {name: value for name, value in flat.items() if name.split(".")[-1] not in left_out}
-
-
-def preprocess_config(folder: Path) -> dict[str, Any]:
-    """Return what of open_clip's preprocess_cfg a folder's image processor says.
-
-    Raises InputError where open_clip has no such preprocessing.
-    """
-    family = FAMILIES.get(_type(folder), FAMILIES[CLIP])
-    preprocess = {**family.preprocess}
-    path = folder / PREPROCESSOR
-    if path.is_file():
-        processor = read_config(path)
-    elif (folder / PROCESSOR).is_file():
-        path = folder / PROCESSOR
-        processor = read_config(path).get("image_processor", {})
-    else:
-        return preprocess
-    if not isinstance(processor, dict):
-        raise _wrong(folder, "image_processor", processor)
-    for theirs, ours in (("image_mean", "mean"), ("image_std", "std")):
-        if theirs in processor:
-            preprocess[ours] = processor[theirs]
-    resample = processor.get("resample", 3)
-    if type(resample) is not int or resample not in INTERPOLATION:
-        raise InputError(f"{path} asks for resample {resample}; bilinear (2) and bicubic (3) work")
-    size = processor.get("size") or ({"shortest_edge": 0} if family.crops else {"height": 0})
-    squash = isinstance(size, Mapping) and "height" in size
-    return preprocess | {
-        "interpolation": INTERPOLATION[resample],
-        "resize_mode": "squash" if squash else "shortest",
-    }
-
-
-def transformers_preprocess(
-    model: Mapping[str, Any], preprocess: Mapping[str, Any]
-) -> tuple[dict[str, Any], str | None]:
-    """Return transformers' image processor for a preprocess_cfg, and what of it that lacks."""
-    family, size = FAMILIES[family_of(model)], model["vision_cfg"]["image_size"]
-    sides = {"height": size, "width": size}
-    resamples = {name: number for number, name in INTERPOLATION.items()}
-    crops = preprocess["resize_mode"] == "shortest"
-    made = {
-        "image_processor_type": f"{family.processor}ImageProcessor",
-        "processor_class": f"{family.processor}Processor",
-        "do_resize": True,
-        "size": {"shortest_edge": size} if crops else sides,
-        "resample": resamples.get(preprocess["interpolation"], 0),
-        "do_center_crop": crops,
-        "crop_size": sides,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "image_mean": [*preprocess["mean"]],
-        "image_std": [*preprocess["std"]],
-    }
-    for name, known in (
-        ("interpolation", tuple(resamples)),
-        ("resize_mode", ("shortest", "squash") if family.crops else ("squash",)),
-    ):
-        if preprocess[name] not in known:
-            return made, f"preprocess_cfg.{name} {preprocess[name]!r} ({' and '.join(known)} work)"
-    return made, None
-
-
-def vocabulary(folder: Path) -> dict[str, int] | None:
-    """Return a folder's tokens and their ids, None where it has no tokenizer."""
-    for name in ("vocab.json", "tokenizer.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            content = parse_json(path.read_bytes())
-            tokens = content["model"]["vocab"] if name == "tokenizer.json" else content
-            return {str(token): int(number) for token, number in tokens.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"cannot read the tokenizer {path}: {error}") from error
-    return None
-
-
-# Where transformers itself looks first.
-PREFERRED = ("model.safetensors", "model-", "pytorch_model.bin", "pytorch_model-")
-
-
-class ClipWeights:
-    """Every tensor of a model by open_clip's name, read from where transformers keeps it."""
-
-    def __init__(self, folder: Path) -> None:
-        """Find the weights that transformers would load. Raises MissingError or InputError."""
-        self.weights = _preferred(folder)
-        self._places = _places(self.weights)
-        for places in self._places.values():
-            if not self.weights.holds(places):
-                raise InputError(f"{folder} holds no {places[0].key}, which a CLIP has")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def read(self, name: str) -> Floats:
-        """Return the parameter open_clip calls `name`: fp16 of an fp16 file, else fp32 (or fp64).
-
-        Raises InputError where there is none.
-        """
-        if name not in self._places:
-            raise InputError(f"{self.weights.path} holds no layer {name}")
-        stored, dtype = self.weights.layer(self._places[name])
-        if dtype not in FLOATS:
-            raise InputError(f"{name} in {self.weights.path} is {dtype}, not floating point")
-        values: Floats = np.ascontiguousarray(stored if dtype == "F16" else widen(stored, dtype))
-        return values.reshape(stored.shape)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each tensor."""
-        return {name: self.weights.shape(places) for name, places in self._places.items()}
-
-    def fingerprint(self, instead: Mapping[str, Floats] | None = None) -> str:
-        """Return the fingerprint that the same weights have in open_clip's layout.
-
-        Parameters of `instead` count with these values in place of their own.
-        """
-        return combined_fingerprint(self.shapes(), self._digest, instead or {})
-
-    def _digest(self, name: str) -> str:
-        places = self._places[name]
-        if len(places) > 1 or not places[0].is_plain:
-            stored, dtype = self.weights.layer(places)
-            return values_digest([stored], dtype)
-        key = places[0].key
-        file = self.weights.files[self.weights.owners[key]]
-        return values_digest(file.chunks(key), file.entry(key).dtype)
-
-
-def _places(weights: WeightSet) -> dict[str, Places]:
-    """Return where each tensor of a model lies, by open_clip's name for it."""
-    places: dict[str, Places] = {}
-    for spelling in sorted({tower.spelling for tower in weights.towers}):
-        places |= {name: (place,) for name, place in SCALES[spelling].items()}
-    for tower in weights.towers:
-        for name in names(tower.tower, weights.blocks(tower), tower.spelling):
-            places[name] = tensor_places(name, tower)
-    return places
-
-
-def _preferred(folder: Path) -> WeightSet:
-    require_inside(folder)
-    weight_sets, unread = read_weight_sets(folder)
-    whole = [each for each in weight_sets if {place.tower for place in each.towers} == {*Tower}]
-    first = [each for start in PREFERRED for each in whole if each.path.name.startswith(start)]
-    if whole:
-        return (first or whole)[0]
-    why = f": {next(iter(unread.values()))}" if unread else ""
-    raise MissingError(f"{folder} holds no weights of a whole CLIP{why}")

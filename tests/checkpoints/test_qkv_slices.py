@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from slsgu_cli.checkpoints.apply import apply_edits
 from slsgu_cli.checkpoints.edits import load_edit
-from slsgu_cli.checkpoints.layers import Layer, both_held, layers_of
+from slsgu_cli.checkpoints.layers import Layer, in_whole_and_in_part, layers_of
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.cli.app import app
 from slsgu_cli.clip.in_place import moved
@@ -53,15 +53,15 @@ def rows(values, letter):
 )
 def test_a_third_is_told_by_its_name(layer, parameter, third):
     parsed = Layer.parse(layer)
-    assert (parsed.parameter, parsed.third) == (parameter, third)
+    assert (parsed.parameter, parsed.part) == (parameter, third)
 
 
 def test_split_layers_take_the_place_of_fused_ones():
     names = [VISION, f"{VISION[:-6]}bias", "ln_final.weight", "logit_scale"]
     assert layers_of(names, Qkv.FUSED) == ["ln_final.weight", VISION]
     assert layers_of(names, Qkv.SPLIT) == ["ln_final.weight", *(f"{VISION}.{x}" for x in "qkv")]
-    assert both_held([f"{VISION}.q", f"{VISION}.k", FUSED]) is None
-    assert both_held([f"{VISION}.q", VISION]) == VISION
+    assert in_whole_and_in_part([f"{VISION}.q", f"{VISION}.k", FUSED]) is None
+    assert in_whole_and_in_part([f"{VISION}.q", VISION]) == VISION
 
 
 def test_thirds_are_scored_by_their_rows(world):

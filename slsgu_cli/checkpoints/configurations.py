@@ -1,0 +1,60 @@
+"""Configuration files of models, read as JSON."""
+
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.records.codec import parse_json
+
+CONFIG, PIPELINE, OPEN_CLIP = "config.json", "model_index.json", "open_clip_config.json"
+SHARDS = "*.index.json"
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """Return what transformers calls the model of a configuration: its class and its type."""
+    classes = config.get("architectures")
+    named = classes[0] if isinstance(classes, list) and classes else "model"
+    return f"{named} ({config.get('model_type', 'of no type')})"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON configuration file. Raises MissingError or InputError."""
+    try:
+        content = parse_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise MissingError(
+            f"{path.parent} is no model that slsgu knows: it has no {path.name}",
+            hint=f"a folder with {CONFIG} (transformers), {PIPELINE} (diffusers) or {OPEN_CLIP}, "
+            "or one file of weights",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a JSON object")
+    return content
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    """Return what `read_config` does, and an empty object where there is no such file."""
+    return read_config(path) if path.is_file() else {}
+
+
+def require_inside(folder: Path) -> None:
+    """Refuse a model whose indices of shards name files outside of its folder. Raises InputError.
+
+    Other libraries would read what they name, and a copy would lead there too.
+    """
+    for path in sorted([*folder.glob(SHARDS), *folder.glob(f"*/{SHARDS}")]):
+        shards = read_config(path).get("weight_map", {})
+        for shard in sorted(map(str, shards.values())) if isinstance(shards, dict) else ():
+            require_name_inside(path, shard)
+
+
+def require_name_inside(path: Path, name: str) -> None:
+    """Refuse a file that names another one outside of its folder."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+        raise InputError(
+            f"{path} names {name!r}, which lies outside of the model",
+            hint="get the model from a source that you trust",
+        )

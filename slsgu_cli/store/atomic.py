@@ -1,0 +1,258 @@
+"""Files and folders that appear whole or not at all."""
+
+import ctypes
+import errno
+import functools
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from slsgu_cli.errors import InputError, SlsguError
+
+PARTIAL = ".partial-"
+
+# safetensors writes under a temporary name of its own; a killed process leaves that one.
+UNFINISHED = (PARTIAL, ".tmp")
+
+# What mends a write that failed, by the error; `{}` is what else can be done.
+REMEDIES = {
+    errno.ENOSPC: "free some space, or {}",
+    errno.EDQUOT: "free some space, or {}",
+    errno.EFBIG: "free some space, or {}",
+    errno.EACCES: "see who may write there, or {}",
+    errno.EROFS: "it can only be read: {}",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+def remedy(error: OSError, otherwise: str) -> str:
+    """Return what mends a write that failed, or else what can be done `otherwise`."""
+    number = errno.EACCES if isinstance(error, PermissionError) else error.errno
+    return REMEDIES.get(number or 0, "{}").format(otherwise)
+
+
+def partial_name(name: str) -> str:
+    """Return a fresh name under which this process writes what will be called `name`."""
+    return f"{PARTIAL}{_machine_digest()}.{os.getpid()}-{secrets.token_hex(4)}-{name}"
+
+
+def writer_lives(partial: str) -> bool | None:
+    """Return whether the process that writes under a partial name lives; None if none can tell."""
+    there, _, process = partial.removeprefix(PARTIAL).partition("-")[0].partition(".")
+    return process_lives(
+        machine() if there == _machine_digest() else "", int(process) if process.isdecimal() else 0
+    )
+
+
+@functools.cache
+def machine() -> str:
+    """Return what tells the processes of one machine from those of others; "" if nothing does."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def process_lives(where: str, process: int) -> bool | None:
+    """Return whether a process lives; None of one that is on another machine, or on none known."""
+    if not where or where != machine() or process <= 0 or sys.platform == "win32":
+        return None
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
+    return True
+
+
+def _machine_digest() -> str:
+    return hashlib.sha256(machine().encode()).hexdigest()[:8] if machine() else "unknown"
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename `source` to `target` and let it take its place, in one step where that can be.
+
+    Where two folders cannot swap, the old one steps aside first, again if another process
+    has put its own there in between. Raises OSError, or InputError where it is no file or
+    folder; what was at `target` stays then.
+    """
+    require_regular(target)
+    while True:
+        try:
+            source.replace(target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        if _exchange(source, target):
+            remove(source)
+            return
+        # Not a partial name: should the process die here, the old content must stay.
+        aside = target.with_name(f"{target.name}.replaced-{secrets.token_hex(4)}")
+        with suppress(FileNotFoundError):
+            target.rename(aside)
+        try:
+            source.rename(target)
+        except OSError:
+            if not target.exists():
+                aside.rename(target)
+                raise
+        remove(aside)
+        if not source.exists():
+            return
+
+
+def require_regular(target: Path) -> None:
+    """Refuse to take the place of what is neither a file nor a folder: a device, a pipe.
+
+    Links are followed. Raises InputError.
+    """
+    with suppress(OSError):
+        mode = target.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise InputError(
+                f"{target} is neither a file nor a folder, and is left alone",
+                hint="choose another place",
+            )
+
+
+def move_if_absent(source: Path, target: Path) -> bool:
+    """Rename `source` to `target` if nothing is there, in one step; return whether it was so.
+
+    Raises OSError.
+    """
+    if source.is_dir():
+        try:
+            source.rename(target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                return False
+            raise
+        return True
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return False
+    except OSError:
+        # A file system without hard links: the last of two writers at one covariance stays.
+        if target.exists():
+            return False
+        source.replace(target)
+        return True
+    source.unlink()
+    return True
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder if it is there, under a partial name while it goes.
+
+    Raises InputError for anything else that stands there.
+    """
+    require_regular(path)
+    aside = path.with_name(partial_name(path.name))
+    with suppress(FileNotFoundError):
+        path.replace(aside)
+        discard(aside)
+
+
+def discard(partial: Path) -> None:
+    """Remove what has a partial name, if it is there."""
+    if partial.is_dir():
+        shutil.rmtree(partial)
+    else:
+        partial.unlink(missing_ok=True)
+
+
+ABANDONED_SECONDS = 60.0
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yield a path to build a file or folder at; put it in `target`'s place on success.
+
+    On any exception, Ctrl-C included, what was built is removed and `target` is as it
+    was. OSErrors (a full disk) become InputErrors.
+    """
+    target = target.resolve()
+    partial = target.parent / partial_name(target.name)
+    lock = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_abandoned(target)
+        partial.mkdir()
+        lock = os.open(partial, os.O_RDONLY)
+        lock_now(lock)
+        yield partial / target.name
+        _put(partial / target.name, target)
+    except OSError as error:
+        if isinstance(error, SlsguError):
+            raise
+        raise InputError(
+            f"cannot write {target}: {error.strerror or error}",
+            hint=remedy(error, "choose another place with --out"),
+        ) from error
+    finally:
+        if lock is not None:
+            os.close(lock)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put(built: Path, target: Path) -> None:
+    """Move what was built; where it takes the place of something, not before it is on the disk."""
+    replaced = target.exists()
+    for path in [built, *built.rglob("*")] if replaced else ():
+        _flush(path)
+    move(built, target)
+    if replaced:
+        _flush(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step; return False where the system cannot."""
+    try:
+        swap = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    paths = os.fsencode(one), os.fsencode(other)
+    return bool(swap(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE) == 0)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _clear_abandoned(target: Path) -> None:
+    for path in target.parent.glob(f"{PARTIAL}*-{target.name}"):
+        # A young one may stand between its creation and its lock.
+        if path.is_dir() and time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                if lock_now(descriptor):
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def lock_now(descriptor: int) -> bool:
+    """Take the lock that lasts as long as this process; return whether it was free."""
+    if sys.platform == "win32":
+        return False
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,29 @@
+"""Digests of tensors and files."""
+
+import hashlib
+from pathlib import Path
+
+# Bytes that have a checksum of their own.
+CHECKED = 4 << 20
+
+CRC32C = "crc32c:"
+
+
+def content_digest(header: str, data: memoryview) -> str:
+    """Return the SHA-256 of `header` and of the CRC-32C of each 4 MiB, which tell of accidents.
+
+    One core makes checksums of 11 GB a second, and SHA-256 itself of 1.7.
+    """
+    import google_crc32c
+
+    whole = hashlib.sha256(header.encode())
+    for start in range(0, len(data), CHECKED):
+        part = bytes(data[start : start + CHECKED])
+        whole.update(google_crc32c.value(part).to_bytes(4, "little"))
+    return f"{CRC32C}{whole.hexdigest()}"
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, as `sha256sum` tells it. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
