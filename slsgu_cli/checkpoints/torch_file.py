@@ -137,7 +137,7 @@ def _loaded(path: Path, *, is_script: bool) -> Any:
     try:
         with warnings.catch_warnings(action="ignore"):
             if is_script:
-                return torch.jit.load(str(path), map_location="cpu")
+                return torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
         # A damaged file may fail in any way at all.

@@ -41,7 +41,7 @@ def inodes(folder):
 def test_the_first_of_two_builds_stays_and_the_second_is_dropped(build, tmp_path):
     """One waits with a whole block at hand while the other one builds all of the set."""
     build = [*build, "--no-wait"]
-    slow = start_held(*build, at="slsgu_cli.store.atomic:move_if_absent")
+    slow = start_held(*build, at="slsgu_cli.store.store:move_if_absent")
     quick = inside(*build)
     assert quick.exit_code == 0, quick.stderr
     data = tmp_path / "store" / "data"
@@ -57,7 +57,7 @@ def test_the_first_of_two_gradients_stays(world, tmp_path):
     for file in gradients.iterdir():
         file.unlink()
     words = ["grad", "blue", "--store", store, "--no-wait"]
-    slow = start_held(*words, at="slsgu_cli.store.atomic:move_if_absent")
+    slow = start_held(*words, at="slsgu_cli.store.store:move_if_absent")
     assert inside(*words).exit_code == 0
     before = {path: node for path, node in inodes(gradients).items() if path.suffix != ".json"}
     slow.communicate(timeout=120)

@@ -4,6 +4,7 @@ import json
 import struct
 from collections import OrderedDict
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -56,6 +57,24 @@ def write_patched(source: Path, out: Path, patches: dict[str, np.ndarray]) -> No
     """Write a copy of a file as apply does, with other values for some of its tensors."""
     plan = FilePlan(open_weights(source).prepared(patches), ())
     write_copy(CopyPlan(out, {"": source}, {"": plan}), ApplyOptions())
+
+
+def content(path: Path) -> object:
+    """Return the bytes of a file; of one of PyTorch's, the names, formats and bits of its tensors.
+
+    PyTorch writes its own name into an archive, so equal contents may differ as files.
+    """
+    try:
+        loaded = torch.load(path, weights_only=True) if path.suffix != ".safetensors" else None
+    except (RuntimeError, UnpicklingError):
+        loaded = None
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if state is None:
+        return path.read_bytes()
+    return [
+        (name, str(t.dtype), tuple(t.shape), t.contiguous().reshape(-1).view(torch.uint8).tolist())
+        for name, t in state.items()
+    ]
 
 
 def differing(one: Path, other: Path) -> list[int]:
