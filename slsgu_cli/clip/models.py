@@ -14,7 +14,13 @@ from slsgu_cli.checkpoints.layouts import file_fingerprint, open_weights, read_l
 from slsgu_cli.checkpoints.naming_schemes import NamingScheme
 from slsgu_cli.checkpoints.number_formats import Floats
 from slsgu_cli.checkpoints.tensor_file import canonical_name
-from slsgu_cli.checkpoints.transformers_families import KNOWN, is_clip, model_config, other_model
+from slsgu_cli.checkpoints.transformers_families import (
+    KNOWN,
+    is_clip,
+    model_config,
+    other_model,
+    require_towers,
+)
 from slsgu_cli.checkpoints.transformers_inputs import preprocess_config
 from slsgu_cli.checkpoints.transformers_weights import ClipWeights
 from slsgu_cli.errors import InputError, MissingError, SlsguError, UsageError, lacks_memory
