@@ -27,7 +27,7 @@ from slsgu_cli.clip import processes
 from slsgu_cli.clip.blocks import Stretch, mlp_half, stretched_attention
 from slsgu_cli.clip.towers import EMBED, OpenClipText, SplitTower
 from slsgu_cli.records.sets import InputSpec
-from slsgu_cli.sources.rows import Unread
+from slsgu_cli.sources.reader import SkippedImage
 from slsgu_cli.store.files import cores, free_memory, prefetch
 
 T = TypeVar("T")
@@ -347,7 +347,7 @@ def decode_in_order(
 def _decode_one(data: bytes | None, decode: Callable[[bytes], Picture]) -> Decoded:
     if data is None:
         return Decoded(None, "no image", b"")
-    if isinstance(data, Unread):
+    if isinstance(data, SkippedImage):
         return Decoded(None, data.reason, b"")
     source = hashlib.blake2b(data, digest_size=16).digest()
     try:

@@ -22,10 +22,11 @@ from slsgu_cli.clip.inputs import decoder
 from slsgu_cli.errors import InputError, MissingError, SlsguError, UsageError
 from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import ModelSpec, Origin, Screening
-from slsgu_cli.sets import build
+from slsgu_cli.sets import assembly
 from slsgu_cli.sets import pairs as pairs_module
-from slsgu_cli.sets.build import Preview, build_sets
-from slsgu_cli.sets.context import Scratch
+from slsgu_cli.sets.build import build_sets
+from slsgu_cli.sets.image_buffer import ImageBuffer
+from slsgu_cli.sets.preview import Preview
 from slsgu_cli.sources.parquet import ParquetSource
 from slsgu_cli.sources.tar import TarSource
 from slsgu_cli.store.artifacts import read_manifest
@@ -52,7 +53,7 @@ def decoded(monkeypatch):
         decode = decoder(spec)
         return lambda data: (count.append(1), decode(data))[1]
 
-    monkeypatch.setattr(build, "decoder", counting)
+    monkeypatch.setattr(assembly, "decoder", counting)
     return count
 
 
@@ -165,7 +166,7 @@ def test_concepts_share_retain_and_evaluation_rows(store, pairs, labelled, decod
     assert cat.retain.fingerprint == dog.retain.fingerprint
     assert cat.evals == dog.evals
     assert cat.forget.fingerprint != dog.forget.fingerprint
-    assert sum("used again" in line for line in listener.heard) == 2
+    assert sum("reusing" in line for line in listener.heard) == 2
     decoded.clear()
     assert run(store, pairs, **common) == dog
     assert not decoded
@@ -220,7 +221,7 @@ def test_broken_and_duplicate_rows_are_replaced_and_counted(store, tmp_path):
         "not an image": 30,
         "same image as a forget row": 1,
     }
-    assert any("460 fewer than asked for" in line for line in listener.heard)
+    assert any("460 fewer than requested" in line for line in listener.heard)
     # And the same again, from the blocks that stand.
     assert run(store, source, retain_samples=500, name="all") == everything
 
@@ -244,10 +245,10 @@ def test_rows_read_a_window_at_a_time_make_the_set_that_rows_held_make(
     sources = [tar(first) for first in (0, 40, 80)]
     options = {"screening": screening, "retain_samples": 30}
     held, most = [], []
-    put, clear = Scratch.put, Scratch.clear
-    monkeypatch.setattr(Scratch, "put", lambda s, image: (held.append(1), put(s, image))[1])
+    put, clear = ImageBuffer.put, ImageBuffer.clear
+    monkeypatch.setattr(ImageBuffer, "put", lambda s, image: (held.append(1), put(s, image))[1])
     monkeypatch.setattr(
-        Scratch, "clear", lambda s: (most.append(len(held)), held.clear(), clear(s))
+        ImageBuffer, "clear", lambda s: (most.append(len(held)), held.clear(), clear(s))
     )
     monkeypatch.setattr(pairs_module, "WINDOW", window)
     read = run(Store(str(tmp_path / "windows")), sources, **options)
@@ -362,7 +363,7 @@ def test_an_empty_forget_set_says_what_was_seen(store, pairs):
 def test_a_forget_set_of_broken_images_is_empty_too(store, tmp_path):
     rows = [{"key": "x", "image": b"junk", "caption": "a dog"}, sample(1, "a cat")]
     source = write_parquet(tmp_path / "a.parquet", rows)
-    with pytest.raises(InputError, match="no row is left for the forget set: 1 not an image"):
+    with pytest.raises(InputError, match="the forget set has no usable rows: 1 not an image"):
         run(store, source)
 
 
@@ -507,9 +508,9 @@ def test_named_classes_and_templates(store, pairs, labelled):
         ({"retain_samples": 0}, "--retain-samples is 0"),
         ({"max_forget": 0}, "--max-forget is 0"),
         ({"match": ["("], "regex": True}, "not a regular expression"),
-        ({"classes": {"x": "imagenet"}}, "--classes speaks of an evaluation set x"),
-        ({"templates": {"x": "imagenet"}}, "--templates speaks of"),
-        ({"forget_eval": "x"}, "--forget-eval speaks of"),
+        ({"classes": {"x": "imagenet"}}, "--classes names an evaluation set x"),
+        ({"templates": {"x": "imagenet"}}, "--templates names an"),
+        ({"forget_eval": "x"}, "--forget-eval names an"),
     ],
 )
 def test_contradictions_are_usage_errors(store, pairs, options, message):
@@ -579,7 +580,7 @@ def test_a_killed_build_leaves_no_manifest_and_can_be_done_again(
 
     evals = {"animals": labelled}
     with monkeypatch.context() as patch:
-        patch.setattr(build, "decoder", failing)
+        patch.setattr(assembly, "decoder", failing)
         with pytest.raises(Killed):
             run(store, pairs, evals=evals)
     assert store.names("sets") == []
@@ -593,7 +594,7 @@ def test_a_damaged_block_is_made_again(store, pairs):
     chunk.unlink()
     listener = Listener()
     assert run(store, pairs) == first
-    assert any("damaged" in line and "made again" in line for line in listener.heard)
+    assert any("damaged" in line and "built again" in line for line in listener.heard)
     assert DataBlock.open(store, first.retain).images(0, 30).any()
 
 

@@ -14,7 +14,9 @@ from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.records.options import BuildRequest, MetadataSource
 from slsgu_cli.records.sets import Concept, DownloadOptions, Origin
 from slsgu_cli.sets import collection
-from slsgu_cli.sets.build import build_many, build_sets, replay, require_all, with_collection
+from slsgu_cli.sets.build import build_many, build_sets, require_all
+from slsgu_cli.sets.replay import replay
+from slsgu_cli.sets.requests import with_collection
 from slsgu_cli.store.artifacts import Artifact, contents
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.catalog import entries
@@ -113,7 +115,7 @@ def test_many_names_share_one_collection_and_what_is_retained(store, tiny_model,
 
 
 def test_no_more_is_downloaded_than_a_limit_takes(store, tiny_model, metadata, monkeypatch):
-    monkeypatch.setattr(collection, "line_for", lambda wanted: 2 * wanted)
+    monkeypatch.setattr(collection, "sample_size", lambda wanted: 2 * wanted)
     request = ask(tiny_model, metadata=(metadata,), max_forget=5)
     manifest = build_sets(store, request)
     (urls,) = Path(store.root).glob("collections/*/urls.parquet")
@@ -139,15 +141,15 @@ def test_nothing_found_and_nothing_had_are_told_apart(store, tiny_model, metadat
     with pytest.raises(InputError, match="nothing matches 'unicorn' among 60 captions"):
         build_sets(store, none)
     dead = ask(tiny_model, metadata=(metadata,), match=("dog 3",))
-    with pytest.raises(InputError, match="none of the 1 images of dog could be had: 1 connection"):
+    with pytest.raises(InputError, match="none of the 1 images of dog could be collected: 1 conn"):
         build_sets(store, dead)
     assert store.names("sets") == []
 
 
 def test_contradictions_are_usage_errors(tiny_model):
-    with pytest.raises(UsageError, match="cannot be read together"):
+    with pytest.raises(UsageError, match="cannot be combined"):
         ask(tiny_model, metadata=("a",), sources=("b",))
-    with pytest.raises(UsageError, match="--names has patterns of its own"):
+    with pytest.raises(UsageError, match="--names cannot be combined with --match"):
         ask(tiny_model, concepts=[Concept("x", ("x",))], sources=("b",), match=("y",))
 
 

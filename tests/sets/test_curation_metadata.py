@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.records.sets import CollectRequest, Concept
-from slsgu_cli.sets import metadata
-from slsgu_cli.sets.metadata import priorities, scan_metadata
-from slsgu_cli.sources.captions import GROUP, ConceptIndex, Prefilter, matcher
+from slsgu_cli.records.options import BuildRequest
+from slsgu_cli.records.sets import CollectRequest, Concept, ModelSpec
+from slsgu_cli.sets import scan as scan_module
+from slsgu_cli.sets.scan import priorities, scan_metadata
+from slsgu_cli.sources.concept_index import GROUP, ConceptIndex, Prefilter
+from slsgu_cli.sources.matching import matcher
 
 LETTERS = "elonß ELΣσς&;ampé’'-\u2011ﬁK\u0130ı\u200b\xad™\u0301\u2028\0Ｅ½特İſẞ"
 CAPTIONS = st.lists(st.none() | st.text(st.sampled_from(LETTERS), max_size=9), max_size=20)
@@ -59,13 +61,17 @@ def write(path, table, group=10):
     return str(path)
 
 
-def ask(**options):
-    options = {"concepts": (Concept("dog", ("dog",)), Concept("cat", ("cat",)))} | options
-    return CollectRequest(metadata=("unused",), **options)
+def ask(*, concepts=None, url_column="URL", **options):
+    """Return a request; without `retain_samples`, one that draws no retain rows."""
+    options = options if "retain_samples" in options else {"retain_sources": ("x",), **options}
+    concepts = concepts or (Concept("dog", ("dog",)), Concept("cat", ("cat",)))
+    collect = CollectRequest(concepts=concepts, metadata=("unused",), url_column=url_column)
+    return BuildRequest(name="x", model=ModelSpec("unused"), collect=collect, **options)
 
 
 def scan(paths, request):
-    return scan_metadata(paths, request, ConceptIndex(request.concepts, request.regex))
+    index = ConceptIndex(request.collect.concepts, request.regex)
+    return scan_metadata(paths, request, index, url_column=request.collect.url_column)
 
 
 def test_rows_of_many_names_are_found_in_one_pass(tmp_path):
@@ -98,7 +104,7 @@ def test_rows_to_retain_are_a_seeded_draw_of_what_is_left(tmp_path, monkeypatch)
     assert found.retain == scan([path], request).retain
     other = scan([path], ask(retain_samples=4, retain_exclude=("number 8",), seed=1))
     assert [hit.row for hit in other.retain] != [hit.row for hit in found.retain]
-    monkeypatch.setattr(metadata, "POOL", 1 / 1000)
+    monkeypatch.setattr(scan_module, "POOL", 1 / 1000)
     few = scan([path], ask(retain_samples=4))
     assert {hit.row // 10 for hit in few.retain} < set(range(9))
 

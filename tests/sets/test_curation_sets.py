@@ -12,15 +12,9 @@ from slsgu_cli.figures.pictures import contact_sheet
 from slsgu_cli.records.codec import decode
 from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import Origin
-from slsgu_cli.sets.build import replay
-from slsgu_cli.sets.evaluation_sets import (
-    drop,
-    drop_from_set,
-    hashes,
-    inspect_set,
-    read_keys,
-    top_words,
-)
+from slsgu_cli.sets.dropped_rows import drop, drop_from_set, hashes, read_keys
+from slsgu_cli.sets.inspection import inspect_set, top_words
+from slsgu_cli.sets.replay import replay
 from slsgu_cli.store.artifacts import Artifact, read_pointer
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.catalog import Standing, entries
@@ -136,7 +130,7 @@ def test_the_request_in_a_manifest_is_what_was_asked_for(shared_world):
 
 def test_a_manifest_that_does_not_say_how_is_stale(world):
     world.store.write_record(Artifact.SET.path(world.name), replace(world.manifest, request={}))
-    with pytest.raises(StaleError, match="does not say how it was built"):
+    with pytest.raises(StaleError, match="does not contain its request"):
         replay(world.store, world.name)
 
 

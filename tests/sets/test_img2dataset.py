@@ -15,10 +15,17 @@ from processes import interruptible
 from tiny_images import encoded
 
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.records.sets import CollectRequest, Concept, Distributor, DownloadOptions
-from slsgu_cli.sets import metadata as metadata_module
-from slsgu_cli.sets.collection import collect
-from slsgu_cli.sets.metadata import find_command, reason
+from slsgu_cli.records.options import BuildRequest
+from slsgu_cli.records.sets import (
+    CollectRequest,
+    Concept,
+    Distributor,
+    DownloadOptions,
+    ModelSpec,
+)
+from slsgu_cli.sets import collection
+from slsgu_cli.sets import download as download_module
+from slsgu_cli.sets.download import find_command, reason
 from slsgu_cli.store.store import Store
 
 
@@ -44,11 +51,19 @@ def metadata(tmp_path):
 
 def ask(metadata, **download):
     options = {"command": FAKE_IMG2DATASET, "shard_rows": 4} | download
-    return CollectRequest(
+    wanted = CollectRequest(
         concepts=(Concept("dog", ("dog",)),),
         metadata=(metadata,),
         download=DownloadOptions(**options),
     )
+    # With retain rows from elsewhere, only those of the concept are collected.
+    return BuildRequest(
+        name="dog", model=ModelSpec("unused"), retain_sources=("x",), collect=wanted
+    )
+
+
+def collect(store, request):
+    return collection.collect(store, request, request.collect)
 
 
 def test_what_is_had_and_what_is_not_is_counted_by_concept(store, metadata, monkeypatch, tmp_path):
@@ -69,10 +84,10 @@ def test_what_is_had_and_what_is_not_is_counted_by_concept(store, metadata, monk
 def test_shards_that_were_done_are_not_fetched_again(store, metadata, monkeypatch, tmp_path):
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("FAKE_DIES", "2")
-    monkeypatch.setattr(metadata_module, "TRIES", 1)
+    monkeypatch.setattr(download_module, "TRIES", 1)
     with pytest.raises(InputError, match=r"finished 2 of 4 shards .* killed by something") as told:
         collect(store, ask(metadata))
-    assert "goes on where it stopped" in told.value.hint
+    assert "run the same command again to resume" in told.value.hint
     assert store.names("collections", ".json") == []
     monkeypatch.delenv("FAKE_DIES")
     first = next(Path(store.root).glob("collections/*/parts/00000.tar"))
@@ -124,16 +139,16 @@ def test_an_interrupt_ends_what_was_started(store, metadata, tmp_path):
 
 
 def test_the_command_is_found_or_the_way_to_get_it_is_told(monkeypatch, tmp_path):
-    monkeypatch.delenv(metadata_module.VARIABLE, raising=False)
+    monkeypatch.delenv(download_module.VARIABLE, raising=False)
     assert find_command(FAKE_IMG2DATASET) == FAKE_IMG2DATASET.split()
-    monkeypatch.setenv(metadata_module.VARIABLE, FAKE_IMG2DATASET)
+    monkeypatch.setenv(download_module.VARIABLE, FAKE_IMG2DATASET)
     assert find_command(None) == FAKE_IMG2DATASET.split()
     with pytest.raises(MissingError, match="no command nowhere"):
         find_command("nowhere")
-    monkeypatch.delenv(metadata_module.VARIABLE)
+    monkeypatch.delenv(download_module.VARIABLE)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(metadata_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(download_module, "find_spec", lambda name: None)
     with pytest.raises(MissingError, match="not installed") as told:
         find_command(None)
     assert "pip install 'slsgu[download]'" in told.value.hint

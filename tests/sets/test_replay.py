@@ -7,7 +7,7 @@ from slsgu_cli.errors import UsageError
 from slsgu_cli.records.options import BuildRequest, MetadataSource
 from slsgu_cli.records.sets import Concept, ModelSpec, Screening
 from slsgu_cli.sets import build
-from slsgu_cli.sets.build import build_command, with_collection
+from slsgu_cli.sets.requests import build_command, with_collection
 
 PLAIN = BuildRequest(
     name="mickey", concept="mickey", model=ModelSpec("local-dir:clip"), sources=["a.parquet"]

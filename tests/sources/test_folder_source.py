@@ -6,7 +6,7 @@ import pytest
 from tiny_images import encoded, write_folder
 
 from slsgu_cli.errors import InputError
-from slsgu_cli.sources.opening import FolderSource
+from slsgu_cli.sources.folder import FolderSource
 
 
 def rows(path, filters=None):

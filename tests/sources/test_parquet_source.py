@@ -7,7 +7,7 @@ from tiny_images import encoded, sample, write_parquet
 
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.sources.parquet import ParquetSource
-from slsgu_cli.sources.rows import Columns
+from slsgu_cli.sources.reader import Columns
 
 
 def source(path, filters=None, **columns):

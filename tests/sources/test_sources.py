@@ -5,8 +5,10 @@ import pytest
 from tiny_images import encoded, sample, shard, write_folder, write_parquet, write_tar
 
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.sources.opening import fetch, open_sources, parse_source, scan
-from slsgu_cli.sources.rows import Columns, as_text
+from slsgu_cli.sources.grammar import parse_source
+from slsgu_cli.sources.opening import fetch, open_sources, scan
+from slsgu_cli.sources.reader import Columns
+from slsgu_cli.sources.texts import as_text
 
 ANY = Columns()
 
@@ -181,7 +183,7 @@ def test_a_file_read_for_several_filters_yields_what_each_reads_alone(tmp_path, 
         alone = [list(reader.rows(Counter())) for reader in readers]
         assert any(alone)
         together = [[] for _ in readers]
-        for row, places in readers[0].rows_passing([r.filters for r in readers], Counter()):
+        for row, places in readers[0].rows_matching([r.filters for r in readers], Counter()):
             for place in places:
                 together[place].append(row)
         assert together == alone
