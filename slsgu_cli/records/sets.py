@@ -268,7 +268,7 @@ class Screening:
         metavar="BITS",
         help="Images whose hashes differ less.",
         panel=ROWS,
-        without="all are kept",
+        without="keep all",
     )
     device: str = DEVICE()
 
@@ -348,7 +348,7 @@ class CollectRequest:
 class ConceptCounts:
     """The rows found for a concept (or drawn for the retain set), and reasons of failures."""
 
-    found: int
+    rows: int
     refused: dict[str, int]
     shards: Sequence[str]
 
@@ -377,5 +377,5 @@ class Collection:
 
     def about(self) -> dict[str, str]:
         """Return a summary in words."""
-        rows = {name: f"{counts.found} rows" for name, counts in self.concepts.items()}
+        rows = {name: f"{counts.rows} rows" for name, counts in self.concepts.items()}
         return {"files": str(self.files), "rows": str(self.seen), **rows}

@@ -84,10 +84,10 @@ def _shards(store: Store, collected: Collected, counts: ConceptCounts, role: str
 def _no_samples(request: BuildRequest, collected: Collected, counts: ConceptCounts) -> SlsguError:
     record = collected.record
     patterns = ", ".join(repr(pattern) for pattern in request.patterns)
-    if counts.found:
+    if counts.rows:
         why = ", ".join(f"{count} {what}" for what, count in counts.refused.items())
         return InputError(
-            f"none of the {counts.found} images of {request.name} could be collected: {why}",
+            f"none of the {counts.rows} images of {request.name} could be collected: {why}",
             hint="check the URLs, or try again later",
         )
     examples = ", ".join(repr(" ".join(text.split())[:60]) for text in record.examples)

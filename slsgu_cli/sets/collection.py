@@ -144,10 +144,10 @@ def _from_shards(
     refused = sum((Counter(counts.refused) for counts in shards), Counter[str]())
     concepts = {}
     for concept in wanted.concepts:
-        found = [counts.found.get(concept.name, 0) for counts in shards]
+        rows = [counts.rows.get(concept.name, 0) for counts in shards]
         excluded = sum(counts.excluded.get(concept.name, 0) for counts in shards)
         excluded_counts = {EXCLUDED: excluded} if excluded else {}
-        concepts[concept.name] = ConceptCounts(sum(found), excluded_counts, _tars(found))
+        concepts[concept.name] = ConceptCounts(sum(rows), excluded_counts, _tars(rows))
     retain = [counts.retain for counts in shards]
     return Collection(
         sources=wanted.sources,
@@ -173,10 +173,10 @@ class Downloaded:
     shards: set[str] = field(default_factory=set)
     refused: Counter[str] = field(default_factory=Counter)
 
-    def counts(self, found: int, refused: dict[str, int]) -> ConceptCounts:
-        """Return the counts of `found` rows, some of which were refused before the download."""
+    def counts(self, rows: int, refused: dict[str, int]) -> ConceptCounts:
+        """Return the counts of `rows` rows, some of which were refused before the download."""
         all_refused = refused | dict(sorted(self.refused.items()))
-        return ConceptCounts(found, all_refused, tuple(sorted(self.shards)))
+        return ConceptCounts(rows, all_refused, tuple(sorted(self.shards)))
 
 
 def _without_duplicates(scan: Scan) -> tuple[list[Hit], Refused]:

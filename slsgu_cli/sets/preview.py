@@ -117,8 +117,8 @@ def first_rows(selections: Sequence[Selection]) -> list[Selection | SlsguError]:
     results: dict[int, Selection | SlsguError] = {}
     with progress.bar("reading captions", None) as ticker:
         for places in together.values():
-            found = _search([selections[place] for place in places], ticker)
-            results |= zip(places, found, strict=True)
+            searched = _search([selections[place] for place in places], ticker)
+            results |= zip(places, searched, strict=True)
     return [results[place] for place in range(len(selections))]
 
 
@@ -135,7 +135,7 @@ def _search(
         if len(selections) == 1:
             return [error]
         # The error may concern only one selection, so each is searched alone.
-        return [found for each in selections for found in _search([each], ticker)]
+        return [result for each in selections for result in _search([each], ticker)]
     for selection in copies:
         selection.refused.update(skipped)
     return [*copies]

@@ -41,7 +41,7 @@ class ShardCounts:
     """The counts of one file: samples by concept, retain rows, and refused rows."""
 
     seen: int
-    found: dict[str, int]
+    rows: dict[str, int]
     excluded: dict[str, int]
     retain: int
     refused: dict[str, int]

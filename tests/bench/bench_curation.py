@@ -92,7 +92,7 @@ OUR_SHARDS = """
         start = time.perf_counter()
         store = Store(sys.argv[1] + "-store")
         record = collect(store, request, wanted).record
-        done(start, record.seen, record.concepts["elon musk"].found)
+        done(start, record.seen, record.concepts["elon musk"].rows)
         shutil.rmtree(store.root)
 """
 

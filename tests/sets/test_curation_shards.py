@@ -81,7 +81,7 @@ def test_samples_of_many_names_with_their_origins(store, tars):
     collected = collect(store, ask(tars))
     record = collected.record
     assert record.seen == 120
-    assert {name: tried.found for name, tried in record.concepts.items()} == {"dog": 40, "cat": 40}
+    assert {name: tried.rows for name, tried in record.concepts.items()} == {"dog": 40, "cat": 40}
     found = held(store, collected)
     assert len(found) == 80
     for row, data in found:
@@ -93,7 +93,7 @@ def test_samples_of_many_names_with_their_origins(store, tars):
 def test_rows_to_retain_come_from_as_few_shards_as_suffice(store, tars, alone, monkeypatch):
     monkeypatch.setattr(shard_collection, "retain_candidates", lambda request: 15)
     record = collect(store, ask(tars, retain_samples=5)).record
-    assert record.retain.found == 20
+    assert record.retain.rows == 20
     assert len(record.retain.shards) == 2
 
 
@@ -117,7 +117,7 @@ def test_only_files_that_were_not_done_are_read_again(store, tars, alone, monkey
     assert store.names("collections", ".json") == []
     record = collect(store, ask(tars)).record
     assert len(read) == 5
-    assert record.concepts["dog"].found == 40
+    assert record.concepts["dog"].rows == 40
     listener = Listener()
     assert collect(store, ask(tars)).record == record
     assert "reusing the samples collected from" in listener.heard[0]

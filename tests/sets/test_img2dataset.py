@@ -71,7 +71,7 @@ def test_what_is_had_and_what_is_not_is_counted_by_concept(store, metadata, monk
     request = ask(metadata, distributor=Distributor.RAY, retries=3, timeout=7)
     record = collect(store, request).record
     dog = record.concepts["dog"]
-    assert dog.found == 15
+    assert dog.rows == 15
     assert dog.refused == {"connection failed": 1, "dead link (HTTP 404)": 1}
     assert dog.shards == tuple(f"{n:05}.tar" for n in range(4))
     (options,) = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
@@ -92,14 +92,14 @@ def test_shards_that_were_done_are_not_fetched_again(store, metadata, monkeypatc
     monkeypatch.delenv("FAKE_DIES")
     first = next(Path(store.root).glob("collections/*/parts/00000.tar"))
     before = first.stat().st_mtime_ns
-    assert collect(store, ask(metadata)).record.concepts["dog"].found == 15
+    assert collect(store, ask(metadata)).record.concepts["dog"].rows == 15
     assert first.stat().st_mtime_ns == before
     assert len((tmp_path / "log").read_text().splitlines()) == 2
 
 
 def test_a_run_that_stops_early_is_started_again(store, metadata, monkeypatch):
     monkeypatch.setenv("FAKE_DIES", "2")
-    assert collect(store, ask(metadata)).record.concepts["dog"].found == 15
+    assert collect(store, ask(metadata)).record.concepts["dog"].rows == 15
 
 
 def test_a_run_that_gets_nowhere_is_not_started_forever(store, metadata, monkeypatch):
