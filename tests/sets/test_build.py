@@ -87,7 +87,7 @@ def blocks(store, manifest):
     return DataBlock.open(store, manifest.forget), DataBlock.open(store, manifest.retain)
 
 
-def test_a_set_holds_what_was_asked_for(store, pairs, labelled):
+def test_a_set_contains_the_requested_rows(store, pairs, labelled):
     manifest = run(store, pairs, evals={"animals": f"{labelled}?kind=animal"})
     assert read_manifest(store, "dog") == manifest
     assert manifest.patterns == ("dog",)
@@ -172,7 +172,7 @@ def test_concepts_share_retain_and_evaluation_rows(store, pairs, labelled, decod
     assert not decoded
 
 
-def test_a_changed_source_or_model_input_is_decoded_anew(
+def test_a_changed_source_or_model_input_is_decoded_again(
     store, pairs, tmp_path, decoded, monkeypatch
 ):
     first = run(store, pairs)
@@ -352,7 +352,7 @@ def test_retain_rows_may_come_from_another_source(store, pairs, tmp_path):
     assert manifest.retain.seen == 9
 
 
-def test_an_empty_forget_set_says_what_was_seen(store, pairs):
+def test_an_error_for_an_empty_forget_set_counts_the_rows(store, pairs):
     with pytest.raises(InputError) as caught:
         run(store, pairs, match=["doggy"])
     assert "nothing matches 'doggy' among 60 captions in 60 rows" in caught.value.message
@@ -520,7 +520,7 @@ def test_contradictions_are_usage_errors(store, pairs, options, message):
         run(store, [])
 
 
-def test_missing_things_are_told_before_anything_is_decoded(store, pairs, labelled, decoded):
+def test_missing_files_are_errors_before_anything_is_decoded(store, pairs, labelled, decoded):
     cases = [
         ({"retain_sources": ["gone.parquet"]}, "gone.parquet"),
         ({"evals": {"a": "gone*.tar"}}, r"gone\*"),
@@ -588,7 +588,7 @@ def test_a_killed_build_leaves_no_manifest_and_can_be_done_again(
     assert run(store, pairs, evals=evals).forget.rows == 20
 
 
-def test_a_damaged_block_is_made_again(store, pairs):
+def test_a_damaged_block_is_built_again(store, pairs):
     first = run(store, pairs)
     chunk = next(Path(store.where(first.retain.path), "images").rglob("0/0/0/0"))
     chunk.unlink()
@@ -630,9 +630,7 @@ def test_block_attributes_say_how_it_was_made(store, pairs, labelled):
         assert attributes["input"]["height"] == manifest.input.height
 
 
-def test_what_a_preview_of_many_sets_tells_is_what_building_each_ends_with(
-    store, pairs, labelled, tmp_path
-):
+def test_a_preview_of_many_sets_finds_the_errors_of_building_each(store, pairs, labelled, tmp_path):
     """Rows of several sources, filters, patterns and evaluation sets, some of which lack."""
     listed = "file,caption\na.png,a dog\nb.png,a cat\nno.png,a lost dog\n"
     files = {"a.png": encoded(1), "b.png": encoded(2), "table.csv": listed}

@@ -31,7 +31,7 @@ def test_the_prefilter_passes_every_caption_that_matches(captions, patterns):
     ("pattern", "caption"),
     [("strasse", "Die Straße"), ("at&t", "an AT&amp;T store"), ("café", "a caf&eacute; here")],
 )
-def test_the_prefilter_passes_what_is_written_otherwise(pattern, caption):
+def test_the_prefilter_passes_other_notations(pattern, caption):
     assert matcher([pattern])(caption)
     assert Prefilter([pattern]).candidates(pa.array([caption])).tolist() == [0]
 
@@ -94,7 +94,7 @@ def test_rows_of_many_names_are_found_in_one_pass(tmp_path):
     assert sum(1 in hit.concepts for hit in found.hits) == 31
 
 
-def test_rows_to_retain_are_a_seeded_draw_of_what_is_left(tmp_path, monkeypatch):
+def test_retain_rows_are_a_seeded_sample_of_the_other_rows(tmp_path, monkeypatch):
     path = write(tmp_path / "a.parquet", rows())
     request = ask(retain_samples=4, retain_exclude=("number 8",))
     found = scan([path], request)
@@ -141,7 +141,7 @@ def test_metadata_on_other_file_systems():
         ({"caption_column": "number"}, "holds int64, not text"),
     ],
 )
-def test_wrong_columns_are_told(tmp_path, options, message):
+def test_wrong_columns_are_errors(tmp_path, options, message):
     table = rows()
     if options.get("caption_column") == "number":
         table = [{**row, "number": 1} for row in table]
@@ -150,7 +150,7 @@ def test_wrong_columns_are_told(tmp_path, options, message):
         scan([path], ask(**options))
 
 
-def test_damaged_and_missing_files_are_told(tmp_path):
+def test_damaged_and_missing_files_are_errors(tmp_path):
     with pytest.raises(MissingError, match="there is no"):
         scan([str(tmp_path / "a.parquet")], ask())
     (tmp_path / "a.parquet").write_bytes(b"PAR1")

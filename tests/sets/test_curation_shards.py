@@ -140,7 +140,7 @@ def test_sources_of_other_kinds(store, alone, tmp_path):
     ]
 
 
-def test_broken_shards_are_counted_and_damage_is_told(store, tars, alone, tmp_path):
+def test_truncated_shards_are_counted_and_other_damage_is_an_error(store, tars, alone, tmp_path):
     path = tmp_path / "tars" / "00003.tar"
     path.write_bytes(path.read_bytes()[:20_000])
     record = collect(store, ask(tars)).record

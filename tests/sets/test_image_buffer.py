@@ -25,7 +25,7 @@ def test_images_come_back_by_number_and_the_file_goes(memory, tmp_path, monkeypa
     assert list((tmp_path / "store").iterdir()) == []
 
 
-def test_a_full_disk_is_told(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
     class Full:
         def seek(self, offset):
             pass

@@ -66,7 +66,7 @@ def collect(store, request):
     return collection.collect(store, request, request.collect)
 
 
-def test_what_is_had_and_what_is_not_is_counted_by_concept(store, metadata, monkeypatch, tmp_path):
+def test_downloads_and_failures_are_counted_by_concept(store, metadata, monkeypatch, tmp_path):
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
     request = ask(metadata, distributor=Distributor.RAY, retries=3, timeout=7)
     record = collect(store, request).record
@@ -108,7 +108,7 @@ def test_a_run_that_gets_nowhere_is_not_started_forever(store, metadata, monkeyp
         collect(store, ask(metadata))
 
 
-def test_an_interrupt_ends_what_was_started(store, metadata, tmp_path):
+def test_an_interrupt_ends_the_download(store, metadata, tmp_path):
     script = textwrap.dedent(
         f"""
         from test_img2dataset import Store, ask, collect
@@ -138,7 +138,7 @@ def test_an_interrupt_ends_what_was_started(store, metadata, tmp_path):
     assert not any(folder.name in line for line in running.splitlines())
 
 
-def test_the_command_is_found_or_the_way_to_get_it_is_told(monkeypatch, tmp_path):
+def test_a_missing_command_is_an_error_with_installation_advice(monkeypatch, tmp_path):
     monkeypatch.delenv(download_module.VARIABLE, raising=False)
     assert find_command(FAKE_IMG2DATASET) == FAKE_IMG2DATASET.split()
     monkeypatch.setenv(download_module.VARIABLE, FAKE_IMG2DATASET)

@@ -54,7 +54,7 @@ def test_the_command_line_asks_for_the_same(request_, monkeypatch):
         assert got == (type(got)(meant) if isinstance(meant, list) else meant), field.name
 
 
-def test_what_is_not_said_is_the_default():
+def test_a_command_omits_defaults():
     told = build_command(PLAIN)
     assert told == [
         "slsgu",

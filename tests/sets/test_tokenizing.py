@@ -19,7 +19,7 @@ def test_tokens_come_in_the_order_of_the_captions(count):
         assert np.array_equal(captions.tokens(), codes(texts))
 
 
-def test_what_has_not_begun_is_dropped_when_the_work_ends_early():
+def test_waiting_chunks_are_cancelled_when_the_work_ends_early():
     begun, first, wait = [], threading.Event(), threading.Event()
 
     def slow(texts):
@@ -37,7 +37,7 @@ def test_what_has_not_begun_is_dropped_when_the_work_ends_early():
     assert begun == [CHUNK]
 
 
-def test_what_the_tokenizer_raises_is_raised_with_the_tokens():
+def test_an_error_of_the_tokenizer_is_raised_with_the_tokens():
     def broken(texts):
         raise ValueError(f"{len(texts)} texts")
 

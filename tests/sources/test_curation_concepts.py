@@ -53,7 +53,7 @@ def test_names_come_from_a_file(tmp_path):
         (None, "cannot read the names"),
     ],
 )
-def test_bad_files_of_names_are_told(tmp_path, content, message):
+def test_malformed_files_of_names_are_refused(tmp_path, content, message):
     path = tmp_path / "names.txt"
     if content is not None:
         path.write_text(content)

@@ -12,7 +12,7 @@ from slsgu_cli.sources.prompts import (
 )
 
 
-def test_builtin_templates_say_what_open_clip_says():
+def test_builtin_templates_are_those_of_open_clip():
     templates = builtin_templates("imagenet")
     assert len(templates) == 80
     assert all(t.count("{}") == 1 for t in templates)

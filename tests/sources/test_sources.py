@@ -49,7 +49,7 @@ def test_globs_ranges_and_several_sources_keep_their_order(tmp_path):
         rows(f"{tmp_path}/{{00011..00012}}.tar")
 
 
-def test_what_is_no_source_is_said(tmp_path):
+def test_unknown_sources_are_refused(tmp_path):
     with pytest.raises(MissingError, match="no file matches source"):
         rows(f"{tmp_path}/nothing*.tar")
     write_folder(tmp_path, {"a.jpg": encoded(1), "b.doc": "x"})
@@ -140,7 +140,7 @@ def test_fields_as_text():
     assert as_text(None) is None
 
 
-def test_a_tar_that_lacks_a_filters_field_is_told_by_its_fields(tmp_path):
+def test_an_error_for_a_missing_field_of_a_tar_lists_the_others(tmp_path):
     tar = write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.txt", b"t")])
     with pytest.raises(InputError, match=r"no field kind; its columns are: caption, key, label"):
         rows(f"{tar}?kind=odd")

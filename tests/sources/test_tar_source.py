@@ -76,7 +76,7 @@ def test_compressed_shards(tmp_path, name):
 
 
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
-def test_a_shard_that_breaks_off_gives_what_it_has(tmp_path, suffix):
+def test_a_truncated_shard_is_read_up_to_its_end(tmp_path, suffix):
     whole = tmp_path / "whole.tar"
     members = []
     for number in range(6):
