@@ -530,7 +530,7 @@ def test_missing_files_are_errors_before_anything_is_decoded(store, pairs, label
     for options, message in cases:
         with pytest.raises(MissingError, match=message):
             run(store, pairs, **options)
-    with pytest.raises(InputError, match="can be evaluated on"):
+    with pytest.raises(InputError, match="can be used for evaluation"):
         run(store, pairs, evals={"a": f"{labelled}?kind=nothing"})
     with pytest.raises(InputError, match="no label column"):
         run(store, pairs, evals={"a": pairs})
