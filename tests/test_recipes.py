@@ -48,9 +48,9 @@ from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.verification import Check, Settings, VerifyRequest
 from slsgu_cli.report.page import write_report
 from slsgu_cli.sets.build import build_sets
-from slsgu_cli.sets.evaluation_sets import drop_from_set
+from slsgu_cli.sets.dropped_rows import drop_from_set
 from slsgu_cli.sources.opening import open_sources
-from slsgu_cli.sources.rows import Columns
+from slsgu_cli.sources.reader import Columns
 from slsgu_cli.store import catalog
 from slsgu_cli.store.artifacts import Artifact, read_manifest
 from slsgu_cli.store.catalog import Catalog

@@ -119,7 +119,7 @@ def _commands(
     request: BuildRequest, store: str, options: DemoOptions, out: Path
 ) -> list[list[str]]:
     """Return the words of each command that does what the demo did."""
-    from slsgu_cli.sets.build import build_command
+    from slsgu_cli.sets.requests import build_command
 
     name = request.name
     direction = command_line(options.ranking, fields=("direction", "damping"))

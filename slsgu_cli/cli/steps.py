@@ -28,7 +28,7 @@ from slsgu_cli.records.words import DEVICE_OPTION, EVALUATION, MODEL, OUTPUT, RO
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
     from slsgu_cli.records.sets import Concept
-    from slsgu_cli.sets.evaluation_sets import Inspection, SeenRow
+    from slsgu_cli.sets.inspection import InspectedRow, Inspection
     from slsgu_cli.store.store import Store
 
 
@@ -59,10 +59,12 @@ def build_sets(
     """Example: slsgu build-sets facebook -m local-dir:clip -s laion.tar --eval brands=test.tar"""
     from slsgu_cli.cli import tables
     from slsgu_cli.sets import build
+    from slsgu_cli.sets.replay import replay as rebuild
+    from slsgu_cli.sets.requests import with_collection
 
     store, console = session.store, session.console
     if replay:
-        tables.replayed(console, build.replay(store, _replayed(session, request)))
+        tables.replayed(console, rebuild(store, _replayed(session, request)))
         return
     if "prompts" not in images:
         images.refuse("for --generate", hint="--generate PROMPT", beside=[request])
@@ -73,7 +75,7 @@ def build_sets(
         from slsgu_cli.downstream.judge import forgetting_generated
 
         wanted = forgetting_generated(store, wanted, replace(images.record(), seed=wanted.seed))
-    wanted = build.with_collection(wanted, concepts, metadata.record())
+    wanted = with_collection(wanted, concepts, metadata.record())
     if not concepts:
         tables.manifest(console, build.build_sets(store, wanted))
         return
@@ -111,7 +113,8 @@ def _wanted(request: BuildRequest, names: str | None) -> tuple[BuildRequest, "li
 @command("show")
 def show(session: Session, name: Name, options: ShowOptions) -> None:
     """Example: slsgu show facebook --drop 000000012"""
-    from slsgu_cli.sets.evaluation_sets import drop_from_set, inspect_set, read_keys
+    from slsgu_cli.sets.dropped_rows import drop_from_set, read_keys
+    from slsgu_cli.sets.inspection import inspect_set
 
     part = options.part
     wanted = [*options.drop, *(read_keys(options.drop_from) if options.drop_from else ())]
@@ -365,7 +368,7 @@ def show_inspection(console: "Console", store: "Store", seen: "Inspection") -> N
     console.paths("sheets", [store.where(seen.sheet)] if seen.sheet else [])
 
 
-def show_rows(console: "Console", shown: Sequence["SeenRow"]) -> None:
+def show_rows(console: "Console", shown: Sequence["InspectedRow"]) -> None:
     """Print rows with their captions and origins; on a terminal the first of them."""
     from slsgu_cli.cli.console import Column
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from slsgu_cli.engine.find_edits import FoundEdit
     from slsgu_cli.engine.gradients import GradResult
     from slsgu_cli.engine.search import SearchResult
-    from slsgu_cli.sets.build import Replayed
+    from slsgu_cli.sets.replay import Replayed
     from slsgu_cli.store.catalog import Entry
     from slsgu_cli.store.check import Checked, Finding
     from slsgu_cli.store.store import Store

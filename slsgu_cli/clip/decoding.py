@@ -15,7 +15,7 @@ from slsgu_cli.clip.batches import Images
 from slsgu_cli.machine import cores
 from slsgu_cli.prefetch import prefetch
 from slsgu_cli.records.sets import InputSpec
-from slsgu_cli.sources.rows import Unread
+from slsgu_cli.sources.reader import SkippedImage
 
 T = TypeVar("T")
 # Images a core that are decoded ahead.
@@ -189,7 +189,7 @@ def decode_in_order(
 def _decode_one(data: bytes | None, decode: Callable[[bytes], Picture]) -> Decoded:
     if data is None:
         return Decoded(None, "no image", b"")
-    if isinstance(data, Unread):
+    if isinstance(data, SkippedImage):
         return Decoded(None, data.reason, b"")
     source = hashlib.blake2b(data, digest_size=16).digest()
     try:

@@ -29,7 +29,7 @@ from slsgu_cli.errors import InputError
 from slsgu_cli.records.figures import Accuracy, ClassLoss
 from slsgu_cli.records.method import Tower
 from slsgu_cli.records.sets import SetManifest, Split
-from slsgu_cli.sources.captions import find_class
+from slsgu_cli.sources.prompts import find_class
 from slsgu_cli.store.blocks import DataBlock, JoinedRows
 from slsgu_cli.store.store import Store
 

@@ -61,8 +61,8 @@ from slsgu_cli.records.targets import (
     PaintOptions,
     PromptResult,
 )
-from slsgu_cli.sets.evaluation_sets import read_classes, read_templates
-from slsgu_cli.sources.captions import DEFAULT_TEMPLATES, find_class
+from slsgu_cli.sets.prompt_files import read_classes, read_templates
+from slsgu_cli.sources.prompts import DEFAULT_TEMPLATES, find_class
 from slsgu_cli.store.artifacts import TABLE, Artifact, read_manifest, set_of
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Arrays, Store

@@ -45,8 +45,8 @@ from slsgu_cli.records.targets import (
     GeneratedSource,
     SourceRequest,
 )
-from slsgu_cli.sets.evaluation_sets import read_classes
-from slsgu_cli.sources.captions import find_class
+from slsgu_cli.sets.prompt_files import read_classes
+from slsgu_cli.sources.prompts import find_class
 from slsgu_cli.store.artifacts import Artifact, read_manifest
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store

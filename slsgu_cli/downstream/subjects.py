@@ -35,7 +35,7 @@ from slsgu_cli.records.figures import Effect, Share, meets
 from slsgu_cli.records.method import Move
 from slsgu_cli.records.sets import ModelSpec, SetManifest, Split
 from slsgu_cli.records.targets import Budget, TargetSearchOptions, TargetTrial
-from slsgu_cli.sources.captions import find_class
+from slsgu_cli.sources.prompts import find_class
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 

@@ -288,7 +288,7 @@ def open_pairs(
     Those of the forget set make its gradient, as random prefixes do in ROME (arXiv 2202.05262),
     and those of the retain set covariances, so that it is not the prefixes that are moved.
     """
-    from slsgu_cli.sources.captions import before_names
+    from slsgu_cli.sources.matching import before_names
     from slsgu_cli.store.blocks import DataBlock, RepeatedBlock
 
     block = DataBlock.open(store, getattr(manifest, role))

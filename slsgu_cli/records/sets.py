@@ -1,4 +1,4 @@
-"""What a set is asked for and made of: model, rows, screening, downloads."""
+"""Records of sets: model, rows, filters, collections and downloads."""
 
 import dataclasses
 import re
@@ -11,19 +11,18 @@ from shlex import quote
 from typing import Any
 
 from slsgu_cli.errors import InputError, UsageError
-from slsgu_cli.records.codec import added
 from slsgu_cli.records.words import DEVICE, DOWNLOAD, ROWS, option
 
-# What the name of a model in a folder begins with.
+# The prefix of the name of a model in a folder.
 LOCAL = "local-dir:"
 
-# The key under which the images of the concept itself stand among evaluation sets.
+# The name of the concept's own images among evaluation sets.
 FORGET = "(forget)"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Which model: an open_clip name with weights, `local-dir:PATH`, `hf-hub:ID`."""
+    """A model: an open_clip name with weights, `local-dir:PATH`, or `hf-hub:ID`."""
 
     name: str = option(
         ...,
@@ -43,7 +42,7 @@ class ModelSpec:
     )
 
     def __post_init__(self) -> None:
-        """Refuse weights of no model."""
+        """Refuse weights without a model."""
         if self.pretrained and not self.name:
             raise UsageError("--pretrained needs --model", hint="--model ARCH --pretrained TAG")
 
@@ -51,17 +50,17 @@ class ModelSpec:
         return f"{self.name} ({self.pretrained})" if self.pretrained else self.name
 
     def flags(self) -> str:
-        """Return the command-line flags that name this model."""
+        """Return the command-line flags of this model."""
         flags = f"--model {quote(self.name)}"
         return f"{flags} --pretrained {quote(self.pretrained)}" if self.pretrained else flags
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class InputSpec:
-    """How a model takes its inputs; two models with equal specs can share a set.
+    """A model's input format; two models with equal specs can share a set.
 
     `height` and `width` are pixels; `mean` and `std` are per channel on the 0..1 scale;
-    `tokenizer` is a digest of what the tokenizer makes of a probe text.
+    `tokenizer` is a digest of the tokens of a probe text.
     """
 
     height: int
@@ -77,10 +76,9 @@ class InputSpec:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DataRef:
-    """A block of rows in the store: where it lies, what is in it, what was left out.
+    """A block of rows in the store: its path, rows and refused rows.
 
-    `refused` counts rows by the reason they were not kept, `noted` rows that were kept
-    though something about them is odd.
+    `refused` counts refused rows by reason, `noted` accepted rows with oddities.
     """
 
     path: str
@@ -93,29 +91,28 @@ class DataRef:
 
 
 class Split(StrEnum):
-    """A part of the evaluation rows: layer and step are chosen on one, figures are of the other."""
+    """A part of the evaluation rows: validation selects layer and step, test gives the figures."""
 
     VALIDATION = "validation"
     TEST = "test"
 
 
 def test_part(name: str) -> str:
-    """Return what the rows are called that the evaluation set `name` is reported on."""
+    """Return the name of the test rows of the evaluation set `name`."""
     return f"test {name}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SetManifest:
-    """A built set: what to forget, what to retain, what to measure on.
+    """A built set: forget rows, retain rows and evaluation rows.
 
-    `evals` maps an evaluation set's name to its rows. Forget accuracy is measured on the
-    rows of `forget_eval` labelled `concept`; where `forget_eval` is None no evaluation
-    set knows the concept, and the forget set's own images stand in, classified among
-    the classes of the first evaluation set and the concept itself. Of each evaluation set
-    the share `test_fraction` of every class, drawn by `seed`, is kept for figures and never
-    chosen by; a set in `tests` has rows of its own for that. `command` has the
-    words of the command line that builds the same set again, `request` all that this
-    command stands for.
+    `evals` maps an evaluation set's name to its rows. Forget accuracy is measured on the rows
+    of `forget_eval` labelled `concept`. If `forget_eval` is None, no evaluation set has the
+    concept as a class, and the forget set's own images are classified among the classes of the
+    first evaluation set and the concept. `test_fraction` is the share of every class of an
+    evaluation set that is drawn by `seed` as test split; evaluation sets in `tests` have
+    separate test rows instead. `command` has the words of the command line that builds the same
+    set again, `request` all of its options.
     """
 
     name: str
@@ -131,49 +128,48 @@ class SetManifest:
     command: tuple[str, ...]
     version: str
     request: dict[str, Any] = dataclasses.field(default_factory=dict)
-    # Sets of before there was a share are measured on the rows that were chosen by.
-    test_fraction: float = added(0.0)
-    tests: dict[str, DataRef] = added(factory=dict)
+    test_fraction: float = 0.0
+    tests: dict[str, DataRef] = dataclasses.field(default_factory=dict)
 
     def blocks(self) -> dict[str, DataRef]:
-        """Return every block of rows by its role: forget, retain, evaluation names."""
+        """Return every block of rows by its role: forget, retain, evaluation and test names."""
         tests = {test_part(name): ref for name, ref in self.tests.items()}
         return {"forget": self.forget, "retain": self.retain, **self.evals, **tests}
 
     @property
     def is_split(self) -> bool:
-        """Whether figures are of other rows than layer and step are chosen by."""
+        """Whether there is a test split: rows that do not select layer and step."""
         return bool(self.test_fraction or self.tests)
 
     @property
     def exclusions(self) -> list[str]:
-        """The words that captions of the concept must not have."""
+        """The patterns that captions of the concept must not match."""
         return list(self.request.get("not_match") or ())
 
     def measured_on(self) -> dict[str, str]:
-        """Return by evaluation set what tells its rows, and how they are dealt, from others."""
-        dealt = f" {self.test_fraction:g} {self.seed}" if self.test_fraction else ""
+        """Return fingerprints of the rows and splits of each evaluation set."""
+        split = f" {self.test_fraction:g} {self.seed}" if self.test_fraction else ""
         return {
             name: f"{ref.fingerprint} {self.tests[name].fingerprint}"
             if name in self.tests
-            else ref.fingerprint + dealt
+            else ref.fingerprint + split
             for name, ref in sorted(self.evals.items())
         }
 
     def evaluation_blocks(self) -> dict[str, str]:
-        """Return the fingerprints of what its accuracies are measured on, the concept's too."""
-        shown = f"{self.forget_eval or self.forget.fingerprint}:{self.concept}"
-        return self.measured_on() | {FORGET: shown}
+        """Return the fingerprints of all rows that accuracies are measured on."""
+        concept = f"{self.forget_eval or self.forget.fingerprint}:{self.concept}"
+        return self.measured_on() | {FORGET: concept}
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return a summary in words."""
         rows = {role: f"{ref.rows} rows" for role, ref in self.blocks().items()}
         return {"model": str(self.model), "concept": self.concept, **rows}
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a sample was first met: a file, the row in it, and the URL of the image."""
+    """The origin of a sample: a file, the row in it, and the URL of the image."""
 
     file: str
     row: int
@@ -194,7 +190,7 @@ def check_name(name: str) -> str:
 
 
 class Distributor(StrEnum):
-    """How img2dataset spreads its work."""
+    """How img2dataset distributes its work."""
 
     MULTIPROCESSING = "multiprocessing"
     PYSPARK = "pyspark"
@@ -203,22 +199,22 @@ class Distributor(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Concept:
-    """A name with the patterns that find it and those that rule a caption out."""
+    """A name with the patterns of its captions and those that exclude a caption."""
 
     name: str
     patterns: Sequence[str]
     excluded: Sequence[str] = ()
 
 
-# What an exclusion begins with, in a file of names.
-OUT = "!"
+# The prefix of an exclusion in a file of names.
+EXCLUSION = "!"
 
 
 def read_names(path: str) -> list[Concept]:
-    """Return the concepts of a file: NAME, aliases and !exclusions, a tab between them.
+    """Return the concepts of a file: NAME, aliases and !exclusions, separated by tabs.
 
-    Each name is looked for itself as well. Empty lines and lines that begin with # are
-    passed over. Raises InputError.
+    Each name is a pattern too. Empty lines and lines that begin with # are skipped. Raises
+    InputError.
     """
     try:
         lines = Path(path).read_text("utf-8-sig").splitlines()
@@ -233,7 +229,7 @@ def read_names(path: str) -> list[Concept]:
         raise InputError(f"{path} has no names", hint="one a line: NAME<tab>alias<tab>!exclusion")
     twice = [name for name, count in Counter(c.name for c in concepts).items() if count > 1]
     if twice:
-        raise InputError(f"{path} has {twice[0]} twice", hint="give its aliases on one line")
+        raise InputError(f"{path} has {twice[0]} twice", hint="write all its aliases on one line")
     return concepts
 
 
@@ -243,8 +239,8 @@ def _concept(line: str, where: str) -> Concept:
         check_name(name)
     except UsageError as error:
         raise InputError(f"{where}: {error.message}", hint=error.hint) from error
-    aliases = [other for other in others if other and not other.startswith(OUT)]
-    excluded = [other[1:].strip() for other in others if other.startswith(OUT)]
+    aliases = [other for other in others if other and not other.startswith(EXCLUSION)]
+    excluded = [other[1:].strip() for other in others if other.startswith(EXCLUSION)]
     if not all(excluded):
         raise InputError(f"{where}: an exclusion is blank")
     return Concept(name, (name, *aliases), tuple(excluded))
@@ -252,11 +248,11 @@ def _concept(line: str, where: str) -> Concept:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Screening:
-    """Which pairs are kept of those that match.
+    """Filters of the matching pairs; None for no filter.
 
-    `min_similarity` is the least cosine of a pair's own image and caption under the model;
-    `near_duplicates` the most bits in which two images' perceptual hashes may differ and
-    count as one. None: no such test.
+    `min_similarity` is the least cosine of a pair's own image and caption under the model.
+    Images are near-duplicates if their perceptual hashes differ in at most `near_duplicates`
+    bits.
     """
 
     min_similarity: float | None = option(
@@ -264,7 +260,7 @@ class Screening:
         "--min-similarity",
         help="Least cosine of an image and its own caption.",
         panel=ROWS,
-        without="no such test",
+        without="no filter",
     )
     near_duplicates: int | None = option(
         None,
@@ -272,14 +268,14 @@ class Screening:
         metavar="BITS",
         help="Images whose hashes differ less.",
         panel=ROWS,
-        without="all are kept",
+        without="keep all",
     )
     device: str = DEVICE()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShowOptions:
-    """Which part of a set to look at, and which of its rows to take out."""
+    """The part of a set to show, and the rows to drop from it."""
 
     part: str = option(
         "forget",
@@ -292,7 +288,7 @@ class ShowOptions:
         48, "--images", min=1, max=400, help="Images on the contact sheet.", panel=ROWS
     )
     drop: Sequence[str] = option(
-        (), "--drop", help="Take this row out: key or hash.", panel=ROWS, metavar="KEY"
+        (), "--drop", help="Drop this row: key or hash.", panel=ROWS, metavar="KEY"
     )
     drop_from: str | None = option(
         None,
@@ -306,12 +302,12 @@ class ShowOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DownloadOptions:
-    """How img2dataset is run. None of this changes which rows are asked for."""
+    """Options of img2dataset, which do not change the requested rows."""
 
     distributor: Distributor = option(
         Distributor.MULTIPROCESSING,
         "--distributor",
-        help="How img2dataset spreads its work.",
+        help="How img2dataset distributes its work.",
         panel=DOWNLOAD,
     )
     processes: int | None = option(
@@ -321,7 +317,7 @@ class DownloadOptions:
     timeout: int = option(
         10, "--timeout", min=1, help="Seconds to wait for an image.", panel=DOWNLOAD
     )
-    retries: int = option(1, "--retries", min=0, help="Tries more for each image.", panel=DOWNLOAD)
+    retries: int = option(1, "--retries", min=0, help="Retries for each image.", panel=DOWNLOAD)
     shard_rows: int = 1000
     command: str | None = option(
         None,
@@ -335,41 +331,33 @@ class DownloadOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectRequest:
-    """Which rows to take out of a large source, for one concept or many, in one pass.
+    """A large source to collect samples from, for one concept or many, in one pass.
 
-    The source is `metadata` (parquet with URLs to download) or else `sources` (samples with
-    images). `retain_samples` rows about none of the concepts are drawn too; 0 for none. Of
-    a concept in metadata no more is downloaded than it takes to have `max_forget` rows.
+    The source is `metadata` (parquet with URLs to download) or `sources` (samples with images).
+    The retain rows, limits, columns and seed are those of the `BuildRequest` around it.
     """
 
     concepts: Sequence[Concept]
-    regex: bool = False
     metadata: Sequence[str] = ()
     sources: Sequence[str] = ()
     url_column: str = "URL"
-    caption_column: str | None = None
-    image_column: str | None = None
-    retain_samples: int = 0
-    retain_exclude: Sequence[str] = ()
-    max_forget: int | None = None
-    seed: int = 0
     download: DownloadOptions = field(default_factory=DownloadOptions)
 
 
 @dataclass(frozen=True, slots=True)
 class ConceptCounts:
-    """Rows found for a concept (or drawn to retain), and why some could not be had."""
+    """The rows found for a concept (or drawn for the retain set), and reasons of failures."""
 
-    found: int
+    rows: int
     refused: dict[str, int]
     shards: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """Samples taken out of a large source: what was read and what was had, by concept.
+    """Samples collected from a large source, with counts by concept.
 
-    `shards` of a concept are the tar files that hold its samples, `digests` the SHA-256 of each.
+    `shards` of a concept are the tar files with its samples, `digests` the SHA-256 of each.
     """
 
     sources: Sequence[str]
@@ -380,14 +368,14 @@ class Collection:
     retain: ConceptCounts
     examples: Sequence[str]
     version: str
-    digests: dict[str, str] = added(factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
     def shards(self) -> list[str]:
-        """Return the names of all tar files that hold samples."""
+        """Return the names of all tar files with samples."""
         counts = [*self.concepts.values(), self.retain]
         return sorted({shard for one in counts for shard in one.shards})
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
-        rows = {name: f"{counts.found} rows" for name, counts in self.concepts.items()}
+        """Return a summary in words."""
+        rows = {name: f"{counts.rows} rows" for name, counts in self.concepts.items()}
         return {"files": str(self.files), "rows": str(self.seen), **rows}

@@ -34,7 +34,7 @@ from slsgu_cli.report.gather import (
     written_model,
 )
 from slsgu_cli.report.study_sections import verified_pair
-from slsgu_cli.sets.evaluation_sets import sheet_of
+from slsgu_cli.sets.inspection import sheet_of
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.catalog import Catalog

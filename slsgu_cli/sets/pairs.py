@@ -1,4 +1,4 @@
-"""Forget and retain rows: captions considered, rows drawn, images decoded, blocks written."""
+"""Forget and retain rows: captions selected, rows sampled, images decoded, blocks written."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,63 +13,60 @@ from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import DataRef, Origin
 from slsgu_cli.sets.context import (
     BuildContext,
-    Candidate,
-    Draw,
-    Scratch,
-    ScreenedSet,
     block_path,
     counted,
     file_recipe,
     reference,
-    scratch,
     text_digest,
-    tokenizing,
 )
-from slsgu_cli.sets.metadata import BEYOND, EXCLUDED
-from slsgu_cli.sources.captions import matcher
-from slsgu_cli.sources.opening import RowId, fetch, scan
-from slsgu_cli.sources.rows import (
-    Reader,
-    Row,
-    caption_of,
-    first_met,
-    line_for,
+from slsgu_cli.sets.image_buffer import ImageBuffer, image_buffer
+from slsgu_cli.sets.pair_filter import FilteredSet
+from slsgu_cli.sets.sampling import (
+    Candidate,
+    SeededSample,
+    portable_path,
     priority,
-    tail,
-    tokenizable,
+    row_identity,
+    sample_size,
 )
+from slsgu_cli.sets.scan import BEYOND, EXCLUDED
+from slsgu_cli.sets.tokenizing import tokenizing
+from slsgu_cli.sources.matching import matcher
+from slsgu_cli.sources.opening import RowId, fetch, scan
+from slsgu_cli.sources.reader import Reader, Row
+from slsgu_cli.sources.texts import tokenizable
 from slsgu_cli.store.blocks import DataBlock, Pixels, block_writer
 from slsgu_cli.store.locks import held
 
 TAKE = ""
 MATCHES_CONCEPT = "about the concept"
 
-# What a caption is refused for; TAKE if it qualifies, None if it is of no concern.
+# The reason to refuse a caption; TAKE accepts it, None ignores it.
 Rule = Callable[[str], str | None]
 
 
 def rules(request: BuildRequest) -> tuple[Rule, Rule]:
-    """Return which captions the forget set and the retain set take."""
-    about = matcher(request.patterns, regex=request.regex and bool(request.match))
-    excluded = matcher(request.not_match, regex=request.regex)
+    """Return the rules by which the forget set and the retain set accept captions."""
+    is_about = matcher(request.patterns, regex=request.regex and bool(request.match))
+    is_excluded = matcher(request.not_match, regex=request.regex)
     not_retained = matcher(request.retain_exclude, regex=request.regex)
 
     def forget(caption: str) -> str | None:
-        if not about(caption):
+        if not is_about(caption):
             return None
-        return EXCLUDED if excluded(caption) else TAKE
+        return EXCLUDED if is_excluded(caption) else TAKE
 
     def retain(caption: str) -> str | None:
-        if about(caption):
+        if is_about(caption):
             return MATCHES_CONCEPT
-        return EXCLUDED if excluded(caption) or not_retained(caption) else TAKE
+        return EXCLUDED if is_excluded(caption) or not_retained(caption) else TAKE
 
     return forget, retain
 
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """Rows that were seen and left out before they could come to a source."""
+    """The rows that a collection read and refused, before they reached a source."""
 
     seen: int
     refused: dict[str, int]
@@ -77,7 +74,7 @@ class Upstream:
 
 @dataclass(slots=True)
 class Selection:
-    """The rows of a source that one set may take: the captions that qualify, and the draw."""
+    """The rows of a source for one set: a sample of those whose captions qualify."""
 
     role: str
     rule: Rule
@@ -88,21 +85,21 @@ class Selection:
     captions: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
-    draw: Draw = field(init=False)
+    sample: SeededSample = field(init=False)
     upstream: Upstream | None = None
 
     def __post_init__(self) -> None:
-        self.draw = Draw(None if self.wanted is None else line_for(self.wanted))
+        self.sample = SeededSample(None if self.wanted is None else sample_size(self.wanted))
 
     def follow(self, upstream: Upstream) -> None:
-        """Count what was left out upstream as well."""
+        """Add the counts of the rows that a collection refused."""
         self.upstream = upstream
         self.refused.update(upstream.refused)
 
-    def consider(self, number: int, row: Row, caption: str, *, odd: bool, seed: int) -> None:
-        """Count one row of file `number`, and offer it to the draw if it qualifies.
+    def consider(self, number: int, row: Row, caption: str, *, cleaned: bool, seed: int) -> None:
+        """Count one row of file `number`, and offer it to the sample if it qualifies.
 
-        `caption` is its caption as it is tokenized, `odd` if that is not what stands there.
+        `caption` is its caption as it is tokenized; `cleaned` if that differs from the source.
         """
         self.seen += 1
         if not caption:
@@ -118,40 +115,41 @@ class Selection:
             reader = self.readers[number]
             origin = row.origin or Origin(reader.path, row.index)
             place = priority(seed, _identity(reader, row))
-            drawn = Candidate(place, number, row.index, row.key, caption, odd, origin, row.extent)
-            self.draw.offer(drawn)
+            candidate = Candidate(
+                place, number, row.index, row.key, caption, cleaned, origin, row.extent
+            )
+            self.sample.offer(candidate)
         elif verdict is not None:
             self.refused[verdict] += 1
 
 
 def _identity(reader: Reader, row: Row) -> str:
-    """Return what decides a row's place in the draw: where it lies in its source.
+    """Return the text that determines a row's priority: its place in its source.
 
-    A row that was brought here from elsewhere is known by where it was first met: downloads
-    come in any order.
+    A collected row is identified by its original place, because downloads come in any order.
     """
     origin = row.origin
     if origin is not None and origin.file != reader.path:
-        return first_met(origin.file, origin.row)
-    return f"{tail(reader.path)}\0{row.index}\0{row.key}"
+        return row_identity(origin.file, origin.row)
+    return f"{portable_path(reader.path)}\0{row.index}\0{row.key}"
 
 
 def first_pass(readers: Sequence[Reader], selections: Sequence[Selection], seed: int) -> None:
-    """Read every caption of a source once, for all the sets drawn from it."""
-    trouble: Counter[str] = Counter()
+    """Read every caption of a source once, for all sets drawn from it."""
+    skipped: Counter[str] = Counter()
     with progress.bar("reading captions", None) as ticker:
-        for number, row in scan(readers, trouble):
+        for number, row in scan(readers, skipped):
             ticker.advance()
-            caption, odd = tokenized(readers[number], row)
+            caption, cleaned = tokenized(readers[number], row)
             for selection in selections:
-                selection.consider(number, row, caption, odd=odd, seed=seed)
+                selection.consider(number, row, caption, cleaned=cleaned, seed=seed)
     for selection in selections:
-        selection.refused.update(trouble)
+        selection.refused.update(skipped)
 
 
 def tokenized(reader: Reader, row: Row) -> tuple[str, bool]:
-    """Return a row's caption as it is tokenized, and whether that is not what stands there."""
-    caption = caption_of(reader, row)
+    """Return a row's caption as it is tokenized, and whether that differs from the source."""
+    caption = reader.caption(row)
     cleaned = tokenizable(caption) if caption else ""
     return cleaned, cleaned != caption
 
@@ -163,9 +161,9 @@ UNREADABLE = Decoded(None, "unreadable", b"")
 
 @dataclass(frozen=True, slots=True)
 class DecodedRow:
-    """A candidate, and what became of its image.
+    """A candidate and its decoded image, without pixels: these are in the image buffer.
 
-    `decoded` is without the pixels: they lie in the scratch under `number`; None for none.
+    `number` is that of the buffer; None if the image is unreadable.
     """
 
     candidate: Candidate
@@ -175,16 +173,16 @@ class DecodedRow:
 
 @dataclass(frozen=True, slots=True)
 class WindowEnd:
-    """Ends a run of encoded images: those of these candidates that can be had have come."""
+    """The end of a run of encoded images: all available images of `candidates` were yielded."""
 
     candidates: Sequence[Candidate]
 
 
 @dataclass(slots=True)
 class DecodedRows:
-    """The second pass for one set: which candidates are kept, and why others are not.
+    """The second pass for one set: the accepted candidates, and counts of the refused ones.
 
-    Images whose encoded bytes are in `avoid` are left out.
+    Images whose encoded bytes are in `avoid` are refused.
     """
 
     context: BuildContext
@@ -192,52 +190,52 @@ class DecodedRows:
     candidates: Sequence[Candidate]
     avoid: frozenset[bytes]
     refused: Counter[str] = field(default_factory=Counter)
-    _kept: set[tuple[bytes, str]] = field(init=False, default_factory=set)
-    _screened: ScreenedSet | None = field(init=False)
+    _accepted: set[tuple[bytes, str]] = field(init=False, default_factory=set)
+    _filtered: FilteredSet | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._screened = ScreenedSet(self.context.screen) if self.context.screen else None
+        self._filtered = FilteredSet(self.context.filter) if self.context.filter else None
 
     @property
     def wanted(self) -> int:
-        """How many rows are kept if none is refused."""
+        """The number of rows if none is refused."""
         count = len(self.candidates)
         return count if self.selection.wanted is None else min(count, self.selection.wanted)
 
-    def kept(self) -> Iterator[tuple[DecodedRow, Pixels]]:
-        """Yield the rows that are kept, until as many as wanted are or none is left."""
-        kept, start = 0, 0
+    def accepted(self) -> Iterator[tuple[DecodedRow, Pixels]]:
+        """Yield accepted rows until there are as many as wanted, or no candidates remain."""
+        accepted, start = 0, 0
         spec = self.context.spec
         title = f"decoding the {self.selection.role} set"
         most = min(_some_more(self.wanted), len(self.candidates))
         with (
             progress.bar(title, most) as ticker,
-            scratch(self.context.store, height=spec.height, width=spec.width) as images,
+            image_buffer(self.context.store, height=spec.height, width=spec.width) as images,
         ):
-            while kept < self.wanted and start < len(self.candidates):
-                line = self.candidates[start : start + _some_more(self.wanted - kept)]
-                start += len(line)
-                for row in self._decoded(line, images, ticker):
-                    if kept == self.wanted:
+            while accepted < self.wanted and start < len(self.candidates):
+                part = self.candidates[start : start + _some_more(self.wanted - accepted)]
+                start += len(part)
+                for row in self._decoded(part, images, ticker):
+                    if accepted == self.wanted:
                         return
                     reason = self._refusal(row)
                     if reason is not None or row.number is None:
                         self.refused[reason or "unreadable"] += 1
                         continue
-                    self._kept.add((row.decoded.source_digest, row.candidate.caption))
-                    kept += 1
+                    self._accepted.add((row.decoded.source_digest, row.candidate.caption))
+                    accepted += 1
                     yield row, images.get(row.number)
 
     def _decoded(
-        self, line: Sequence[Candidate], images: Scratch, ticker: progress.Ticker
+        self, part: Sequence[Candidate], images: ImageBuffer, ticker: progress.Ticker
     ) -> Iterator[DecodedRow]:
-        """Yield the line's rows in order, decoded and looked at by the screen.
+        """Yield the rows of some candidates in order, decoded and filtered.
 
-        An image is kept until the next window begins. The first images of that are decoded
-        while the rows of this one are dealt with.
+        The buffer keeps images until the end of their window. The first images of the next
+        window are decoded while the caller handles these rows.
         """
         by_candidate: dict[RowId, DecodedRow] = {}
-        for item, decoded in decode_in_order(self._encoded(line), self.context.decode):
+        for item, decoded in decode_in_order(self._encoded(part), self.context.decode):
             if isinstance(item, Candidate):
                 number = None if decoded.pixels is None else images.put(decoded.pixels)
                 row = DecodedRow(item, decoded.without_pixels(), number)
@@ -245,21 +243,21 @@ class DecodedRows:
                 ticker.advance()
                 continue
             rows = [by_candidate.get(c.place, DecodedRow(c)) for c in item.candidates]
-            if self._screened:
+            if self._filtered:
                 captions = {r.number: r.candidate.caption for r in rows if r.number is not None}
-                self._screened.judge(captions, images.get)
+                self._filtered.test(captions, images.get)
             yield from rows
             by_candidate.clear()
             images.clear()
 
     def _encoded(
-        self, line: Sequence[Candidate]
+        self, part: Sequence[Candidate]
     ) -> Iterator[tuple[Candidate | WindowEnd, bytes | None]]:
-        """Yield candidates with their encoded images as they lie, and the end of each window."""
-        at_hand = all(candidate.extent is not None for candidate in line)
-        size = WINDOW if at_hand else len(line)
-        for start in range(0, len(line), size):
-            window = line[start : start + size]
+        """Yield candidates with their encoded images in file order, and the end of each window."""
+        seekable = all(candidate.extent is not None for candidate in part)
+        size = WINDOW if seekable else len(part)
+        for start in range(0, len(part), size):
+            window = part[start : start + size]
             candidates = {candidate.place: candidate for candidate in window}
             extents = {place: candidate.extent for place, candidate in candidates.items()}
             for place, data in fetch(self.selection.readers, extents):
@@ -267,21 +265,21 @@ class DecodedRows:
             yield WindowEnd(window), None
 
     def _refusal(self, row: DecodedRow) -> str | None:
-        """Return why a row is not kept, None if it is."""
+        """Return the reason to refuse a row; None accepts it."""
         source = row.decoded.source_digest
         if row.decoded.reason:
             return row.decoded.reason
         if source in self.avoid:
             return SAME_AS_FORGET
-        if (source, row.candidate.caption) in self._kept:
+        if (source, row.candidate.caption) in self._accepted:
             return "duplicate"
-        if self._screened is None or row.number is None:
+        if self._filtered is None or row.number is None:
             return None
-        return self._screened.refusal(row.number)
+        return self._filtered.refusal(row.number)
 
 
 def _some_more(rows: int) -> int:
-    """Return a few more than are missing, so that one round is enough where few are broken."""
+    """Return a few more than are missing, so that one round suffices if few are unreadable."""
     return rows + max(16, rows // 32)
 
 
@@ -296,32 +294,32 @@ def build_pairs(
     seed: int,
     avoid: frozenset[bytes] = frozenset(),
 ) -> tuple[DataRef, DataBlock]:
-    """Make the block of a forget or retain set, or find it made.
+    """Build the block of a forget or retain set, or reuse an earlier one.
 
     Images whose encoded bytes are in `avoid` are left out.
     """
-    role, candidates = selection.role, selection.draw.ranked()
+    role, candidates = selection.role, selection.sample.ranked()
     recipe = _recipe(context, selection, candidates, seed)
     avoided = digest(sorted(image.hex() for image in avoid))
-    # A set in which nothing had to be avoided is the same for every concept, and so its path.
+    # Without an avoided image the block is the same for every concept, and so is its path.
     plain, avoiding = block_path(recipe), block_path(recipe | {"avoid": avoided})
     paths = (avoiding, plain) if avoid else (plain,)
-    standing = _standing_block(context, paths, avoid)
-    if standing is None:
+    existing = _existing_block(context, paths, avoid)
+    if existing is None:
         with held(context.store, plain, what=f"{role} rows"):
-            # Another process may have made it meanwhile.
-            standing = _standing_block(context, paths, avoid, again=True)
-            if standing is None:
+            # Another process may have built it in the meantime.
+            existing = _existing_block(context, paths, avoid, again=True)
+            if existing is None:
                 rows = DecodedRows(context, selection, candidates, avoid)
                 path = _write(rows, recipe, plain=plain, avoiding=avoiding)
                 block = DataBlock.at(context.store, path)
-    if standing is not None:
-        path, block = standing
-        progress.note(f"{role}: {block.rows} rows were decoded before and are used again")
+    if existing is not None:
+        path, block = existing
+        progress.note(f"{role}: reusing {block.rows} decoded rows")
     refused = selection.refused + Counter(block.attributes["refused"])
     if role == "forget":
         used = block.rows + sum(block.attributes["refused"].values())
-        refused[BEYOND] += max(0, selection.draw.offered - used)
+        refused[BEYOND] += max(0, selection.sample.offered - used)
     seen = selection.upstream.seen if selection.upstream else selection.seen
     return reference(path, block, seen=seen, refused=refused, sources=selection.sources), block
 
@@ -336,27 +334,27 @@ def _recipe(
         "tokens": [context.spec.tokenizer, context.spec.context_length],
         "seed": seed,
         "wanted": selection.wanted,
-        "screen": context.screen.recipe if context.screen else None,
-        # The rows in line stand for the patterns: patterns that choose alike make one set.
+        "screen": context.filter.recipe if context.filter else None,
+        # The candidates replace the patterns: patterns with the same matches give the same set.
         "rows": text_digest(candidate.identity for candidate in candidates),
     }
 
 
-def _standing_block(
+def _existing_block(
     context: BuildContext, paths: Sequence[str], avoid: frozenset[bytes], *, again: bool = False
 ) -> tuple[str, DataBlock] | None:
-    """Return the path and block made before, if one has nothing that is to be avoided."""
+    """Return path and block of an earlier build, if the block has no image to avoid."""
     for path in paths:
-        block = context.standing(path, again=again)
+        block = context.existing_block(path, again=again)
         if block and avoid.isdisjoint(row.tobytes() for row in block.source_digests):
             return path, block
     return None
 
 
 def _write(rows: DecodedRows, recipe: dict[str, Any], *, plain: str, avoiding: str) -> str:
-    """Write the block of the rows that are kept; return its path.
+    """Write the block of the accepted rows; return its path.
 
-    It is `avoiding` where rows depend on what was avoided, and else `plain`.
+    The path is `avoiding` if an image had to be avoided, and `plain` otherwise.
     """
     context, selection = rows.context, rows.selection
     height, width = context.spec.height, context.spec.width
@@ -365,7 +363,7 @@ def _write(rows: DecodedRows, recipe: dict[str, Any], *, plain: str, avoiding: s
         tokenizing(context.tokenize) as captions,
         block_writer(context.store, plain, height=height, width=width, rows=rows.wanted) as writer,
     ):
-        for row, pixels in rows.kept():
+        for row, pixels in rows.accepted():
             captions.add(row.candidate.caption)
             writer.add(
                 pixels,
@@ -378,8 +376,8 @@ def _write(rows: DecodedRows, recipe: dict[str, Any], *, plain: str, avoiding: s
             noted[CLEANED] += row.candidate.cleaned
         if not writer.rows:
             raise InputError(
-                f"no row is left for the {selection.role} set: {counted(rows.refused)}",
-                hint="check that the sources hold whole images",
+                f"the {selection.role} set has no usable rows: {counted(rows.refused)}",
+                hint="check that the images in the sources are complete",
             )
         keys = Counter(writer.keys)
         noted[SAME_KEY] = sum(count for count in keys.values() if count > 1)

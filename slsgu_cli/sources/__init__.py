@@ -1,1 +1,1 @@
-"""What users bring: tars, parquet, folders, captions, classes."""
+"""Sources of rows: one reader a file format, captions, class names and prompts."""

@@ -15,7 +15,7 @@ from slsgu_cli import progress
 from slsgu_cli.errors import ForeignError, InputError, MissingError, SlsguError, StaleError
 from slsgu_cli.records.method import GradientPointer
 from slsgu_cli.records.sets import ModelSpec, SetManifest
-from slsgu_cli.sources.opening import expand, parse_source
+from slsgu_cli.sources.grammar import expand, parse_source
 from slsgu_cli.store.artifacts import FOLDERS, TABLE, TENSORS, Artifact, set_of, verify
 from slsgu_cli.store.atomic import UNFINISHED, writer_lives
 from slsgu_cli.store.catalog import Catalog, Entry, Standing, entries

@@ -32,7 +32,8 @@ from slsgu_cli.records.recipe import (
     read_recipe,
 )
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.sets.build import Preview, made_from
+from slsgu_cli.sets.preview import Preview
+from slsgu_cli.sets.source_digest import source_digest
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Catalog, Standing, typical_sizes
 from slsgu_cli.store.digests import file_sha256
@@ -177,7 +178,7 @@ class RecipePlan:
         if step.stage is Stage.SET:
             request = recipe.set_of(recipe.request(step.names[0]))
             known = {} if self._identities is None else self._identities
-            return {"rows or classes": made_from(request, known), "weights": self.weights}
+            return {"rows or classes": source_digest(request, known), "weights": self.weights}
         if step.stage is Stage.GRADIENTS:
             rows = [sets[0].forget.fingerprint, sets[0].retain.fingerprint]
             return {"options": _options(recipe.grad), "rows": digest(rows), "weights": self.weights}

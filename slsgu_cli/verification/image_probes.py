@@ -20,7 +20,7 @@ from slsgu_cli.records.verification import (
     Told,
     VerifiedModel,
 )
-from slsgu_cli.sources.captions import matcher
+from slsgu_cli.sources.matching import matcher
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.verification.model import Gallery, ModelUnderTest
 

@@ -27,7 +27,7 @@ from slsgu_cli.records.verification import (
     Taken,
     VerifiedModel,
 )
-from slsgu_cli.sets.evaluation_sets import read_templates
+from slsgu_cli.sets.prompt_files import read_templates
 from slsgu_cli.store.artifacts import read_manifest
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store

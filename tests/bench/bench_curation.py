@@ -52,15 +52,16 @@ PLAIN_CAPTIONS = """
     done(start, rows, found)
 """
 OUR_CAPTIONS = """
-    from slsgu_cli.sources.captions import ConceptIndex
-    from slsgu_cli.sets.metadata import scan_metadata
-    from slsgu_cli.records.sets import CollectRequest, Concept
+    from slsgu_cli.sources.concept_index import ConceptIndex
+    from slsgu_cli.sets.scan import scan_metadata
+    from slsgu_cli.records.options import BuildRequest
+    from slsgu_cli.records.sets import Concept, ModelSpec
 
     concepts = (Concept("elon musk", ("elon musk",)), Concept("ada lovelace", ("ada lovelace",)))
     paths = sorted(map(str, Path(sys.argv[1]).glob("*.parquet")))
-    request = CollectRequest(concepts=concepts, metadata=paths)
+    request = BuildRequest(name="x", model=ModelSpec("unused"), retain_sources=("elsewhere",))
     start = time.perf_counter()
-    result = scan_metadata(paths, request, ConceptIndex(concepts))
+    result = scan_metadata(paths, request, ConceptIndex(concepts), url_column="URL")
     done(start, result.seen, len(result.hits))
 """
 PLAIN_SHARDS = """
@@ -79,23 +80,25 @@ PLAIN_SHARDS = """
 OUR_SHARDS = """
     import shutil
     from slsgu_cli.sets.collection import collect
-    from slsgu_cli.records.sets import CollectRequest, Concept
+    from slsgu_cli.records.options import BuildRequest
+    from slsgu_cli.records.sets import CollectRequest, Concept, ModelSpec
     from slsgu_cli.store.store import Store
 
     if __name__ == "__main__":
-        request = CollectRequest(
+        wanted = CollectRequest(
             concepts=(Concept("elon musk", ("elon musk",)),), sources=(sys.argv[1],)
         )
+        request = BuildRequest(name="x", model=ModelSpec("unused"), retain_sources=("elsewhere",))
         start = time.perf_counter()
         store = Store(sys.argv[1] + "-store")
-        record = collect(store, request).record
-        done(start, record.seen, record.concepts["elon musk"].found)
+        record = collect(store, request, wanted).record
+        done(start, record.seen, record.concepts["elon musk"].rows)
         shutil.rmtree(store.root)
 """
 
 
 def captions(count: int, generator: np.random.Generator) -> list[str]:
-    """Make up captions; one in 50,000 speaks of Elon Musk."""
+    """Make up captions; one in 50,000 mentions Elon Musk."""
     vocabulary = np.asarray(VOCABULARY.split())
     lengths = generator.integers(4, 15, count)
     words = vocabulary[generator.integers(0, len(vocabulary), lengths.sum())]

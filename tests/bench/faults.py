@@ -363,16 +363,12 @@ def readonly(bench: Bench, _: random.Random, times: int) -> Count:
 def s3(bench: Bench, rng: random.Random, times: int) -> Count:
     """Run commands on an S3 server, each on a fresh store, with a fault of each kind on the way.
 
-    A fault is over with the request that met it, and the pause before the next try is short:
-    a run is bounded, however many there are.
+    A fault is over with the request that met it.
     """
     from s3_server import BUCKET, S3Server
 
-    from slsgu_cli.store import sharing
-
     count, server = Count(), S3Server()
     os.environ |= server.environment | {"SLSGU_CACHE": str(bench.folder / "cache")}
-    pause, sharing.PAUSE = sharing.PAUSE, 0.02
     try:
         for number in range(times):
             store = f"s3://{BUCKET}/{number}"
@@ -391,7 +387,6 @@ def s3(bench: Bench, rng: random.Random, times: int) -> Count:
                 if told:
                     bench.run(name, store)
     finally:
-        sharing.PAUSE = pause
         server.stop()
     return count
 

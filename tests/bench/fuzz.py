@@ -1,7 +1,7 @@
 """Fuzz the parsers of what strangers made, guided by which of their lines run.
 
     pip install atheris
-    python tests/bench/fuzz.py pages -max_total_time=60      # or records, tensors, tars
+    python tests/bench/fuzz.py records -max_total_time=60      # or tensors, tars
 
 What follows the name goes to libFuzzer. A parser may return, or raise what it says it raises;
 anything else ends the run, with the input in a file beside.
@@ -20,18 +20,11 @@ with atheris.instrument_imports(include=["slsgu_cli"]):
     from slsgu_cli.errors import SlsguError
     from slsgu_cli.records.codec import decode, parse_json
     from slsgu_cli.records.method import EditHeader
-    from slsgu_cli.sources.parquet import compact_integers
-    from slsgu_cli.sources.rows import Columns
+    from slsgu_cli.sources.reader import Columns
     from slsgu_cli.sources.tar import TarSource
 
-import pyarrow as pa
 
 PLACE = Path(tempfile.mkdtemp()) / "a.tar"
-
-
-def pages(data: bytes) -> None:
-    with suppress(IndexError, pa.ArrowInvalid):
-        compact_integers(data)
 
 
 def records(data: bytes) -> None:
@@ -53,7 +46,7 @@ def tars(data: bytes) -> None:
         list(TarSource(str(PLACE), Columns(), {}).rows(Counter()))
 
 
-TARGETS = {each.__name__: each for each in (pages, records, tensors, tars)}
+TARGETS = {each.__name__: each for each in (records, tensors, tars)}
 
 if __name__ == "__main__":
     name = sys.argv.pop(1)

@@ -11,9 +11,10 @@ from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import CollectRequest, Concept, ModelSpec
 from slsgu_cli.sets.collection import collect
-from slsgu_cli.sources.opening import expand, parse_source
+from slsgu_cli.sources.grammar import expand, parse_source
 from slsgu_cli.store.store import Store
 
 NAFLEX = {"architectures": ["Siglip2Model"], "model_type": "siglip2"}
@@ -90,9 +91,10 @@ def test_a_tokenizer_that_cannot_be_had_is_told_apart_from_weights(tmp_path):
 @pytest.mark.parametrize("name", ["urls.csv", "urls.jsonl"])
 def test_metadata_as_text_is_converted(tmp_path, name):
     path = f"{write_folder(tmp_path, {name: 'URL,TEXT'})}/{name}"
-    request = CollectRequest(concepts=(Concept("dog", ("dog",), ()),), metadata=(path,))
+    wanted = CollectRequest(concepts=(Concept("dog", ("dog",), ()),), metadata=(path,))
+    request = BuildRequest(name="dog", model=ModelSpec("unused"), collect=wanted)
     with pytest.raises(InputError, match="--metadata takes parquet") as caught:
-        collect(Store(str(tmp_path / "store")), request)
+        collect(Store(str(tmp_path / "store")), request, wanted)
     assert f"read_{'json' if 'json' in name else 'csv'}('{path}')" in caught.value.hint
 
 

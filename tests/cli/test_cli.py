@@ -391,7 +391,7 @@ def test_what_is_wrong_is_told_with_its_exit_code(chain, words, code, told):
         (["--source", "nosuch/*.tar"], 3, "no file matches source nosuch/*.tar"),
         (["--eval", "first"], 2, "--eval first is not NAME=VALUE"),
         (["--eval", "a=x", "--eval", "a=y"], 2, "--eval names a twice"),
-        (["--classes", "a=x"], 2, "--classes speaks of an evaluation set a"),
+        (["--classes", "a=x"], 2, "--classes names an evaluation set a"),
         (["--model", "local-dir:nosuch"], 3, "nosuch is not an open_clip model folder"),
     ],
 )
@@ -450,7 +450,7 @@ def test_a_set_built_anew_makes_its_gradients_stale(shared_world, store):
         store=store,
     )
     assert done.exit_code == 0, done.stderr
-    assert "nothing to measure on" in done.stderr
+    assert "will have no evaluation set" in done.stderr
     for words in (["rank", "blue"], ["search", "blue"], ["apply", "blue", "--out", "x"]):
         stale = inside(*words, store=store)
         assert stale.exit_code == 4

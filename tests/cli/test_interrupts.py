@@ -93,7 +93,7 @@ def test_interrupted_build(build, tmp_path):
     assert inside("grad", "blue", store=store).exit_code == 3
     again = inside(*build)
     assert again.exit_code == 0
-    assert f"forget: {FORGET} rows were decoded before and are used again" in again.stderr
+    assert f"forget: reusing {FORGET} decoded rows" in again.stderr
     assert "retain: " not in again.stderr
 
 

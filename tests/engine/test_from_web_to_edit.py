@@ -26,8 +26,9 @@ from slsgu_cli.records.options import (
     SearchOptions,
 )
 from slsgu_cli.records.sets import DownloadOptions
-from slsgu_cli.sets.build import build_sets, with_collection
-from slsgu_cli.sets.metadata import find_command
+from slsgu_cli.sets.build import build_sets
+from slsgu_cli.sets.download import find_command
+from slsgu_cli.sets.requests import with_collection
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
 

@@ -22,10 +22,11 @@ from slsgu_cli.clip.decoding import decoder
 from slsgu_cli.errors import InputError, MissingError, SlsguError, UsageError
 from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import ModelSpec, Origin, Screening
-from slsgu_cli.sets import build
+from slsgu_cli.sets import assembly
 from slsgu_cli.sets import pairs as pairs_module
-from slsgu_cli.sets.build import Preview, build_sets
-from slsgu_cli.sets.context import Scratch
+from slsgu_cli.sets.build import build_sets
+from slsgu_cli.sets.image_buffer import ImageBuffer
+from slsgu_cli.sets.preview import Preview
 from slsgu_cli.sources.parquet import ParquetSource
 from slsgu_cli.sources.tar import TarSource
 from slsgu_cli.store.artifacts import read_manifest
@@ -52,7 +53,7 @@ def decoded(monkeypatch):
         decode = decoder(spec)
         return lambda data: (count.append(1), decode(data))[1]
 
-    monkeypatch.setattr(build, "decoder", counting)
+    monkeypatch.setattr(assembly, "decoder", counting)
     return count
 
 
@@ -86,7 +87,7 @@ def blocks(store, manifest):
     return DataBlock.open(store, manifest.forget), DataBlock.open(store, manifest.retain)
 
 
-def test_a_set_holds_what_was_asked_for(store, pairs, labelled):
+def test_a_set_contains_the_requested_rows(store, pairs, labelled):
     manifest = run(store, pairs, evals={"animals": f"{labelled}?kind=animal"})
     assert read_manifest(store, "dog") == manifest
     assert manifest.patterns == ("dog",)
@@ -165,13 +166,13 @@ def test_concepts_share_retain_and_evaluation_rows(store, pairs, labelled, decod
     assert cat.retain.fingerprint == dog.retain.fingerprint
     assert cat.evals == dog.evals
     assert cat.forget.fingerprint != dog.forget.fingerprint
-    assert sum("used again" in line for line in listener.heard) == 2
+    assert sum("reusing" in line for line in listener.heard) == 2
     decoded.clear()
     assert run(store, pairs, **common) == dog
     assert not decoded
 
 
-def test_a_changed_source_or_model_input_is_decoded_anew(
+def test_a_changed_source_or_model_input_is_decoded_again(
     store, pairs, tmp_path, decoded, monkeypatch
 ):
     first = run(store, pairs)
@@ -220,7 +221,7 @@ def test_broken_and_duplicate_rows_are_replaced_and_counted(store, tmp_path):
         "not an image": 30,
         "same image as a forget row": 1,
     }
-    assert any("460 fewer than asked for" in line for line in listener.heard)
+    assert any("460 fewer than requested" in line for line in listener.heard)
     # And the same again, from the blocks that stand.
     assert run(store, source, retain_samples=500, name="all") == everything
 
@@ -244,10 +245,10 @@ def test_rows_read_a_window_at_a_time_make_the_set_that_rows_held_make(
     sources = [tar(first) for first in (0, 40, 80)]
     options = {"screening": screening, "retain_samples": 30}
     held, most = [], []
-    put, clear = Scratch.put, Scratch.clear
-    monkeypatch.setattr(Scratch, "put", lambda s, image: (held.append(1), put(s, image))[1])
+    put, clear = ImageBuffer.put, ImageBuffer.clear
+    monkeypatch.setattr(ImageBuffer, "put", lambda s, image: (held.append(1), put(s, image))[1])
     monkeypatch.setattr(
-        Scratch, "clear", lambda s: (most.append(len(held)), held.clear(), clear(s))
+        ImageBuffer, "clear", lambda s: (most.append(len(held)), held.clear(), clear(s))
     )
     monkeypatch.setattr(pairs_module, "WINDOW", window)
     read = run(Store(str(tmp_path / "windows")), sources, **options)
@@ -351,7 +352,7 @@ def test_retain_rows_may_come_from_another_source(store, pairs, tmp_path):
     assert manifest.retain.seen == 9
 
 
-def test_an_empty_forget_set_says_what_was_seen(store, pairs):
+def test_an_error_for_an_empty_forget_set_counts_the_rows(store, pairs):
     with pytest.raises(InputError) as caught:
         run(store, pairs, match=["doggy"])
     assert "nothing matches 'doggy' among 60 captions in 60 rows" in caught.value.message
@@ -362,7 +363,7 @@ def test_an_empty_forget_set_says_what_was_seen(store, pairs):
 def test_a_forget_set_of_broken_images_is_empty_too(store, tmp_path):
     rows = [{"key": "x", "image": b"junk", "caption": "a dog"}, sample(1, "a cat")]
     source = write_parquet(tmp_path / "a.parquet", rows)
-    with pytest.raises(InputError, match="no row is left for the forget set: 1 not an image"):
+    with pytest.raises(InputError, match="the forget set has no usable rows: 1 not an image"):
         run(store, source)
 
 
@@ -507,9 +508,9 @@ def test_named_classes_and_templates(store, pairs, labelled):
         ({"retain_samples": 0}, "--retain-samples is 0"),
         ({"max_forget": 0}, "--max-forget is 0"),
         ({"match": ["("], "regex": True}, "not a regular expression"),
-        ({"classes": {"x": "imagenet"}}, "--classes speaks of an evaluation set x"),
-        ({"templates": {"x": "imagenet"}}, "--templates speaks of"),
-        ({"forget_eval": "x"}, "--forget-eval speaks of"),
+        ({"classes": {"x": "imagenet"}}, "--classes names an evaluation set x"),
+        ({"templates": {"x": "imagenet"}}, "--templates names an"),
+        ({"forget_eval": "x"}, "--forget-eval names an"),
     ],
 )
 def test_contradictions_are_usage_errors(store, pairs, options, message):
@@ -519,7 +520,7 @@ def test_contradictions_are_usage_errors(store, pairs, options, message):
         run(store, [])
 
 
-def test_missing_things_are_told_before_anything_is_decoded(store, pairs, labelled, decoded):
+def test_missing_files_are_errors_before_anything_is_decoded(store, pairs, labelled, decoded):
     cases = [
         ({"retain_sources": ["gone.parquet"]}, "gone.parquet"),
         ({"evals": {"a": "gone*.tar"}}, r"gone\*"),
@@ -529,7 +530,7 @@ def test_missing_things_are_told_before_anything_is_decoded(store, pairs, labell
     for options, message in cases:
         with pytest.raises(MissingError, match=message):
             run(store, pairs, **options)
-    with pytest.raises(InputError, match="can be evaluated on"):
+    with pytest.raises(InputError, match="can be used for evaluation"):
         run(store, pairs, evals={"a": f"{labelled}?kind=nothing"})
     with pytest.raises(InputError, match="no label column"):
         run(store, pairs, evals={"a": pairs})
@@ -579,7 +580,7 @@ def test_a_killed_build_leaves_no_manifest_and_can_be_done_again(
 
     evals = {"animals": labelled}
     with monkeypatch.context() as patch:
-        patch.setattr(build, "decoder", failing)
+        patch.setattr(assembly, "decoder", failing)
         with pytest.raises(Killed):
             run(store, pairs, evals=evals)
     assert store.names("sets") == []
@@ -587,13 +588,13 @@ def test_a_killed_build_leaves_no_manifest_and_can_be_done_again(
     assert run(store, pairs, evals=evals).forget.rows == 20
 
 
-def test_a_damaged_block_is_made_again(store, pairs):
+def test_a_damaged_block_is_built_again(store, pairs):
     first = run(store, pairs)
     chunk = next(Path(store.where(first.retain.path), "images").rglob("0/0/0/0"))
     chunk.unlink()
     listener = Listener()
     assert run(store, pairs) == first
-    assert any("damaged" in line and "made again" in line for line in listener.heard)
+    assert any("damaged" in line and "built again" in line for line in listener.heard)
     assert DataBlock.open(store, first.retain).images(0, 30).any()
 
 
@@ -629,9 +630,7 @@ def test_block_attributes_say_how_it_was_made(store, pairs, labelled):
         assert attributes["input"]["height"] == manifest.input.height
 
 
-def test_what_a_preview_of_many_sets_tells_is_what_building_each_ends_with(
-    store, pairs, labelled, tmp_path
-):
+def test_a_preview_of_many_sets_finds_the_errors_of_building_each(store, pairs, labelled, tmp_path):
     """Rows of several sources, filters, patterns and evaluation sets, some of which lack."""
     listed = "file,caption\na.png,a dog\nb.png,a cat\nno.png,a lost dog\n"
     files = {"a.png": encoded(1), "b.png": encoded(2), "table.csv": listed}

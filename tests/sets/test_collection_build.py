@@ -15,7 +15,9 @@ from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.records.options import BuildRequest, MetadataSource
 from slsgu_cli.records.sets import Concept, DownloadOptions, Origin
 from slsgu_cli.sets import collection
-from slsgu_cli.sets.build import build_many, build_sets, replay, require_all, with_collection
+from slsgu_cli.sets.build import build_many, build_sets, require_all
+from slsgu_cli.sets.replay import replay
+from slsgu_cli.sets.requests import with_collection
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.catalog import entries
@@ -67,7 +69,7 @@ def test_a_set_from_metadata(store, tiny_model, metadata, tmp_path):
     assert all(replay(store, "dog").same.values())
 
 
-def test_a_shard_that_is_damaged_is_told_of_and_not_read(store, tiny_model, metadata):
+def test_a_damaged_shard_is_an_error(store, tiny_model, metadata):
     request = ask(tiny_model, metadata=(metadata,))
     build_sets(store, request)
     (name,) = Artifact.COLLECTION.names(store)
@@ -93,7 +95,7 @@ def test_downloads_in_any_order_make_the_same_set(store, tiny_model, metadata, t
     assert second.retain.fingerprint == first.retain.fingerprint
 
 
-def test_many_names_share_one_collection_and_what_is_retained(store, tiny_model, tmp_path):
+def test_many_names_share_one_collection_and_its_retain_rows(store, tiny_model, tmp_path):
     for number in range(3):
         captions = [f"a {KINDS[n % 3]} {n}" for n in range(number * 20, number * 20 + 20)]
         shard(tmp_path / "tars" / f"{number:05}.tar", captions, first=number * 20)
@@ -113,8 +115,8 @@ def test_many_names_share_one_collection_and_what_is_retained(store, tiny_model,
     assert all("bird" in caption for caption in retained)
 
 
-def test_no_more_is_downloaded_than_a_limit_takes(store, tiny_model, metadata, monkeypatch):
-    monkeypatch.setattr(collection, "line_for", lambda wanted: 2 * wanted)
+def test_a_limit_of_forget_rows_limits_the_download(store, tiny_model, metadata, monkeypatch):
+    monkeypatch.setattr(collection, "sample_size", lambda wanted: 2 * wanted)
     request = ask(tiny_model, metadata=(metadata,), max_forget=5)
     manifest = build_sets(store, request)
     (urls,) = Path(store.root).glob("collections/*/urls.parquet")
@@ -128,27 +130,27 @@ def test_no_more_is_downloaded_than_a_limit_takes(store, tiny_model, metadata, m
     assert whole.forget.refused["beyond --max-forget"] > 10
 
 
-def test_other_rows_to_retain_may_be_named(store, tiny_model, metadata, tmp_path):
+def test_retain_rows_can_have_a_source_of_their_own(store, tiny_model, metadata, tmp_path):
     shard(tmp_path / "retain.tar", [f"a house {n}" for n in range(12)])
     request = ask(tiny_model, metadata=(metadata,), retain_sources=(f"{tmp_path}/retain.tar",))
     manifest = build_sets(store, request)
     assert manifest.retain.seen == 12
 
 
-def test_nothing_found_and_nothing_had_are_told_apart(store, tiny_model, metadata):
+def test_no_match_and_no_download_are_different_errors(store, tiny_model, metadata):
     none = ask(tiny_model, metadata=(metadata,), match=("unicorn",))
     with pytest.raises(InputError, match="nothing matches 'unicorn' among 60 captions"):
         build_sets(store, none)
     dead = ask(tiny_model, metadata=(metadata,), match=("dog 3",))
-    with pytest.raises(InputError, match="none of the 1 images of dog could be had: 1 connection"):
+    with pytest.raises(InputError, match="none of the 1 images of dog could be collected: 1 conn"):
         build_sets(store, dead)
     assert store.names("sets") == []
 
 
 def test_contradictions_are_usage_errors(tiny_model):
-    with pytest.raises(UsageError, match="cannot be read together"):
+    with pytest.raises(UsageError, match="cannot be combined"):
         ask(tiny_model, metadata=("a",), sources=("b",))
-    with pytest.raises(UsageError, match="--names has patterns of its own"):
+    with pytest.raises(UsageError, match="--names cannot be combined with --match"):
         ask(tiny_model, concepts=[Concept("x", ("x",))], sources=("b",), match=("y",))
 
 

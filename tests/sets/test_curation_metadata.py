@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.records.sets import CollectRequest, Concept
-from slsgu_cli.sets import metadata
-from slsgu_cli.sets.metadata import priorities, scan_metadata
-from slsgu_cli.sources.captions import GROUP, ConceptIndex, Prefilter, matcher
+from slsgu_cli.records.options import BuildRequest
+from slsgu_cli.records.sets import CollectRequest, Concept, ModelSpec
+from slsgu_cli.sets import scan as scan_module
+from slsgu_cli.sets.scan import priorities, scan_metadata
+from slsgu_cli.sources.concept_index import GROUP, ConceptIndex, Prefilter
+from slsgu_cli.sources.matching import matcher
 
 LETTERS = "elonß ELΣσς&;ampé’'-\u2011ﬁK\u0130ı\u200b\xad™\u0301\u2028\0Ｅ½特İſẞ"
 CAPTIONS = st.lists(st.none() | st.text(st.sampled_from(LETTERS), max_size=9), max_size=20)
@@ -29,7 +31,7 @@ def test_the_prefilter_passes_every_caption_that_matches(captions, patterns):
     ("pattern", "caption"),
     [("strasse", "Die Straße"), ("at&t", "an AT&amp;T store"), ("café", "a caf&eacute; here")],
 )
-def test_the_prefilter_passes_what_is_written_otherwise(pattern, caption):
+def test_the_prefilter_passes_other_notations(pattern, caption):
     assert matcher([pattern])(caption)
     assert Prefilter([pattern]).candidates(pa.array([caption])).tolist() == [0]
 
@@ -59,13 +61,17 @@ def write(path, table, group=10):
     return str(path)
 
 
-def ask(**options):
-    options = {"concepts": (Concept("dog", ("dog",)), Concept("cat", ("cat",)))} | options
-    return CollectRequest(metadata=("unused",), **options)
+def ask(*, concepts=None, url_column="URL", **options):
+    """Return a request; without `retain_samples`, one that draws no retain rows."""
+    options = options if "retain_samples" in options else {"retain_sources": ("x",), **options}
+    concepts = concepts or (Concept("dog", ("dog",)), Concept("cat", ("cat",)))
+    collect = CollectRequest(concepts=concepts, metadata=("unused",), url_column=url_column)
+    return BuildRequest(name="x", model=ModelSpec("unused"), collect=collect, **options)
 
 
 def scan(paths, request):
-    return scan_metadata(paths, request, ConceptIndex(request.concepts, request.regex))
+    index = ConceptIndex(request.collect.concepts, request.regex)
+    return scan_metadata(paths, request, index, url_column=request.collect.url_column)
 
 
 def test_rows_of_many_names_are_found_in_one_pass(tmp_path):
@@ -88,7 +94,7 @@ def test_rows_of_many_names_are_found_in_one_pass(tmp_path):
     assert sum(1 in hit.concepts for hit in found.hits) == 31
 
 
-def test_rows_to_retain_are_a_seeded_draw_of_what_is_left(tmp_path, monkeypatch):
+def test_retain_rows_are_a_seeded_sample_of_the_other_rows(tmp_path, monkeypatch):
     path = write(tmp_path / "a.parquet", rows())
     request = ask(retain_samples=4, retain_exclude=("number 8",))
     found = scan([path], request)
@@ -98,7 +104,7 @@ def test_rows_to_retain_are_a_seeded_draw_of_what_is_left(tmp_path, monkeypatch)
     assert found.retain == scan([path], request).retain
     other = scan([path], ask(retain_samples=4, retain_exclude=("number 8",), seed=1))
     assert [hit.row for hit in other.retain] != [hit.row for hit in found.retain]
-    monkeypatch.setattr(metadata, "POOL", 1 / 1000)
+    monkeypatch.setattr(scan_module, "POOL", 1 / 1000)
     few = scan([path], ask(retain_samples=4))
     assert {hit.row // 10 for hit in few.retain} < set(range(9))
 
@@ -135,7 +141,7 @@ def test_metadata_on_other_file_systems():
         ({"caption_column": "number"}, "holds int64, not text"),
     ],
 )
-def test_wrong_columns_are_told(tmp_path, options, message):
+def test_wrong_columns_are_errors(tmp_path, options, message):
     table = rows()
     if options.get("caption_column") == "number":
         table = [{**row, "number": 1} for row in table]
@@ -144,7 +150,7 @@ def test_wrong_columns_are_told(tmp_path, options, message):
         scan([path], ask(**options))
 
 
-def test_damaged_and_missing_files_are_told(tmp_path):
+def test_damaged_and_missing_files_are_errors(tmp_path):
     with pytest.raises(MissingError, match="there is no"):
         scan([str(tmp_path / "a.parquet")], ask())
     (tmp_path / "a.parquet").write_bytes(b"PAR1")

@@ -12,15 +12,9 @@ from slsgu_cli.figures.pictures import contact_sheet
 from slsgu_cli.records.codec import decode
 from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import Origin
-from slsgu_cli.sets.build import replay
-from slsgu_cli.sets.evaluation_sets import (
-    drop,
-    drop_from_set,
-    hashes,
-    inspect_set,
-    read_keys,
-    top_words,
-)
+from slsgu_cli.sets.dropped_rows import drop, drop_from_set, hashes, read_keys
+from slsgu_cli.sets.inspection import inspect_set, top_words
+from slsgu_cli.sets.replay import replay
 from slsgu_cli.store.artifacts import Artifact, read_pointer
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.catalog import Standing, entries
@@ -32,7 +26,7 @@ def open_block(world, part="forget"):
     return DataBlock.open(world.store, ref)
 
 
-def test_what_a_set_holds_is_told(world):
+def test_an_inspection_lists_the_rows_of_a_set(world):
     seen = inspect_set(world.store, world.name, images=5)
     block = open_block(world)
     assert [row.key for row in seen.rows] == block.keys
@@ -69,7 +63,7 @@ def test_words_are_counted_by_caption():
     ]
 
 
-def test_dropped_rows_are_gone_and_what_was_made_of_them_is_stale(world):
+def test_dropped_rows_are_gone_and_artifacts_of_them_are_stale(world):
     before = open_block(world)
     keys = [before.keys[3], hashes(before)[0][:10]]
     drop_from_set(world.store, world.name, keys, part="forget")
@@ -105,7 +99,7 @@ def test_rows_dropped_in_steps_are_as_if_dropped_at_once(world):
     assert drop(world.store, once, [*block.keys[:2], "nothing"], strict=False) == once
 
 
-def test_what_names_no_row_or_all_rows_is_told(world, tmp_path):
+def test_dropping_no_row_or_all_rows_is_an_error(world, tmp_path):
     block = open_block(world)
     with pytest.raises(MissingError, match="no row with the key or hash nothing"):
         drop(world.store, world.manifest.forget, ["nothing"])
@@ -127,7 +121,7 @@ def test_a_set_is_built_again_as_it_was_with_rows_dropped(world):
     assert result.manifest.request == before.request
 
 
-def test_the_request_in_a_manifest_is_what_was_asked_for(shared_world):
+def test_a_manifest_contains_its_request(shared_world):
     request = decode(BuildRequest, shared_world.manifest.request)
     assert request.sources == (shared_world.sources["pairs"],)
     assert request.model == shared_world.model
@@ -136,7 +130,7 @@ def test_the_request_in_a_manifest_is_what_was_asked_for(shared_world):
 
 def test_a_manifest_that_does_not_say_how_is_stale(world):
     world.store.write_record(Artifact.SET.path(world.name), replace(world.manifest, request={}))
-    with pytest.raises(StaleError, match="does not say how it was built"):
+    with pytest.raises(StaleError, match="does not contain its request"):
         replay(world.store, world.name)
 
 

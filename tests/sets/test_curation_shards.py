@@ -7,11 +7,11 @@ from tiny_images import encoded, sample, shard, write_folder, write_parquet, wri
 from worlds import Listener
 
 from slsgu_cli.errors import InputError
-from slsgu_cli.records.sets import CollectRequest, Concept, Origin
-from slsgu_cli.sets import collection
-from slsgu_cli.sets.collection import collect
+from slsgu_cli.records.options import BuildRequest
+from slsgu_cli.records.sets import CollectRequest, Concept, ModelSpec, Origin
+from slsgu_cli.sets import collection, shard_collection
 from slsgu_cli.sources.opening import open_sources
-from slsgu_cli.sources.rows import Columns
+from slsgu_cli.sources.reader import Columns
 from slsgu_cli.sources.tar import Shard, TarSource
 from slsgu_cli.store.store import Store
 
@@ -30,7 +30,7 @@ def tars(tmp_path):
 @pytest.fixture
 def alone(monkeypatch):
     """Read shards in this process: others take longer to start than all of the shards."""
-    monkeypatch.setattr(collection, "cores", lambda: 1)
+    monkeypatch.setattr(shard_collection, "cores", lambda: 1)
 
 
 @pytest.fixture
@@ -38,9 +38,16 @@ def store(tmp_path):
     return Store(str(tmp_path / "store"))
 
 
-def ask(*sources, **options):
-    options = {"concepts": (Concept("dog", ("dog",)), Concept("cat", ("cat",)))} | options
-    return CollectRequest(sources=sources, **options)
+def ask(*sources, concepts=None, **options):
+    """Return a request; without `retain_samples`, one that draws no retain rows."""
+    options = options if "retain_samples" in options else {"retain_sources": ("x",), **options}
+    concepts = concepts or (Concept("dog", ("dog",)), Concept("cat", ("cat",)))
+    collect = CollectRequest(concepts=concepts, sources=sources)
+    return BuildRequest(name="x", model=ModelSpec("unused"), collect=collect, **options)
+
+
+def collect(store, request):
+    return collection.collect(store, request, request.collect)
 
 
 def held(store, collected):
@@ -74,7 +81,7 @@ def test_samples_of_many_names_with_their_origins(store, tars):
     collected = collect(store, ask(tars))
     record = collected.record
     assert record.seen == 120
-    assert {name: tried.found for name, tried in record.concepts.items()} == {"dog": 40, "cat": 40}
+    assert {name: tried.rows for name, tried in record.concepts.items()} == {"dog": 40, "cat": 40}
     found = held(store, collected)
     assert len(found) == 80
     for row, data in found:
@@ -84,9 +91,9 @@ def test_samples_of_many_names_with_their_origins(store, tars):
 
 
 def test_rows_to_retain_come_from_as_few_shards_as_suffice(store, tars, alone, monkeypatch):
-    monkeypatch.setattr(collection, "retain_wanted", lambda request: 15)
+    monkeypatch.setattr(shard_collection, "retain_candidates", lambda request: 15)
     record = collect(store, ask(tars, retain_samples=5)).record
-    assert record.retain.found == 20
+    assert record.retain.rows == 20
     assert len(record.retain.shards) == 2
 
 
@@ -110,10 +117,10 @@ def test_only_files_that_were_not_done_are_read_again(store, tars, alone, monkey
     assert store.names("collections", ".json") == []
     record = collect(store, ask(tars)).record
     assert len(read) == 5
-    assert record.concepts["dog"].found == 40
+    assert record.concepts["dog"].rows == 40
     listener = Listener()
     assert collect(store, ask(tars)).record == record
-    assert "were collected before" in listener.heard[0]
+    assert "reusing the samples collected from" in listener.heard[0]
 
 
 def test_a_changed_source_is_another_collection(store, tars, alone):
@@ -133,7 +140,7 @@ def test_sources_of_other_kinds(store, alone, tmp_path):
     ]
 
 
-def test_broken_shards_are_counted_and_damage_is_told(store, tars, alone, tmp_path):
+def test_truncated_shards_are_counted_and_other_damage_is_an_error(store, tars, alone, tmp_path):
     path = tmp_path / "tars" / "00003.tar"
     path.write_bytes(path.read_bytes()[:20_000])
     record = collect(store, ask(tars)).record

@@ -3,8 +3,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slsgu_cli.sets.context import Candidate, Draw
-from slsgu_cli.sources.rows import first_met, priority
+from slsgu_cli.sets.sampling import Candidate, SeededSample, priority, row_identity
 
 
 def candidate(seed: int, index: int) -> Candidate:
@@ -13,7 +12,7 @@ def candidate(seed: int, index: int) -> Candidate:
 
 @given(st.permutations(range(30)), st.integers(1, 40), st.integers(0, 9))
 def test_the_draw_is_the_head_of_the_seeded_order_in_any_order_of_arrival(order, size, seed):
-    draw = Draw(size)
+    draw = SeededSample(size)
     for index in order:
         draw.offer(candidate(seed, index))
     everything = sorted(candidate(seed, index) for index in range(30))
@@ -22,7 +21,7 @@ def test_the_draw_is_the_head_of_the_seeded_order_in_any_order_of_arrival(order,
 
 
 def test_no_size_keeps_everything():
-    draw = Draw(None)
+    draw = SeededSample(None)
     for index in range(50):
         draw.offer(candidate(0, index))
     assert len(draw.ranked()) == 50
@@ -31,7 +30,7 @@ def test_no_size_keeps_everything():
 def test_seeds_give_different_and_even_draws():
     hits = Counter()
     for seed in range(400):
-        draw = Draw(3)
+        draw = SeededSample(3)
         for index in range(10):
             draw.offer(candidate(seed, index))
         hits.update(c.index for c in draw.ranked())
@@ -44,5 +43,5 @@ def test_priority_takes_names_that_are_no_text():
 
 
 def test_a_row_keeps_its_place_when_its_source_moves():
-    assert first_met("/here/laion/00001.tar", 7) == first_met("s3://there/laion/00001.tar", 7)
-    assert first_met("/here/laion/00001.tar", 7) != first_met("/here/coyo/00001.tar", 7)
+    assert row_identity("/here/laion/00001.tar", 7) == row_identity("s3://there/laion/00001.tar", 7)
+    assert row_identity("/here/laion/00001.tar", 7) != row_identity("/here/coyo/00001.tar", 7)

@@ -15,10 +15,17 @@ from processes import interruptible
 from tiny_images import encoded
 
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.records.sets import CollectRequest, Concept, Distributor, DownloadOptions
-from slsgu_cli.sets import metadata as metadata_module
-from slsgu_cli.sets.collection import collect
-from slsgu_cli.sets.metadata import find_command, reason
+from slsgu_cli.records.options import BuildRequest
+from slsgu_cli.records.sets import (
+    CollectRequest,
+    Concept,
+    Distributor,
+    DownloadOptions,
+    ModelSpec,
+)
+from slsgu_cli.sets import collection
+from slsgu_cli.sets import download as download_module
+from slsgu_cli.sets.download import find_command, reason
 from slsgu_cli.store.store import Store
 
 
@@ -44,19 +51,27 @@ def metadata(tmp_path):
 
 def ask(metadata, **download):
     options = {"command": FAKE_IMG2DATASET, "shard_rows": 4} | download
-    return CollectRequest(
+    wanted = CollectRequest(
         concepts=(Concept("dog", ("dog",)),),
         metadata=(metadata,),
         download=DownloadOptions(**options),
     )
+    # With retain rows from elsewhere, only those of the concept are collected.
+    return BuildRequest(
+        name="dog", model=ModelSpec("unused"), retain_sources=("x",), collect=wanted
+    )
 
 
-def test_what_is_had_and_what_is_not_is_counted_by_concept(store, metadata, monkeypatch, tmp_path):
+def collect(store, request):
+    return collection.collect(store, request, request.collect)
+
+
+def test_downloads_and_failures_are_counted_by_concept(store, metadata, monkeypatch, tmp_path):
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
     request = ask(metadata, distributor=Distributor.RAY, retries=3, timeout=7)
     record = collect(store, request).record
     dog = record.concepts["dog"]
-    assert dog.found == 15
+    assert dog.rows == 15
     assert dog.refused == {"connection failed": 1, "dead link (HTTP 404)": 1}
     assert dog.shards == tuple(f"{n:05}.tar" for n in range(4))
     (options,) = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
@@ -69,22 +84,22 @@ def test_what_is_had_and_what_is_not_is_counted_by_concept(store, metadata, monk
 def test_shards_that_were_done_are_not_fetched_again(store, metadata, monkeypatch, tmp_path):
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("FAKE_DIES", "2")
-    monkeypatch.setattr(metadata_module, "TRIES", 1)
+    monkeypatch.setattr(download_module, "TRIES", 1)
     with pytest.raises(InputError, match=r"finished 2 of 4 shards .* killed by something") as told:
         collect(store, ask(metadata))
-    assert "goes on where it stopped" in told.value.hint
+    assert "run the same command again to resume" in told.value.hint
     assert store.names("collections", ".json") == []
     monkeypatch.delenv("FAKE_DIES")
     first = next(Path(store.root).glob("collections/*/parts/00000.tar"))
     before = first.stat().st_mtime_ns
-    assert collect(store, ask(metadata)).record.concepts["dog"].found == 15
+    assert collect(store, ask(metadata)).record.concepts["dog"].rows == 15
     assert first.stat().st_mtime_ns == before
     assert len((tmp_path / "log").read_text().splitlines()) == 2
 
 
 def test_a_run_that_stops_early_is_started_again(store, metadata, monkeypatch):
     monkeypatch.setenv("FAKE_DIES", "2")
-    assert collect(store, ask(metadata)).record.concepts["dog"].found == 15
+    assert collect(store, ask(metadata)).record.concepts["dog"].rows == 15
 
 
 def test_a_run_that_gets_nowhere_is_not_started_forever(store, metadata, monkeypatch):
@@ -93,7 +108,7 @@ def test_a_run_that_gets_nowhere_is_not_started_forever(store, metadata, monkeyp
         collect(store, ask(metadata))
 
 
-def test_an_interrupt_ends_what_was_started(store, metadata, tmp_path):
+def test_an_interrupt_ends_the_download(store, metadata, tmp_path):
     script = textwrap.dedent(
         f"""
         from test_img2dataset import Store, ask, collect
@@ -123,17 +138,17 @@ def test_an_interrupt_ends_what_was_started(store, metadata, tmp_path):
     assert not any(folder.name in line for line in running.splitlines())
 
 
-def test_the_command_is_found_or_the_way_to_get_it_is_told(monkeypatch, tmp_path):
-    monkeypatch.delenv(metadata_module.VARIABLE, raising=False)
+def test_a_missing_command_is_an_error_with_installation_advice(monkeypatch, tmp_path):
+    monkeypatch.delenv(download_module.VARIABLE, raising=False)
     assert find_command(FAKE_IMG2DATASET) == FAKE_IMG2DATASET.split()
-    monkeypatch.setenv(metadata_module.VARIABLE, FAKE_IMG2DATASET)
+    monkeypatch.setenv(download_module.VARIABLE, FAKE_IMG2DATASET)
     assert find_command(None) == FAKE_IMG2DATASET.split()
     with pytest.raises(MissingError, match="no command nowhere"):
         find_command("nowhere")
-    monkeypatch.delenv(metadata_module.VARIABLE)
+    monkeypatch.delenv(download_module.VARIABLE)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(metadata_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(download_module, "find_spec", lambda name: None)
     with pytest.raises(MissingError, match="not installed") as told:
         find_command(None)
     assert "pip install 'slsgu[download]'" in told.value.hint

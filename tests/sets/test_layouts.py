@@ -19,7 +19,7 @@ from slsgu_cli.sets.build import build_sets
 from slsgu_cli.sets.context import BuildContext
 from slsgu_cli.sets.evaluation_sets import plan_eval
 from slsgu_cli.sources.opening import fetch, open_sources, scan
-from slsgu_cli.sources.rows import Columns, caption_of
+from slsgu_cli.sources.reader import Columns
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 
@@ -289,9 +289,7 @@ def content(block):
 def captioned(source, **columns):
     """Return every row's image and caption."""
     readers = open_sources([source], Columns(needs=frozenset(["caption"]), **columns))
-    captions = {
-        (at, row.index): caption_of(readers[at], row) for at, row in scan(readers, Counter())
-    }
+    captions = {(at, row.index): readers[at].caption(row) for at, row in scan(readers, Counter())}
     return [(data, captions[place]) for place, data in fetch(readers, dict.fromkeys(captions))]
 
 

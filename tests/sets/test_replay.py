@@ -7,7 +7,7 @@ from slsgu_cli.errors import UsageError
 from slsgu_cli.records.options import BuildRequest, MetadataSource
 from slsgu_cli.records.sets import Concept, ModelSpec, Screening
 from slsgu_cli.sets import build
-from slsgu_cli.sets.build import build_command, with_collection
+from slsgu_cli.sets.requests import build_command, with_collection
 
 PLAIN = BuildRequest(
     name="mickey", concept="mickey", model=ModelSpec("local-dir:clip"), sources=["a.parquet"]
@@ -54,7 +54,7 @@ def test_the_command_line_asks_for_the_same(request_, monkeypatch):
         assert got == (type(got)(meant) if isinstance(meant, list) else meant), field.name
 
 
-def test_what_is_not_said_is_the_default():
+def test_a_command_omits_defaults():
     told = build_command(PLAIN)
     assert told == [
         "slsgu",

@@ -9,7 +9,7 @@ from PIL import Image
 from slsgu_cli.clip import loading
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.sets import Screening
-from slsgu_cli.sets.context import perceptual_hash
+from slsgu_cli.sets.pair_filter import perceptual_hash
 from slsgu_cli.store.blocks import DataBlock
 
 

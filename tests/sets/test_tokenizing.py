@@ -3,14 +3,14 @@ import threading
 import numpy as np
 import pytest
 
-from slsgu_cli.sets.context import AT_ONCE, tokenizing
+from slsgu_cli.sets.tokenizing import CHUNK, tokenizing
 
 
 def codes(texts):
     return np.asarray([[ord(letter) for letter in text] for text in texts], dtype=np.int32)
 
 
-@pytest.mark.parametrize("count", [1, AT_ONCE - 1, AT_ONCE, 2 * AT_ONCE + 3])
+@pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, 2 * CHUNK + 3])
 def test_tokens_come_in_the_order_of_the_captions(count):
     texts = [f"{number:05}" for number in range(count)]
     with tokenizing(codes) as captions:
@@ -19,7 +19,7 @@ def test_tokens_come_in_the_order_of_the_captions(count):
         assert np.array_equal(captions.tokens(), codes(texts))
 
 
-def test_what_has_not_begun_is_dropped_when_the_work_ends_early():
+def test_waiting_chunks_are_cancelled_when_the_work_ends_early():
     begun, first, wait = [], threading.Event(), threading.Event()
 
     def slow(texts):
@@ -29,15 +29,15 @@ def test_what_has_not_begun_is_dropped_when_the_work_ends_early():
         return codes(texts)
 
     with pytest.raises(KeyError), tokenizing(slow) as captions:
-        for number in range(4 * AT_ONCE):
+        for number in range(4 * CHUNK):
             captions.add(str(number))
         assert first.wait(10)
         threading.Timer(0.2, wait.set).start()
         raise KeyError
-    assert begun == [AT_ONCE]
+    assert begun == [CHUNK]
 
 
-def test_what_the_tokenizer_raises_is_raised_with_the_tokens():
+def test_an_error_of_the_tokenizer_is_raised_with_the_tokens():
     def broken(texts):
         raise ValueError(f"{len(texts)} texts")
 

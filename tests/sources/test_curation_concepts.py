@@ -4,7 +4,8 @@ from hypothesis import strategies as st
 
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.sets import Concept, read_names
-from slsgu_cli.sources.captions import ConceptIndex, matcher
+from slsgu_cli.sources.concept_index import ConceptIndex
+from slsgu_cli.sources.matching import matcher
 
 TEXT = st.text(st.sampled_from("abé ß'-+.特 Σσς&;\u200b™"), min_size=1, max_size=8)
 PATTERN = TEXT.filter(lambda text: text.strip("\u200b ™"))
@@ -24,8 +25,8 @@ def test_aliases_and_exclusions():
     assert index.about("MICKEY and Donald") == [0, 1]
     assert index.excluded(1, "a Mickey mouse pad")
     assert not index.excluded(0, "a Donald mouse pad")
-    assert index.touched("any mouse pad")
-    assert not index.touched("a mouse")
+    assert index.mentions_any("any mouse pad")
+    assert not index.mentions_any("a mouse")
 
 
 def test_regular_expressions_are_asked_of_every_caption():
@@ -52,7 +53,7 @@ def test_names_come_from_a_file(tmp_path):
         (None, "cannot read the names"),
     ],
 )
-def test_bad_files_of_names_are_told(tmp_path, content, message):
+def test_malformed_files_of_names_are_refused(tmp_path, content, message):
     path = tmp_path / "names.txt"
     if content is not None:
         path.write_text(content)

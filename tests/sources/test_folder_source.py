@@ -6,7 +6,7 @@ import pytest
 from tiny_images import encoded, write_folder
 
 from slsgu_cli.errors import InputError
-from slsgu_cli.sources.opening import FolderSource
+from slsgu_cli.sources.folder import FolderSource
 
 
 def rows(path, filters=None):
@@ -43,7 +43,7 @@ def test_captions_and_class_folders(tmp_path):
     ]
 
 
-def test_what_is_too_large_is_counted_and_a_pipe_is_not_waited_for(tmp_path):
+def test_large_files_are_counted_and_pipes_ignored(tmp_path):
     write_folder(tmp_path, dict.fromkeys(("a.png", "b.png", "c.png", "d/e.png"), b"1"))
     write_folder(tmp_path, {"a.txt": "a", "b.txt": "b"})
     os.truncate(tmp_path / "b.txt", (1 << 16) + 1)

@@ -25,9 +25,9 @@ from slsgu_cli.records.sets import (
     SetManifest,
     read_names,
 )
-from slsgu_cli.sources.captions import parse_classes, parse_names, parse_templates
 from slsgu_cli.sources.opening import open_sources
-from slsgu_cli.sources.rows import Columns
+from slsgu_cli.sources.prompts import parse_classes, parse_names, parse_templates
+from slsgu_cli.sources.reader import Columns
 from slsgu_cli.sources.tar import TarSource
 
 fuzzed = settings(

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slsgu_cli.errors import UsageError
-from slsgu_cli.sources.captions import before_names, folded, matcher
+from slsgu_cli.sources.matching import before_names, folded, matcher
 
 WORDS = st.text(st.sampled_from("ab C+.#é1"), min_size=1, max_size=6).map(str.strip).filter(bool)
 GLUE = st.sampled_from([" ", "  ", ", ", "-", "!", "", "x", "_", "\n", "9"])

@@ -7,7 +7,7 @@ from tiny_images import encoded, sample, write_parquet
 
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.sources.parquet import ParquetSource
-from slsgu_cli.sources.rows import Columns
+from slsgu_cli.sources.reader import Columns
 
 
 def source(path, filters=None, **columns):
@@ -85,7 +85,7 @@ def test_only_row_groups_with_wanted_rows_are_read(tmp_path, monkeypatch):
         ({"image": "size"}, {}, "holds int64, not image bytes or paths"),
     ],
 )
-def test_missing_columns_are_told_with_those_there_are(tmp_path, columns, filters, message):
+def test_an_error_for_a_missing_column_lists_the_others(tmp_path, columns, filters, message):
     path = write_parquet(tmp_path / "a.parquet", [sample(1, "a", size=3)])
     with pytest.raises(InputError, match=message):
         rows(path, filters, **columns)

@@ -2,7 +2,7 @@ import pytest
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 
 from slsgu_cli.errors import InputError
-from slsgu_cli.sources.captions import (
+from slsgu_cli.sources.prompts import (
     builtin_classes,
     builtin_templates,
     class_indices,
@@ -12,7 +12,7 @@ from slsgu_cli.sources.captions import (
 )
 
 
-def test_builtin_templates_say_what_open_clip_says():
+def test_builtin_templates_are_those_of_open_clip():
     templates = builtin_templates("imagenet")
     assert len(templates) == 80
     assert all(t.count("{}") == 1 for t in templates)
@@ -65,7 +65,7 @@ def test_a_file_of_labels_and_names():
     [
         ("", "it is empty"),
         ("a\tb\nc\n", "1 of 2 lines have a tab"),
-        ("a\nb\na\n", "line 3: 'a' stands there a second time"),
+        ("a\nb\na\n", "line 3: 'a' appears twice"),
         ("a\tx\na\ty\n", "line 2"),
     ],
 )
@@ -76,7 +76,7 @@ def test_bad_class_files(text, message):
 
 def test_templates_from_a_file():
     assert parse_templates("a {}.\n\n the {} \n", "t") == ("a {}.", "the {}")
-    with pytest.raises(InputError, match="t, line 2: 'no slot' has 0 times"):
+    with pytest.raises(InputError, match=r"t, line 2: 'no slot' contains \{\} 0 times"):
         parse_templates("a {}.\nno slot\n", "t")
     with pytest.raises(InputError, match="2 times"):
         parse_templates("{} and {}", "t")

@@ -5,8 +5,10 @@ import pytest
 from tiny_images import encoded, sample, shard, write_folder, write_parquet, write_tar
 
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.sources.opening import fetch, open_sources, parse_source, scan
-from slsgu_cli.sources.rows import Columns, as_text
+from slsgu_cli.sources.grammar import parse_source
+from slsgu_cli.sources.opening import fetch, open_sources, scan
+from slsgu_cli.sources.reader import Columns
+from slsgu_cli.sources.texts import as_text
 
 ANY = Columns()
 
@@ -47,7 +49,7 @@ def test_globs_ranges_and_several_sources_keep_their_order(tmp_path):
         rows(f"{tmp_path}/{{00011..00012}}.tar")
 
 
-def test_what_is_no_source_is_said(tmp_path):
+def test_unknown_sources_are_refused(tmp_path):
     with pytest.raises(MissingError, match="no file matches source"):
         rows(f"{tmp_path}/nothing*.tar")
     write_folder(tmp_path, {"a.jpg": encoded(1), "b.doc": "x"})
@@ -138,7 +140,7 @@ def test_fields_as_text():
     assert as_text(None) is None
 
 
-def test_a_tar_that_lacks_a_filters_field_is_told_by_its_fields(tmp_path):
+def test_an_error_for_a_missing_field_of_a_tar_lists_the_others(tmp_path):
     tar = write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.txt", b"t")])
     with pytest.raises(InputError, match=r"no field kind; its columns are: caption, key, label"):
         rows(f"{tar}?kind=odd")
@@ -181,7 +183,7 @@ def test_a_file_read_for_several_filters_yields_what_each_reads_alone(tmp_path, 
         alone = [list(reader.rows(Counter())) for reader in readers]
         assert any(alone)
         together = [[] for _ in readers]
-        for row, places in readers[0].rows_passing([r.filters for r in readers], Counter()):
+        for row, places in readers[0].rows_matching([r.filters for r in readers], Counter()):
             for place in places:
                 together[place].append(row)
         assert together == alone

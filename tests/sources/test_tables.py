@@ -12,7 +12,7 @@ from worlds import Listener
 
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.sources.opening import fetch, open_sources, scan
-from slsgu_cli.sources.rows import Columns
+from slsgu_cli.sources.reader import Columns
 
 NEEDS = Columns(needs=frozenset(["caption"]))
 
@@ -42,7 +42,7 @@ def test_rows_that_are_none_are_counted(tmp_path):
     assert trouble == {"not a value for each column": 2, "oversized file": 2}
 
 
-def test_lines_that_are_no_json_are_counted(tmp_path):
+def test_lines_without_json_are_counted(tmp_path):
     lines = [{"image": "a.png", "text": "one"}, ["a.png"], {"text": "no image"}]
     text = "".join(json.dumps(line) + "\n" for line in lines) + "{broken\n" + "[" * 100_000 + "\n"
     rows, trouble, images = read(table(tmp_path, text, "t.jsonl"))
@@ -54,15 +54,15 @@ def test_lines_that_are_no_json_are_counted(tmp_path):
     assert images[0] == b"1"
 
 
-def test_an_image_that_is_not_there_is_told_by_its_row(tmp_path):
+def test_a_warning_names_the_row_of_a_missing_image(tmp_path):
     listener = Listener()
     path = table(tmp_path, "path,caption\na.png,one\nc.png,two\nb.png,three\n../d.png,four\n")
     rows, _, images = read(path)
     assert [row.key for row in rows] == ["a", "c", "b", "../d"]
     assert images == {0: b"1", 1: None, 2: b"1", 3: None}
     (warning,) = listener.heard
-    assert f"t.csv, row 2: its image {tmp_path}/c.png is not there" in warning
-    assert warning.endswith("nor are 1 more")
+    assert f"t.csv, row 2: its image {tmp_path}/c.png does not exist" in warning
+    assert warning.endswith("nor do 1 more")
 
 
 @pytest.mark.parametrize("rows", [1, 40])
@@ -90,13 +90,13 @@ def test_a_table_whose_images_lie_elsewhere_is_refused_before_the_work(tmp_path,
         (
             "path,text\nhttp://x/a.png,c\n",
             NEEDS,
-            "row 1: its image is http://x/a.png, which is no path",
+            "row 1: its image http://x/a.png is a URL, not a path",
             "--metadata",
         ),
         ("", NEEDS, "no image column; its columns are: none", "--image-column"),
     ],
 )
-def test_what_a_table_lacks_is_said(tmp_path, text, columns, message, hint):
+def test_missing_columns_and_images_are_errors(tmp_path, text, columns, message, hint):
     with pytest.raises(InputError, match=message) as caught:
         read(table(tmp_path, text), columns)
     assert hint in caught.value.hint
@@ -106,13 +106,17 @@ def test_what_a_table_lacks_is_said(tmp_path, text, columns, message, hint):
     ("name", "text", "message"),
     [
         ("t.json", "{", "cannot be read as JSON"),
-        ("t.json", '{"features": 1}', "no list of records, nor COCO's captions: it has features"),
-        ("t.json", '{"images": [], "annotations": [{"id": 1}]}', "not as COCO has it"),
-        ("t.txt", "490\n361\n", "has numbers alone"),
+        (
+            "t.json",
+            '{"features": 1}',
+            "neither a list of records nor COCO captions: it has features",
+        ),
+        ("t.json", '{"images": [], "annotations": [{"id": 1}]}', "does not have COCO's format"),
+        ("t.txt", "490\n361\n", "has only numbers"),
         ("t.txt", "n01440764\nn01443537\nn01440764\n", "has 3 labels for 2 images"),
     ],
 )
-def test_what_cannot_be_read_is_said(tmp_path, name, text, message):
+def test_malformed_tables_are_errors(tmp_path, name, text, message):
     with pytest.raises(InputError, match=message):
         read(table(tmp_path, text, name), Columns())
 
@@ -124,7 +128,7 @@ def test_images_may_lie_elsewhere_and_their_place_must_be_there(tmp_path):
     assert read(f"{path}?images={tar}")[2] == {0: b"2"}
     assert read(f"{path}?images={tmp_path}/far")[2] == {0: b"3"}
     assert read(f"{path}?images={tmp_path}/far&caption=other")[0] == []
-    with pytest.raises(MissingError, match="images= names nowhere, which is not there"):
+    with pytest.raises(MissingError, match="images= names nowhere, which does not exist"):
         read(f"{path}?images=nowhere")
 
 
@@ -152,13 +156,13 @@ def test_only_images_of_usual_files_are_read(tmp_path):
     assert read(path)[2] == {0: b"1"} | dict.fromkeys(range(1, 7))
 
 
-def test_a_table_and_an_imagefolder_with_two_are_told(tmp_path):
+def test_two_tables_in_an_imagefolder_are_an_error(tmp_path):
     write_folder(tmp_path, {"metadata.csv": "", "metadata.jsonl": ""})
     with pytest.raises(InputError, match=r"metadata\.csv and metadata\.jsonl"):
         read(tmp_path)
 
 
-def test_a_folder_without_images_tells_what_is_in_it(tmp_path):
+def test_an_error_for_a_folder_without_images_names_its_sources(tmp_path):
     write_parquet(tmp_path / "hub/data/train-0.parquet", [{"image": b"1"}])
     with pytest.raises(InputError, match="there are no images in") as caught:
         read(tmp_path / "hub")
@@ -167,7 +171,7 @@ def test_a_folder_without_images_tells_what_is_in_it(tmp_path):
 
 def test_saved_data_sets_are_read_as_they_were_saved(tmp_path):
     write_folder(tmp_path, {"state.json": '{"_data_files": [{"filename": "../x.arrow"}]}'})
-    with pytest.raises(InputError, match=r"has no \.\./x\.arrow, as state\.json tells"):
+    with pytest.raises(InputError, match=r"has no \.\./x\.arrow, which state\.json lists"):
         read(tmp_path)
     write_folder(tmp_path, {"state.json": '{"_indices_data_files": [{"filename": "i.arrow"}]}'})
     with pytest.raises(InputError, match="rows chosen by an index"):

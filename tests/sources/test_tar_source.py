@@ -8,8 +8,8 @@ import pytest
 from tiny_images import encoded, shard, write_tar
 
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.sources.rows import Columns
-from slsgu_cli.sources.tar import ShardHeader, TarSource, _usual_file
+from slsgu_cli.sources.reader import Columns
+from slsgu_cli.sources.tar import ShardHeader, TarSource, _regular_file
 
 
 def source(path, filters=None, **columns):
@@ -76,7 +76,7 @@ def test_compressed_shards(tmp_path, name):
 
 
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
-def test_a_shard_that_breaks_off_gives_what_it_has(tmp_path, suffix):
+def test_a_truncated_shard_is_read_up_to_its_end(tmp_path, suffix):
     whole = tmp_path / "whole.tar"
     members = []
     for number in range(6):
@@ -192,7 +192,7 @@ def test_headers_are_read_as_the_module_reads_them(form, name, kind, size):
         header = written[start : start + tarfile.BLOCKSIZE]
         assert read_header(ShardHeader, header) == read_header(tarfile.TarInfo, header)
     if kind == tarfile.REGTYPE and len(name) < 50 and size < 8**11:
-        assert _usual_file(header)[1] == size
+        assert _regular_file(header)[1] == size
 
 
 def test_a_damaged_header_is_refused_as_the_module_refuses_it():

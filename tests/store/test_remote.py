@@ -109,7 +109,7 @@ def test_commands_on_s3(s3, shared_world, url):
         assert done.exit_code == 0, done.stderr
         assert "warning: cannot" not in done.stderr
     again = inside(*build, store=url)
-    assert "retain: 30 rows were decoded before and are used again" in again.stderr
+    assert "retain: reusing 30 decoded rows" in again.stderr
     listed = inside("ls", store=url).stdout
     kinds = [line.split("\t")[0] for line in listed.splitlines()[1:]]
     assert (kinds.count("data"), kinds.count("gradient"), kinds.count("ranking")) == (3, 2, 1)

@@ -9,7 +9,7 @@ from under_test import opened
 
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.records.verification import Check, Settings, VerifyRequest
-from slsgu_cli.sources.captions import parse_names
+from slsgu_cli.sources.prompts import parse_names
 from slsgu_cli.verification.probes import spelling, spellings
 
 
@@ -80,7 +80,7 @@ def test_a_file_has_names_by_kind():
         ("German", "Himmelblau"),
         ("related", "sky"),
     )
-    with pytest.raises(InputError, match=r"names\.txt holds no names"):
+    with pytest.raises(InputError, match=r"names\.txt contains no names"):
         parse_names("# German\n\n", "names.txt")
 
 

@@ -1,19 +1,19 @@
 import numpy as np
 import pytest
 
-import slsgu_cli.sets.context
+import slsgu_cli.sets.image_buffer
 from slsgu_cli.errors import InputError
-from slsgu_cli.sets.context import scratch
+from slsgu_cli.sets.image_buffer import image_buffer
 from slsgu_cli.store.store import Store
 
 
 # Memory for all of 20 images of 36 bytes, for 7 of them, and for none.
 @pytest.mark.parametrize("memory", [1 << 20, 2 * 7 * 36, 0])
 def test_images_come_back_by_number_and_the_file_goes(memory, tmp_path, monkeypatch):
-    monkeypatch.setattr(slsgu_cli.sets.context, "spare", lambda device: memory)
+    monkeypatch.setattr(slsgu_cli.sets.image_buffer, "spare", lambda device: memory)
     images = np.random.default_rng(0).integers(0, 256, (20, 3, 4, 3), dtype=np.uint8)
     store = Store(str(tmp_path / "store"))
-    with scratch(store, height=3, width=4) as kept:
+    with image_buffer(store, height=3, width=4) as kept:
         numbers = [kept.put(image) for image in images]
         assert numbers == list(range(20))
         for place in (19, 0, 7, 6):
@@ -25,7 +25,7 @@ def test_images_come_back_by_number_and_the_file_goes(memory, tmp_path, monkeypa
     assert list((tmp_path / "store").iterdir()) == []
 
 
-def test_a_full_disk_is_told(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
     class Full:
         def seek(self, offset):
             pass
@@ -37,10 +37,10 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
             pass
 
     monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: Full())
-    monkeypatch.setattr(slsgu_cli.sets.context, "spare", lambda device: 0)
+    monkeypatch.setattr(slsgu_cli.sets.image_buffer, "spare", lambda device: 0)
     with (
         pytest.raises(InputError, match="No space left") as caught,
-        scratch(Store(str(tmp_path)), height=1, width=1) as kept,
+        image_buffer(Store(str(tmp_path)), height=1, width=1) as kept,
     ):
         kept.put(np.zeros((1, 1, 3), dtype=np.uint8))
     assert "--store" in caught.value.hint

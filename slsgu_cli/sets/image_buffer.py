@@ -1,0 +1,84 @@
+"""A buffer of decoded images: in memory first, then in a temporary file."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from slsgu_cli.clip.memory import spare
+from slsgu_cli.errors import InputError
+from slsgu_cli.store.atomic import remedy
+from slsgu_cli.store.blocks import Pixels
+from slsgu_cli.store.store import ELSEWHERE, Store
+
+
+class ImageBuffer:
+    """Images of one size by number, the first `capacity` of them in memory."""
+
+    def __init__(self, file: IO[bytes], *, height: int, width: int, capacity: int) -> None:
+        self._file = file
+        self._shape = (height, width, 3)
+        self._bytes = height * width * 3
+        self._in_memory: list[Pixels] = []
+        self._capacity = capacity
+        self._in_file = 0
+
+    def put(self, image: Pixels) -> int:
+        """Add an image and return its number. Raises InputError if the disk is full."""
+        if len(self._in_memory) < self._capacity:
+            self._in_memory.append(image)
+            return len(self._in_memory) - 1
+        with _disk_errors():
+            # On a full disk, a memory map would end the process with a signal; this raises.
+            self._file.seek(self._in_file * self._bytes)
+            self._file.write(np.ascontiguousarray(image).data)
+        self._in_file += 1
+        return len(self._in_memory) + self._in_file - 1
+
+    def clear(self) -> None:
+        """Drop all images; numbers start at zero again."""
+        self._in_memory.clear()
+        self._in_file = 0
+
+    def get(self, number: int) -> Pixels:
+        """Return the image with a number."""
+        if number < len(self._in_memory):
+            return self._in_memory[number]
+        with _disk_errors():
+            self._file.seek((number - len(self._in_memory)) * self._bytes)
+            data = self._file.read(self._bytes)
+        return np.frombuffer(data, dtype=np.uint8).reshape(self._shape)
+
+
+@contextmanager
+def image_buffer(store: Store, *, height: int, width: int) -> Iterator[ImageBuffer]:
+    """Yield a buffer that uses half of the available memory, then a file.
+
+    The file lies in the store's folder, which has space for the data itself. It has no name, so
+    it disappears with the process, however that ends.
+    """
+    with _disk_errors():
+        folder = Path(store.root) if store.is_local else None
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
+    try:
+        capacity = spare("cpu") // 2 // (height * width * 3)
+        yield ImageBuffer(file, height=height, width=width, capacity=capacity)
+    finally:
+        with _disk_errors():
+            file.close()
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write decoded images to a temporary file: {error.strerror or error}",
+            hint=remedy(error, ELSEWHERE),
+        ) from error

@@ -1,0 +1,349 @@
+"""Samples in a file of rows with named columns; formats derive from `TableSource`.
+
+A format lists its columns and rows. Images are in the file, or are files that it names.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import fsspec
+
+from slsgu_cli import progress
+from slsgu_cli.errors import InputError, MissingError
+from slsgu_cli.records.sets import Origin
+from slsgu_cli.sources.files import base_name, file_identity, folder_of
+from slsgu_cli.sources.filters import Filters, RowFilters, no_column
+from slsgu_cli.sources.image_files import FolderImages, ImageFiles, ImageValue
+from slsgu_cli.sources.reader import (
+    CAPTION_FIELDS,
+    LABEL_FIELDS,
+    SPLITS,
+    Columns,
+    Matching,
+    Reader,
+    Row,
+    Wanted,
+)
+from slsgu_cli.sources.tar import TarSource
+from slsgu_cli.sources.tar_images import TarImages
+from slsgu_cli.sources.texts import as_text
+
+IMAGE_FIELDS = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_bytes")
+PATH_FIELDS = (
+    "filepath",
+    "file_path",
+    "image_path",
+    "path",
+    "file_name",
+    "filename",
+    "image_name",
+    "file",
+)
+# open_clip's tables name their captions `title`.
+TABLE_CAPTIONS = (*CAPTION_FIELDS, "title", "comment")
+# `?images=` after a table names the place of its images.
+IMAGES = "images"
+# The number of first rows to check for existing images.
+CHECKED_ROWS = 16
+
+# Each row's number and columns.
+Records = Iterator[tuple[int, Mapping[str, Any]]]
+
+# The kinds of columns that images can be read from.
+BYTES, PATH = "bytes", "path"
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The columns of a table; `classes` are the names that the file gives to class numbers.
+
+    `kinds` are the columns' types: BYTES, PATH or another one. Without them, any may hold paths.
+    """
+
+    names: Sequence[str]
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    kinds: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TableSource(Reader):
+    """Samples in a file of rows with named columns.
+
+    A format implements `header` and `records`, and `image_values` if it contains images. With
+    `by_folder`, a row without a label has the name of its image's folder as label.
+    `image_folders` are the usual image folders, relative to the table, by patterns of its name.
+    """
+
+    path: str
+    columns: Columns
+    filters: Filters
+    files: ImageFiles | None = None
+    by_folder: bool = False
+    image_folders: ClassVar[Mapping[str, Sequence[str]]] = {}
+
+    @classmethod
+    def open(
+        cls, path: str, columns: Columns, filters: Filters, *, by_folder: bool = False
+    ) -> "TableSource":
+        """Return the reader of a table, with its images where `?images=` says. Raises MissingError.
+
+        Without `?images=`, they are in the usual folder for the table's name, else in its own.
+        """
+        places = filters.get(IMAGES)
+        files = _image_files(places) if places else FolderImages(cls._usual_folder(path))
+        others = {name: values for name, values in filters.items() if name != IMAGES}
+        return cls(path, columns, others, files, by_folder)
+
+    @classmethod
+    def _usual_folder(cls, path: str) -> str:
+        folder = folder_of(path)
+        for pattern, places in cls.image_folders.items():
+            match = re.fullmatch(pattern, base_name(path).lower())
+            for place in places if match else ():
+                candidate = f"{folder}/{place.format(*match.groups())}" if match else ""
+                fs, inner = fsspec.core.url_to_fs(candidate)
+                if fs.isdir(inner):
+                    return candidate
+        return folder
+
+    @property
+    def labels_are_captions(self) -> bool:
+        """Whether a row's label replaces a missing caption."""
+        return self.by_folder
+
+    def header(self) -> Header:
+        """Return the table's columns. Raises MissingError or InputError."""
+        raise NotImplementedError
+
+    def records(self, columns: Sequence[str], skipped: Counter[str]) -> Records:
+        """Yield each row's number and columns; count unreadable rows in `skipped`."""
+        raise NotImplementedError
+
+    def image_values(self, column: str, wanted: Wanted) -> Iterator[tuple[int, ImageValue]]:
+        """Yield the requested rows' images as the column stores them."""
+        last = max(wanted)
+        for index, record in self.records([column], Counter()):
+            if index in wanted:
+                yield index, as_text(record.get(column))
+            if index >= last:
+                return
+
+    def identity(self) -> Any:
+        """Return the identities of the file and its images, the image column and class names."""
+        header = self.header()
+        identity = [*file_identity(self.path), self.columns.image]
+        if header.classes:
+            identity.append({name: list(names) for name, names in sorted(header.classes.items())})
+        image, names_files = self._image_column(header)
+        if names_files:
+            records = self.records([image], Counter())
+            paths = (as_text(record.get(image)) for _, record in records)
+            identity.append(self._files().identity(filter(None, paths)))
+        return identity
+
+    def rows_matching(self, filters: Sequence[Filters], skipped: Counter[str]) -> Matching:
+        """Yield the rows that match any of the filters, with the numbers of these filters.
+
+        Raises InputError for a missing column, or if no image of the first rows exists.
+        """
+        header = self.header()
+        roles = self._roles(header)
+        for name in filters[0]:
+            self._require(header, name)
+        classes = header.classes
+        row_filters = RowFilters(
+            [{n: _with_numbers(v, classes.get(n)) for n, v in f.items()} for f in filters]
+        )
+        first = [_FirstImages(self.path, self._files()) for _ in filters]
+        names = sorted({*row_filters.columns, *roles.columns()})
+        for index, record in self.records(names, skipped):
+            if numbers := row_filters.matches(record):
+                if roles.file is not None and (file := as_text(record.get(roles.file))):
+                    for number in numbers:
+                        first[number].look(index, file)
+                yield self._row(index, record, roles), numbers
+        for each in first:
+            each.end()
+
+    def _row(self, index: int, record: Mapping[str, Any], roles: "_Roles") -> Row:
+        def text(column: str | None) -> str | None:
+            return None if column is None else as_text(record.get(column))
+
+        file, label, number = text(roles.file), text(roles.label), None
+        if label is not None and roles.classes is not None:
+            label, number = _class_name(label, roles.classes), label
+        if label is None and self.by_folder and file:
+            folders = file.split("/")[:-1]
+            label = next((name for name in folders if name not in SPLITS), None)
+        key = text(roles.key) or (file or "").rsplit(".", 1)[0]
+        url = text(roles.url)
+        return Row(
+            index,
+            key or f"{base_name(self.path).rsplit('.', 1)[0]}:{index}",
+            text(roles.caption),
+            label,
+            has_image=roles.file is None or file is not None,
+            origin=Origin(self.path, index, url) if url else None,
+            number=number if label is not None else None,
+        )
+
+    def _roles(self, header: Header) -> "_Roles":
+        image, names_files = self._image_column(header)
+        label = self._column(header, "label", LABEL_FIELDS)
+        return _Roles(
+            file=image if names_files else None,
+            caption=self._column(header, "caption", TABLE_CAPTIONS),
+            label=label,
+            key=usual_column(header.names, ("key", "__key__", "id")),
+            url=usual_column(header.names, ("url",)),
+            classes=header.classes.get(label) if label else None,
+        )
+
+    def images(self, wanted: Wanted) -> Iterator[tuple[int, bytes | None]]:
+        """Yield the encoded images of the requested rows; warn about missing files."""
+        names: dict[int, str] = {}
+
+        def values() -> Iterator[tuple[int, ImageValue]]:
+            column, _ = self._image_column(self.header())
+            for index, image in self.image_values(column, wanted):
+                if isinstance(image, str):
+                    names[index] = image
+                yield index, image
+
+        files, missing = self._files(), list[int]()
+        for index, data in files.read(values()):
+            if data is None and index in names:
+                missing.append(index)
+            else:
+                names.pop(index, None)
+            yield index, data
+        if missing:
+            first = min(missing)
+            progress.warn(
+                f"{self.path}, row {first + 1}: its image {files.where(names[first])} "
+                f"does not exist{_and_more(missing)}"
+            )
+
+    def _files(self) -> ImageFiles:
+        return self.files or FolderImages(folder_of(self.path))
+
+    def _image_column(self, header: Header) -> tuple[str, bool]:
+        """Return the column of images, and whether it contains paths."""
+        name = self._column(header, "image", (*IMAGE_FIELDS, *PATH_FIELDS))
+        if name is None:
+            hint = "name it with --image-column; name parquet files of URLs with --metadata"
+            raise no_column(self.path, "image column", header.names, hint)
+        kind = header.kinds.get(name, PATH)
+        if kind not in (BYTES, PATH):
+            raise InputError(
+                f"column {name} of {self.path} holds {kind}, not image bytes or paths",
+                hint="name the column of encoded images, or of their paths, with --image-column",
+            )
+        return name, kind == PATH
+
+    def _column(self, header: Header, role: str, usual: Sequence[str]) -> str | None:
+        chosen: str | None = getattr(self.columns, role)
+        if chosen is not None:
+            self._require(header, chosen)
+            return chosen
+        name = usual_column(header.names, usual)
+        if name is None and role in self.columns.needs and not self.by_folder:
+            hint = f"name it with --{role}-column"
+            raise no_column(self.path, f"{role} column", header.names, hint)
+        return name
+
+    def _require(self, header: Header, name: str) -> None:
+        if name not in header.names:
+            raise no_column(self.path, f"column {name}", header.names, "correct the column's name")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Roles:
+    """The columns to read; `file` is set if images are files that the table names."""
+
+    file: str | None
+    caption: str | None
+    label: str | None
+    key: str | None
+    url: str | None
+    classes: Sequence[str] | None
+
+    def columns(self) -> Iterator[str]:
+        """Yield the columns to read."""
+        yield from filter(None, (self.file, self.caption, self.label, self.key, self.url))
+
+
+@dataclass(slots=True)
+class _FirstImages:
+    """Check that any of the images exists that the first rows of a table name."""
+
+    path: str
+    files: ImageFiles | None
+    _missing: list[tuple[int, str]] = field(default_factory=list)
+
+    def look(self, index: int, name: str) -> None:
+        """Check a row's image unless an earlier one exists. Raises InputError."""
+        if self.files is None:
+            return
+        if self.files.has(name) is not False:
+            self.files = None
+            return
+        self._missing.append((index, name))
+        if len(self._missing) >= CHECKED_ROWS:
+            self.end()
+
+    def end(self) -> None:
+        """Raise InputError if there were images and none of them exists."""
+        if self.files is None or not self._missing:
+            return
+        index, name = self._missing[0]
+        where = f"{self.path}, row {index + 1}"
+        if "://" in name:
+            raise InputError(
+                f"{where}: its image {name} is a URL, not a path",
+                hint="name parquet files of URLs with --metadata to download their images",
+            )
+        raise InputError(
+            f"{where}: its image {self.files.where(name)} does not exist{_and_more(self._missing)}",
+            hint="paths are relative to the table's folder; name another folder (or a tar) with "
+            "?images=FOLDER after the table's path, or another column with --image-column",
+        )
+
+
+def _and_more(missing: Sequence[Any]) -> str:
+    others = len(missing) - 1
+    return f", nor do {others} more" if others else ""
+
+
+def _image_files(places: frozenset[str]) -> ImageFiles:
+    """Return the images in the folder or tar that `?images=` names. Raises MissingError."""
+    (place, *more) = sorted(places)
+    fs, inner = fsspec.core.url_to_fs(place)
+    if more or not fs.exists(inner):
+        raise MissingError(
+            f"?{IMAGES}= names {'several places' if more else f'{place}, which does not exist'}",
+            hint="name one folder, or one tar, that contains the images of the table",
+        )
+    return TarImages(place) if TarSource.recognises(place) else FolderImages(place)
+
+
+def usual_column(names: Sequence[str], usual: Sequence[str]) -> str | None:
+    """Return the first column with one of the usual names, in upper or lower case."""
+    lower = {name.lower(): name for name in reversed(names)}
+    return next((lower[name] for name in usual if name in lower), None)
+
+
+def _class_name(label: str, classes: Sequence[str]) -> str | None:
+    """Return the class with a number; None for a number without a class, such as -1."""
+    if label.isdecimal() and int(label) < len(classes):
+        return classes[int(label)]
+    return None
+
+
+def _with_numbers(values: frozenset[str], classes: Sequence[str] | None) -> frozenset[str]:
+    """Return the values of a filter, and the numbers of those that are class names."""
+    numbers = [str(number) for number, name in enumerate(classes or ()) if name.strip() in values]
+    return values.union(numbers)
