@@ -21,7 +21,6 @@ from typing import Any
 
 from slsgu_cli.checkpoints.apply import AppliedResult
 from slsgu_cli.cli.console import SCHEMA
-from slsgu_cli.downstream.search import TargetFigures
 from slsgu_cli.method.edit import FoundEdit
 from slsgu_cli.records.figures import ClassLoss, Ground
 from slsgu_cli.records.method import Ranking, Trial, Trials
@@ -38,6 +37,7 @@ from slsgu_cli.records.targets import (
 from slsgu_cli.records.words import Place
 from slsgu_cli.store.catalog import Entry
 from slsgu_cli.store.check import Finding
+from slsgu_cli.targets.search import TargetFigures
 from slsgu_cli.verification.verdicts import Conclusion
 
 FILE = Path(__file__).parent / "artifacts" / "documents.schema.json"

@@ -21,13 +21,6 @@ from slsgu_cli.compare import diffusion
 from slsgu_cli.compare.comparison import LABELS, ComparisonRun
 from slsgu_cli.compare.diffusion import Denoiser
 from slsgu_cli.compare.ours import ROLES, PassTimes
-from slsgu_cli.downstream.judge import JudgedPrompt, JudgedPrompts, judge_specs
-from slsgu_cli.downstream.models import (
-    Pipeline,
-    folder_fingerprint,
-    new_values,
-    require_family,
-)
 from slsgu_cli.errors import MissingError, StaleError, UsageError
 from slsgu_cli.figures.pictures import Strip, Tile, sheet_png
 from slsgu_cli.method.covariance import chosen_rows
@@ -46,6 +39,13 @@ from slsgu_cli.records.targets import TargetTrials
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, target_edit
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
+from slsgu_cli.targets.judge import JudgedPrompt, JudgedPrompts, judge_specs
+from slsgu_cli.targets.models import (
+    Pipeline,
+    folder_fingerprint,
+    new_values,
+    require_family,
+)
 
 SHOWN = 8
 ROWS = 16

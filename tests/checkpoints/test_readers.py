@@ -17,12 +17,12 @@ from slsgu_cli.checkpoints.edits import by_origin, write_edit
 from slsgu_cli.checkpoints.layers import Layer, is_candidate, tensor_places
 from slsgu_cli.checkpoints.targets import Family, layers_read_by, prompt_note, read_target
 from slsgu_cli.cli.tables import applied
-from slsgu_cli.downstream.models import LiveEncoder
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.edit import Presence, find_edits
 from slsgu_cli.records.method import Tower
 from slsgu_cli.records.options import ApplyOptions, StrengthOptions
 from slsgu_cli.store.store import Store
+from slsgu_cli.targets.models import LiveEncoder
 
 LAYER = "transformer.resblocks.1.mlp.c_proj.weight"
 READ = {

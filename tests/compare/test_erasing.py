@@ -248,8 +248,8 @@ def test_the_distance_is_frechets():
 @pytest.fixture(scope="module")
 def searched(demo_world, trained_models, tmp_path_factory):
     """A store with an edit that was steered on the small trained pipeline; do not write to it."""
-    from slsgu_cli.downstream.search import search_target
     from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget, TargetSearchOptions
+    from slsgu_cli.targets.search import search_target
 
     folder = tmp_path_factory.mktemp("steered") / "store"
     shutil.copytree(demo_world.store.root, folder)
@@ -278,10 +278,10 @@ def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
     steered, trained_models, monkeypatch
 ):
     from slsgu_cli.compare import on_pipeline
-    from slsgu_cli.downstream.models import Pipeline
     from slsgu_cli.records.targets import Budget, PaintOptions
     from slsgu_cli.store.artifacts import Artifact
     from slsgu_cli.store.catalog import Standing, entries
+    from slsgu_cli.targets.models import Pipeline
 
     pipe = Pipeline.load(trained_models / "sd", device="cpu")
     monkeypatch.setattr(on_pipeline.Pipeline, "load", lambda *_, **__: pipe)

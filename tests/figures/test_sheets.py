@@ -3,7 +3,6 @@ import io
 import numpy as np
 from PIL import Image
 
-from slsgu_cli.downstream.judge import png_bytes
 from slsgu_cli.figures.pictures import (
     AnsweredImage,
     Strip,
@@ -13,6 +12,7 @@ from slsgu_cli.figures.pictures import (
     sheet_png,
 )
 from slsgu_cli.records.targets import Answer
+from slsgu_cli.targets.judge import png_bytes
 
 RED, BLUE = (png_bytes(Image.new("RGB", (32, 32), colour)) for colour in ("red", "blue"))
 STRIPS = [

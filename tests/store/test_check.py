@@ -16,7 +16,6 @@ from tiny_images import encoded
 
 from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.clip.models import has_model
-from slsgu_cli.downstream.generate import OutputFolder
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.method.edit import direct_edit
 from slsgu_cli.records.method import CovarianceHeader, LayerCovariance, SumsHeader
@@ -26,6 +25,7 @@ from slsgu_cli.store.check import State, check, garbage, remove
 from slsgu_cli.store.files import partial_name, writer_lives
 from slsgu_cli.store.sharing import Holder
 from slsgu_cli.store.store import Store
+from slsgu_cli.targets.generate import OutputFolder
 
 
 def flip(store, path, place=-40):

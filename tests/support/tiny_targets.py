@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from slsgu_cli.checkpoints.targets import read_target
-from slsgu_cli.downstream.judge import Judge, class_in
-from slsgu_cli.downstream.models import LiveEncoder
+from slsgu_cli.targets.judge import Judge, class_in
+from slsgu_cli.targets.models import LiveEncoder
 
 Weights = dict[str, torch.Tensor]
 HIDDEN = {

@@ -31,10 +31,10 @@ def facebook(demo_model, tmp_path_factory):
 
 
 def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_models, monkeypatch):
-    from slsgu_cli.downstream import subjects
-    from slsgu_cli.downstream.generate import ask
-    from slsgu_cli.downstream.search import search_target
     from slsgu_cli.records.targets import AskRequest, Budget, ReportBudget, TargetSearchOptions
+    from slsgu_cli.targets import subjects
+    from slsgu_cli.targets.generate import ask
+    from slsgu_cli.targets.search import search_target
 
     # What a few images are read as ranks the layers as more of them do.
     monkeypatch.setattr(subjects, "ROWS", FEW)
@@ -60,9 +60,9 @@ def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_m
 
 
 def test_the_small_stable_diffusion_forgets_facebook_and_keeps_the_rest(facebook, trained_models):
-    from slsgu_cli.downstream.generate import generate
-    from slsgu_cli.downstream.search import search_target
     from slsgu_cli.records.targets import Budget, GenerateRequest, ReportBudget, TargetSearchOptions
+    from slsgu_cli.targets.generate import generate
+    from slsgu_cli.targets.search import search_target
 
     options = TargetSearchOptions(
         target=trained_models / "sd",

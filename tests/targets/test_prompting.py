@@ -1,8 +1,8 @@
 import pytest
 
-from slsgu_cli.downstream.generate import Prompt, read_prompts
-from slsgu_cli.downstream.judge import class_in
 from slsgu_cli.errors import InputError, MissingError, UsageError
+from slsgu_cli.targets.generate import Prompt, read_prompts
+from slsgu_cli.targets.judge import class_in
 
 NAMES = ("star", "sea star", "github", "c++")
 

@@ -19,14 +19,6 @@ from slsgu_cli.clip.inputs import CacheBudget, decoder, pixel_normalizer, spans,
 from slsgu_cli.clip.models import input_spec, load, pick_device, resolve, tokenizer
 from slsgu_cli.clip.towers import text_tower, vision_tower
 from slsgu_cli.clip.zeroshot import PromptSide, counted_by, naming_layers, require_finite
-from slsgu_cli.downstream.models import (
-    ImageJob,
-    Pipeline,
-    folder_fingerprint,
-    new_values,
-    require_family,
-    unfinished,
-)
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Effect, Share
@@ -44,6 +36,14 @@ from slsgu_cli.sources.captions import find_class
 from slsgu_cli.store.artifacts import Artifact, read_manifest
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
+from slsgu_cli.targets.models import (
+    ImageJob,
+    Pipeline,
+    folder_fingerprint,
+    new_values,
+    require_family,
+    unfinished,
+)
 
 
 def called(concept: str, classes: Sequence[str]) -> str:

@@ -15,11 +15,6 @@ from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.cli.console import Console
 from slsgu_cli.cli.downstream import require_reached, show_target_search
 from slsgu_cli.clip.models import load, resolve
-from slsgu_cli.downstream.generate import sample_pictures
-from slsgu_cli.downstream.judge import REPORTED, SEARCHED, JudgedPrompts, prompts_for
-from slsgu_cli.downstream.models import Llava, Pipeline
-from slsgu_cli.downstream.search import PARTS, search_target
-from slsgu_cli.downstream.subjects import AskedSubject, Questions
 from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.records.codec import decode, encode
 from slsgu_cli.records.figures import Share, TargetFigures
@@ -29,6 +24,11 @@ from slsgu_cli.records.studies import PipelineCompareOptions
 from slsgu_cli.records.targets import Budget, GradientOf, ReportBudget, TargetSearchOptions
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.targets.generate import sample_pictures
+from slsgu_cli.targets.judge import REPORTED, SEARCHED, JudgedPrompts, prompts_for
+from slsgu_cli.targets.models import Llava, Pipeline
+from slsgu_cli.targets.search import PARTS, search_target
+from slsgu_cli.targets.subjects import AskedSubject, Questions
 
 NAMES = (*COLOURS, *SHAPES)
 # Shares of a layer's norm: the concept is gone at the first in searched prompts, and at the
@@ -61,7 +61,7 @@ def sd(module, world, tmp_path, monkeypatch):
     folder = tiny_targets.pipeline(
         tmp_path / "sd", "StableDiffusionPipeline", {"text_encoder": ("CLIPTextModel", text)}
     )
-    monkeypatch.setattr("slsgu_cli.downstream.judge.Judge.load", tiny_targets.pixel_judge)
+    monkeypatch.setattr("slsgu_cli.targets.judge.Judge.load", tiny_targets.pixel_judge)
 
     def made(lasts=lasts):
         painter = tiny_targets.Painter(folder, module, NAMES, lasts)

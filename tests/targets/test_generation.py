@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from worlds import Listener
 
-from slsgu_cli.downstream.models import explained
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.edit import direct_edit
 from slsgu_cli.records.figures import Effect, Share
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import RankOptions
 from slsgu_cli.store.artifacts import Artifact, read_manifest
+from slsgu_cli.targets.models import explained
 
 TEXT = "transformer.resblocks.6.mlp.c_proj.weight"
 VISION = "visual.transformer.resblocks.6.mlp.c_fc.weight"
@@ -25,14 +25,14 @@ VISION = "visual.transformer.resblocks.6.mlp.c_fc.weight"
 
 @pytest.fixture(scope="module")
 def pipe(trained_models):
-    from slsgu_cli.downstream.models import Pipeline
+    from slsgu_cli.targets.models import Pipeline
 
     return Pipeline.load(trained_models / "sd", device="cpu")
 
 
 @pytest.fixture(scope="module")
 def llava(trained_models):
-    from slsgu_cli.downstream.models import Llava
+    from slsgu_cli.targets.models import Llava
 
     return Llava.load(trained_models / "llava", device="cpu")
 
@@ -40,7 +40,7 @@ def llava(trained_models):
 @pytest.fixture
 def loaded(pipe, llava, monkeypatch):
     """Let commands find both models in memory."""
-    from slsgu_cli.downstream import models
+    from slsgu_cli.targets import models
 
     monkeypatch.setattr(models.Pipeline, "load", lambda *_, **__: pipe)
     monkeypatch.setattr(models.Llava, "load", lambda *_, **__: llava)
@@ -71,8 +71,8 @@ def test_a_live_edit_is_the_edit_that_apply_writes(pipe, edits, tmp_path, traine
     from slsgu_cli.checkpoints.layers import tensor_places, tower_places
     from slsgu_cli.checkpoints.layouts import read_weight_set
     from slsgu_cli.checkpoints.targets import read_target
-    from slsgu_cli.downstream.models import new_values
     from slsgu_cli.records.options import ApplyOptions
+    from slsgu_cli.targets.models import new_values
 
     edit = load_edit(edits, "text")
     target = read_target(trained_models / "sd")
@@ -101,7 +101,7 @@ def test_edits_end_with_their_block_and_fused_layers_are_split(pipe):
 
 def test_other_weights_and_layers_without_reach_are_refused(pipe, llava, edits):
     from slsgu_cli.checkpoints.edits import load_edit
-    from slsgu_cli.downstream.models import new_values
+    from slsgu_cli.targets.models import new_values
 
     edit, live = load_edit(edits, "text"), pipe.encoders[0]
     with live.edited({TEXT: live.value(TEXT) + 1}), pytest.raises(StaleError, match="is not the"):
@@ -113,8 +113,8 @@ def test_other_weights_and_layers_without_reach_are_refused(pipe, llava, edits):
 
 
 def test_an_image_depends_on_its_prompt_and_seed_alone(pipe):
-    from slsgu_cli.downstream.models import ImageJob
     from slsgu_cli.records.targets import PaintOptions
+    from slsgu_cli.targets.models import ImageJob
 
     options = PaintOptions(steps=2)
     jobs = [ImageJob("a star icon", 3), ImageJob("an icon of facebook", 7)]
@@ -127,11 +127,11 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(pipe):
 def test_generate_keeps_images_a_sheet_and_a_record(
     loaded, pipe, edits, demo_world, trained_models
 ):
-    from slsgu_cli.downstream.generate import generate
-    from slsgu_cli.downstream.models import ImageJob
     from slsgu_cli.records.targets import GenerateRequest, PaintOptions
     from slsgu_cli.store.artifacts import Artifact
     from slsgu_cli.store.catalog import Standing, entries
+    from slsgu_cli.targets.generate import generate
+    from slsgu_cli.targets.models import ImageJob
 
     paint = PaintOptions(steps=6, guidance=4.0)
     request = GenerateRequest(
@@ -160,9 +160,9 @@ def test_generate_keeps_images_a_sheet_and_a_record(
 
 
 def test_generate_goes_on_where_it_was_stopped(loaded, pipe, edits, trained_models, monkeypatch):
-    from slsgu_cli.downstream import models
-    from slsgu_cli.downstream.generate import generate
     from slsgu_cli.records.targets import GenerateRequest, PaintOptions
+    from slsgu_cli.targets import models
+    from slsgu_cli.targets.generate import generate
 
     request = GenerateRequest(
         names=["text"],
@@ -208,8 +208,8 @@ def changed_header(store):
 
 
 def test_ask_compares_answers_about_the_sets_own_images(loaded, edits, demo_world, trained_models):
-    from slsgu_cli.downstream.generate import ask, sample_pictures
     from slsgu_cli.records.targets import AskRequest
+    from slsgu_cli.targets.generate import ask, sample_pictures
 
     image = Path(edits.where("facebook.png"))
     image.parent.mkdir(exist_ok=True)
@@ -254,9 +254,9 @@ class Talker:
 def test_ask_goes_on_with_the_answers_that_it_kept(
     stop, said, edits, demo_world, tmp_path, monkeypatch, listener
 ):
-    from slsgu_cli.downstream import generate
     from slsgu_cli.method import gradients
     from slsgu_cli.records.targets import AskRequest
+    from slsgu_cli.targets import generate
 
     talker = Talker()
     monkeypatch.setattr(generate.Llava, "load", lambda *_, **__: talker)
@@ -290,9 +290,9 @@ def test_ask_goes_on_with_the_answers_that_it_kept(
 
 
 def test_the_forget_gradient_of_answers_lowers_the_odds_of_the_name(llava, demo_world):
-    from slsgu_cli.downstream.generate import sample_pictures
-    from slsgu_cli.downstream.models import Question
-    from slsgu_cli.downstream.subjects import _loss, answer_gradient
+    from slsgu_cli.targets.generate import sample_pictures
+    from slsgu_cli.targets.models import Question
+    from slsgu_cli.targets.subjects import _loss, answer_gradient
 
     picture = sample_pictures(demo_world.store, "facebook", 1)[0]
     pairs = [
@@ -316,10 +316,10 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
     import shutil
 
     from slsgu_cli.checkpoints.edits import load_edit
-    from slsgu_cli.downstream.search import search_target
     from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget, TargetSearchOptions
     from slsgu_cli.store.artifacts import Artifact, target_edit
     from slsgu_cli.store.store import Store
+    from slsgu_cli.targets.search import search_target
 
     shutil.copytree(demo_world.store.root, tmp_path / "store")
     store = Store(str(tmp_path / "store"))
@@ -354,11 +354,11 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
 def test_a_generated_forget_set_goes_on_where_it_stopped(
     loaded, demo_world, tmp_path, trained_models
 ):
-    from slsgu_cli.downstream.judge import forgetting_generated
     from slsgu_cli.records.options import BuildRequest
     from slsgu_cli.records.targets import PaintOptions, SourceRequest
     from slsgu_cli.sets.build import build_sets
     from slsgu_cli.store.store import Store
+    from slsgu_cli.targets.judge import forgetting_generated
 
     store = Store(str(tmp_path / "store"))
     prompts = ("an umbrella heart", "an icon of an umbrella heart")
@@ -392,8 +392,8 @@ def test_a_generated_forget_set_goes_on_where_it_stopped(
 def test_an_answer_set_has_the_benchmarks_layout_and_figures(
     loaded, edits, demo_world, trained_models, tmp_path
 ):
-    from slsgu_cli.downstream.judge import answer_set
     from slsgu_cli.records.targets import CanvasRequest, PaintOptions
+    from slsgu_cli.targets.judge import answer_set
 
     for name, lines in {"themes": "Crayon\nPop Art\n", "objects": "facebook\nstar\n"}.items():
         (tmp_path / name).write_text(lines)

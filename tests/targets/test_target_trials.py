@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from slsgu_cli.downstream.search import TargetSearch
-from slsgu_cli.downstream.subjects import TargetMove
 from slsgu_cli.records.figures import Effect, Share
 from slsgu_cli.records.method import Direction, Tower
 from slsgu_cli.records.targets import Budget, GradientOf, TargetSearchOptions, TargetTrials
 from slsgu_cli.store.store import Store
+from slsgu_cli.targets.search import TargetSearch
+from slsgu_cli.targets.subjects import TargetMove
 
 LAYER = "transformer.resblocks.0.mlp.c_proj.weight"
 

@@ -19,16 +19,6 @@ from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.clip.evaluation import Evaluation, prepare
 from slsgu_cli.clip.inputs import spare
 from slsgu_cli.clip.models import pick_device, tokenizer
-from slsgu_cli.downstream.judge import judge_specs
-from slsgu_cli.downstream.models import PIPELINES, folder_fingerprint
-from slsgu_cli.downstream.subjects import (
-    AskedSubject,
-    PaintedSubject,
-    Subject,
-    TargetMove,
-    by_gain,
-    moves_of,
-)
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.directions import LayerStep, layer_gradient, unmeasured_edit
 from slsgu_cli.method.gradients import load_graded
@@ -47,6 +37,16 @@ from slsgu_cli.records.targets import (
 )
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, resume, target_edit
 from slsgu_cli.store.store import Store
+from slsgu_cli.targets.judge import judge_specs
+from slsgu_cli.targets.models import PIPELINES, folder_fingerprint
+from slsgu_cli.targets.subjects import (
+    AskedSubject,
+    PaintedSubject,
+    Subject,
+    TargetMove,
+    by_gain,
+    moves_of,
+)
 
 # Trials a layer, on CLIP, for the step to begin with on the target.
 CLIP_STEPS = 7

@@ -14,15 +14,15 @@ from processes import inside
 
 from slsgu_cli.checkpoints.edits import edit_digests, load_edit, write_edit
 from slsgu_cli.checkpoints.targets import fitting_encoder, read_target
-from slsgu_cli.downstream.models import ImageJob, Pipeline, new_values
-from slsgu_cli.downstream.search import TargetPlan, search_target
-from slsgu_cli.downstream.subjects import PaintedSubject, moves_of
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
 from slsgu_cli.method.edit import apply
 from slsgu_cli.method.export import export
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import ApplyRequest, ExportRequest
 from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget, TargetSearchOptions
+from slsgu_cli.targets.models import ImageJob, Pipeline, new_values
+from slsgu_cli.targets.search import TargetPlan, search_target
+from slsgu_cli.targets.subjects import PaintedSubject, moves_of
 
 LAYER = "transformer.resblocks.1.mlp.c_proj.weight"
 READ_TWICE = "edits go into text_encoder and text_encoder_2, and text_encoder_3 reads them"

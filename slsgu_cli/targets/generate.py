@@ -18,25 +18,6 @@ from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, edit_digests, load_edit, tell_of_other_encoders
 from slsgu_cli.clip.evaluation import concept_rows, serving_rows
 from slsgu_cli.clip.inputs import Ints, spans
-from slsgu_cli.downstream.judge import (
-    Classes,
-    Judge,
-    called,
-    class_in,
-    judge_specs,
-    measured_classes,
-    png_bytes,
-)
-from slsgu_cli.downstream.models import (
-    BATCH,
-    ImageJob,
-    Llava,
-    Pipeline,
-    Question,
-    folder_fingerprint,
-    new_values,
-    unfinished,
-)
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.figures.pictures import (
     AnsweredImage,
@@ -66,6 +47,25 @@ from slsgu_cli.sources.captions import DEFAULT_TEMPLATES, find_class
 from slsgu_cli.store.artifacts import TABLE, Artifact, read_manifest, set_of
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Arrays, Store
+from slsgu_cli.targets.judge import (
+    Classes,
+    Judge,
+    called,
+    class_in,
+    judge_specs,
+    measured_classes,
+    png_bytes,
+)
+from slsgu_cli.targets.models import (
+    BATCH,
+    ImageJob,
+    Llava,
+    Pipeline,
+    Question,
+    folder_fingerprint,
+    new_values,
+    unfinished,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,13 @@ from worlds import Listener
 from slsgu_cli.checkpoints.apply import apply_edits
 from slsgu_cli.checkpoints.layers import Layer, is_candidate, tensor_places
 from slsgu_cli.checkpoints.targets import Family, layers_read_by, read_target
-from slsgu_cli.downstream.models import Llava, Question, new_values
-from slsgu_cli.downstream.search import TargetPlan
-from slsgu_cli.downstream.subjects import AskedSubject, _loss, answer_gradient, moves_of
 from slsgu_cli.errors import StaleError
 from slsgu_cli.records.method import Direction, ParameterNorm, Tower
 from slsgu_cli.records.options import ApplyOptions
 from slsgu_cli.records.targets import GradientOf
+from slsgu_cli.targets.models import Llava, Question, new_values
+from slsgu_cli.targets.search import TargetPlan
+from slsgu_cli.targets.subjects import AskedSubject, _loss, answer_gradient, moves_of
 
 LAYERS = {
     "llava_next": "visual.transformer.resblocks.0.attn.in_proj_weight",

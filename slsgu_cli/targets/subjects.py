@@ -20,8 +20,6 @@ from slsgu_cli.checkpoints.layers import Layer, is_candidate
 from slsgu_cli.checkpoints.targets import Shapes, fitting_encoder, read_target
 from slsgu_cli.clip.evaluation import concept_is_split, concept_rows, serving_rows
 from slsgu_cli.clip.inputs import spans
-from slsgu_cli.downstream.judge import JudgedPrompts, class_in
-from slsgu_cli.downstream.models import LiveEncoder, Llava, Pipeline, Question, joined
 from slsgu_cli.errors import InputError
 from slsgu_cli.method.covariance import (
     InputCovariances,
@@ -39,6 +37,8 @@ from slsgu_cli.records.targets import Budget, TargetSearchOptions, TargetTrial
 from slsgu_cli.sources.captions import find_class
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
+from slsgu_cli.targets.judge import JudgedPrompts, class_in
+from slsgu_cli.targets.models import LiveEncoder, Llava, Pipeline, Question, joined
 
 QUESTIONS_AT_ONCE = 16
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from slsgu_cli.downstream.subjects import CHANGE, TargetMove, by_gain, gain_per_change
+from slsgu_cli.targets.subjects import CHANGE, TargetMove, by_gain, gain_per_change
 
 EARLY, LATE = "visual.transformer.resblocks.0.mlp.c_proj.weight", "visual.proj"
 
