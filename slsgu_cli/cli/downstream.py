@@ -8,7 +8,7 @@ from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import NEEDED, Session, command
 from slsgu_cli.cli.usage import Asked
 from slsgu_cli.errors import NotForgottenError, UsageError
-from slsgu_cli.figures.html import interval, roughly
+from slsgu_cli.figures.numbers import interval, roughly
 from slsgu_cli.records.figures import JudgeFigures, meets
 from slsgu_cli.records.options import ExportRequest
 from slsgu_cli.records.studies import PipelineCompareOptions, PipelineComparison

@@ -22,7 +22,7 @@ from slsgu_cli.compare.comparison import LABELS, ComparisonRun
 from slsgu_cli.compare.diffusion import Denoiser
 from slsgu_cli.compare.ours import ROLES, PassTimes
 from slsgu_cli.errors import MissingError, StaleError, UsageError
-from slsgu_cli.figures.pictures import Strip, Tile, sheet_png
+from slsgu_cli.figures.sheets import Strip, Tile, sheet_png
 from slsgu_cli.method.covariance import chosen_rows
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import GradientPointer

@@ -15,7 +15,7 @@ import numpy as np
 from slsgu_cli import progress
 from slsgu_cli.clip.inputs import decode_in_order
 from slsgu_cli.errors import InputError, MissingError, UsageError
-from slsgu_cli.figures.pictures import contact_sheet
+from slsgu_cli.figures.sheets import contact_sheet
 from slsgu_cli.records.codec import encode
 from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import DataRef, Origin, SetManifest, test_part

@@ -19,7 +19,7 @@ from slsgu_cli.checkpoints.edits import Edit, edit_digests, load_edit, tell_of_o
 from slsgu_cli.clip.evaluation import concept_rows, serving_rows
 from slsgu_cli.clip.inputs import Ints, spans
 from slsgu_cli.errors import InputError, MissingError, UsageError
-from slsgu_cli.figures.pictures import (
+from slsgu_cli.figures.sheets import (
     AnsweredImage,
     Strip,
     Tile,

@@ -3,7 +3,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from slsgu_cli.figures.pictures import (
+from slsgu_cli.figures.sheets import (
     AnsweredImage,
     Strip,
     Tile,

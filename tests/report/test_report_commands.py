@@ -11,7 +11,8 @@ from slsgu_cli.records.method import (
     Ranking,
     Trials,
 )
-from slsgu_cli.report.gather import commands, gather
+from slsgu_cli.report.commands import commands
+from slsgu_cli.report.gather import gather
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
 
