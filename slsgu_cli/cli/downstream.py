@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
     from slsgu_cli.method.export import ExportResult
     from slsgu_cli.store.store import Store
-    from slsgu_cli.targets.generate import OutputFolder
+    from slsgu_cli.targets.output_folder import OutputFolder
     from slsgu_cli.targets.search import TargetSearchResult
 
 
@@ -275,7 +275,7 @@ def generate(
     Example: slsgu generate facebook --target stable-diffusion --prompt 'the facebook logo'
     """
     if protocol is Protocol.UNLEARNCANVAS:
-        from slsgu_cli.targets import judge
+        from slsgu_cli.targets import unlearn_canvas
 
         hint = "--themes FILE --objects FILE --out FOLDER, and no --prompt"
         request.refuse("for prompts of one's own", hint=hint, beside=[answer_set])
@@ -284,7 +284,7 @@ def generate(
                 "--protocol unlearncanvas makes its own prompts and needs a place for the answers",
                 hint=hint,
             )
-        canvas = judge.answer_set(session.store, answer_set.record())
+        canvas = unlearn_canvas.answer_set(session.store, answer_set.record())
         show_answer_set(session.console, canvas)
         return
     from slsgu_cli.targets.generate import generate as run
@@ -297,7 +297,7 @@ def generate(
 @command("ask")
 def ask(session: Session, request: AskRequest) -> None:
     """Example: slsgu ask facebook --target llava-1.5-7b --image a.png --question 'What is it?'"""
-    from slsgu_cli.targets.generate import ask as run
+    from slsgu_cli.targets.ask import ask as run
 
     record, output = run(session.store, request)
     show_answers(session.console, record, output)

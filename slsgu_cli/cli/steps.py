@@ -78,7 +78,7 @@ def build_sets(
         metadata.refuse("for --metadata", hint="--metadata PARQUET")
     wanted, concepts = _wanted(request.record(), names)
     if "prompts" in images:
-        from slsgu_cli.targets.judge import forgetting_generated
+        from slsgu_cli.targets.generated_sets import forgetting_generated
 
         wanted = forgetting_generated(store, wanted, replace(images.record(), seed=wanted.seed))
     wanted = build.with_collection(wanted, concepts, metadata.record())

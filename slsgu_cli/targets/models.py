@@ -1,6 +1,7 @@
-"""Models built on CLIP as their libraries load them: a pipeline, a LLaVA, their live layers."""
+"""Models built on CLIP in memory: pipelines, LLaVAs, and their CLIP layers."""
 
 import importlib
+import io
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -33,12 +34,12 @@ from slsgu_cli.errors import (
     lacks_memory,
 )
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.targets import PaintOptions
+from slsgu_cli.records.targets import DiffusionOptions
 
 
 @dataclass(frozen=True, slots=True)
 class LiveEncoder:
-    """A CLIP tower inside a loaded model, and what the model reads of it."""
+    """A CLIP tower inside a loaded model, and the outputs that the model reads."""
 
     module: nn.Module
     tower_place: TowerPlace
@@ -56,7 +57,7 @@ class LiveEncoder:
         return cls(module, places[0], encoder)
 
     def places(self, layer: str) -> tuple[TensorPlace, ...]:
-        """Return where the layer lies. Raises InputError where it has no influence or place."""
+        """Return the tensors of a layer. Raises InputError if it is missing or has no influence."""
         if reason := self.encoder.why_not(layer):
             raise InputError(
                 f"{layer} cannot influence {self.encoder.name}: {reason}",
@@ -68,12 +69,12 @@ class LiveEncoder:
         return places
 
     def value(self, layer: str) -> Tensor:
-        """Return the layer's values now, in open_clip's shape."""
+        """Return the layer's present values in open_clip's shape."""
         return joined(self.places(layer), [one.data for one in self.parameters(layer)])
 
     @contextmanager
     def edited(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Give layers other values for the length of a block."""
+        """Replace the values of layers within a block."""
         with ExitStack() as stack:
             for layer, value in values.items():
                 for place in self.places(layer):
@@ -83,7 +84,7 @@ class LiveEncoder:
             yield
 
     def put(self, values: Mapping[str, Tensor]) -> None:
-        """Give layers other values for good."""
+        """Replace the values of layers permanently."""
         for layer, value in values.items():
             for place in self.places(layer):
                 parameter = self.module.get_parameter(place.key)
@@ -101,10 +102,10 @@ def joined(places: Sequence[TensorPlace], parts: Sequence[Tensor]) -> Tensor:
 
 
 def new_values(live: Sequence[LiveEncoder], edits: Sequence[Edit]) -> list[dict[str, Tensor]]:
-    """Return for each encoder the values that edits give its layers.
+    """Return for each encoder the edited values of its layers.
 
-    An edit goes to the encoder that holds the weights it was made for. Raises StaleError
-    where none does, InputError where its layer has no influence, UsageError where one edit
+    An edit goes to the encoder with the weights that it was made for. Raises StaleError if
+    there is none, InputError if the layer has no influence, and UsageError if one edit
     changes a whole parameter and another a third of it.
     """
     values: list[dict[str, Tensor]] = [{} for _ in live]
@@ -172,11 +173,11 @@ def _placed(path: Path, device: str, *, answers: bool) -> tuple[Target, str, tor
 
 
 def library(name: str) -> Any:
-    """Import a library that is not needed elsewhere. Raises MissingError naming its extra."""
+    """Import an optional library. Raises MissingError that names its extra."""
     try:
         with progress.quiet():
             module = importlib.import_module(name)
-            # Both libraries draw bars of their own while they load.
+            # Both libraries draw progress bars while they load.
             importlib.import_module("transformers").utils.logging.disable_progress_bar()
             importlib.import_module(f"{name}.utils.logging").disable_progress_bar()
             return module
@@ -195,12 +196,12 @@ def folder_fingerprint(folder: Path) -> str:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn a library's failure to load the model at `path` into one message."""
+    """Raise a library's failure to load the model at `path` as one message."""
     try:
         yield
     except ImportError as error:
         raise MissingError(f"{path} needs a package: {error}", hint=INSTALL) from error
-    except Exception as error:  # each library raises kinds of its own here
+    except Exception as error:  # each library raises its own kinds here
         if lacks_memory(error):
             raise
         raise InputError(
@@ -210,15 +211,14 @@ def explained(path: Path) -> Iterator[None]:
 
 def _not_finite(what: str, model: str) -> NotFiniteError:
     return NotFiniteError(
-        f"{what} is not finite: the {model}, or what was changed in it, holds NaN or infinite "
-        "values",
+        f"{what} is not finite: the {model} or its edit has NaN or infinite values",
         hint="check its weights; in fp16 on a GPU, try --device cpu",
     )
 
 
 @dataclass(frozen=True, slots=True)
 class ImageJob:
-    """One image to make: what it shall show, and the seed of its noise."""
+    """One image to generate: its prompt, and the seed of its noise."""
 
     prompt: str
     seed: int
@@ -237,7 +237,7 @@ class Pipeline:
     def load(cls, path: Path, *, device: str = "auto") -> "Pipeline":
         """Load the pipeline in a folder: in 16 bits on a GPU, fp32 elsewhere.
 
-        Raises MissingError, InputError, and UsageError where it is no pipeline.
+        Raises MissingError, InputError, and UsageError if it is not a pipeline.
         """
         target, device, precision = _placed(path, device, answers=False)
         diffusers = library("diffusers")
@@ -253,21 +253,21 @@ class Pipeline:
         return cls(pipeline, encoders, device, target)
 
     def edited_names(self, values: Sequence[Mapping[str, Tensor]]) -> list[str]:
-        """Return the names of the encoders of which layers have other values."""
+        """Return the names of the encoders with edited layers."""
         pairs = zip(self.encoders, values, strict=True)
         return [live.encoder.name for live, new in pairs if new]
 
     def put(self, edits: Sequence[Edit], *, beside: str) -> list[str]:
-        """Put edits in place for good, of other text encoders than `beside`; return their names.
+        """Apply edits of other text encoders than `beside` permanently; return the encoders' names.
 
-        Raises UsageError for one of that, and StaleError or InputError as `new_values` does.
+        Raises UsageError for an edit of `beside`, and StaleError or InputError as `new_values`.
         """
         values = new_values(self.encoders, edits)
         names = self.edited_names(values)
         if beside in names:
             raise UsageError(
-                f"--with takes edits of other text encoders, and one of these is of {beside}, "
-                "which is searched",
+                f"--with takes edits of other text encoders, but one of these edits {beside}, "
+                "the encoder that is searched",
                 hint="`slsgu search NAME --after EDIT` goes on from an edit of the same CLIP",
             )
         for live, new in zip(self.encoders, values, strict=True):
@@ -275,20 +275,22 @@ class Pipeline:
         return names
 
     def tell_of_readers(self, edited: Collection[str]) -> None:
-        """Tell what reads prompts beside the `edited` encoders."""
+        """Note which other encoders read the prompts as well as the `edited` ones."""
         if note := prompt_note(str(self.target.path), self.target.readers_beside(edited)):
             progress.note(note)
 
     @contextmanager
     def edited(self, values: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[None]:
-        """Give layers of the text encoders other values for the length of a block."""
+        """Replace the values of layers of the text encoders within a block."""
         with ExitStack() as stack:
             for encoder, new in zip(self.encoders, values, strict=bool(values)):
                 stack.enter_context(encoder.edited(new))
             yield
 
-    def paint(self, jobs: Sequence[ImageJob], options: PaintOptions) -> Iterator[Image.Image]:
-        """Yield an image for each job, in order. Raises InputError for a prompt it refuses."""
+    def generate(
+        self, jobs: Sequence[ImageJob], options: DiffusionOptions
+    ) -> Iterator[Image.Image]:
+        """Yield an image for each job, in order. Raises InputError for a prompt that it rejects."""
         extra = {} if options.guidance is None else {"guidance_scale": options.guidance}
         for start, stop in spans(len(jobs), options.batch):
             some = jobs[start:stop]
@@ -303,21 +305,33 @@ class Pipeline:
                         **extra,
                     )
                 except (ValueError, TypeError) as error:
-                    raise InputError(f"the pipeline refuses {some[0].prompt!r}: {error}") from error
+                    raise InputError(f"the pipeline rejects {some[0].prompt!r}: {error}") from error
             if not hasattr(made, "images"):
                 kind = type(self.pipeline).__name__
-                raise InputError(f"a {kind} makes no pictures, which is what is looked at here")
+                raise InputError(f"a {kind} generates no images")
             if not np.isfinite(made.images).all():
-                # As pixels they would be black, and show nothing of any concept.
+                # They would become black images, which show no concept.
                 raise _not_finite(f"an image of {some[0].prompt!r}", "pipeline")
             yield from self.pipeline.numpy_to_pil(made.images)
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Return an image as PNG, the same bytes for the same pixels."""
+    return encoded(image, format="PNG")
+
+
+def encoded(image: Image.Image, **options: Any) -> bytes:
+    """Return an image in a file format of Pillow's."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, **options)
+    return buffer.getvalue()
 
 
 def unfinished(count: int, batch: int, done: Callable[[int], bool]) -> list[range]:
     """Return the batches of `count` images that are not all `done`.
 
-    A run that was cut short goes on with whole batches, so that every image is made in the
-    company that it would have had: sums in another order change last digits.
+    An interrupted run resumes with whole batches, because the last digits of an image depend
+    on the other images in its batch.
     """
     batches = [range(start, stop) for start, stop in spans(count, batch)]
     return [rows for rows in batches if not all(map(done, rows))]
@@ -336,7 +350,7 @@ class Question:
 
 
 def _require_words(ids: Tensor, scores: Tensor) -> Tensor:
-    """Return the scores of next words as they are. Raises NotFiniteError, for they say nothing."""
+    """Return the scores of next words as they are. Raises NotFiniteError unless they are finite."""
     if bool((scores.isnan() | (scores == torch.inf)).any()):
         raise _not_finite("an answer", "model")
     return scores
@@ -346,7 +360,7 @@ def _require_words(ids: Tensor, scores: Tensor) -> Tensor:
 class Llava:
     """A LLaVA or PaliGemma in memory, and its vision tower.
 
-    Questions to a `prefixed` one, PaliGemma, stand before its answers as they are.
+    A `prefixed` model, PaliGemma, takes questions without a chat template.
     """
 
     model: Any
@@ -359,7 +373,7 @@ class Llava:
     def load(cls, path: Path, *, device: str = "auto") -> "Llava":
         """Load the model in a folder: in 16 bits on a GPU, fp32 elsewhere.
 
-        Raises MissingError, InputError, and UsageError where it is no vision-language model.
+        Raises MissingError, InputError, and UsageError if it is not a vision-language model.
         """
         target, device, precision = _placed(path, device, answers=True)
         transformers = library("transformers")
@@ -373,7 +387,7 @@ class Llava:
         return cls(model, processor, encoder, device, target.family is Family.PALIGEMMA)
 
     def answers(self, questions: Sequence[Question]) -> Iterator[str]:
-        """Yield the answer to each question, in order, always the likeliest next word."""
+        """Yield the answer to each question, in order, by greedy decoding."""
         tokens = self.processor.tokenizer
         for start, stop in spans(len(questions), BATCH):
             inputs = self.inputs(questions[start:stop], padding_side="left")
@@ -395,7 +409,7 @@ class Llava:
         padding_side: str,
         answers: Sequence[str] | None = None,
     ) -> Any:
-        """Return model inputs for questions, each with its answer where there are answers."""
+        """Return model inputs for questions, each with its answer if `answers` are given."""
         texts = [self._prompt(question.text) for question in questions]
         suffixes = {}
         if answers is not None and self.prefixed:
@@ -411,12 +425,12 @@ class Llava:
                 padding=True,
                 **suffixes,
             )
-        # What PaliGemma is to be trained on is said here another way.
+        # The loss is computed elsewhere, so PaliGemma's labels are not needed.
         made.pop("labels", None)
         return made.to(self.device, self.model.dtype)
 
     def _prompt(self, question: str) -> str:
-        """Return the conversation as the model was trained on it."""
+        """Return the question in the format that the model was trained on."""
         if self.prefixed:
             return f"<image>{question}"
         if getattr(self.processor, "chat_template", None) is None:

@@ -1,4 +1,4 @@
-"""`search` on a target: a layer and step by what it generates or answers."""
+"""`search --target`: choose a layer and step by the outputs of a model built on CLIP."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,23 +40,23 @@ from slsgu_cli.store.store import Store
 from slsgu_cli.targets.judge import judge_specs
 from slsgu_cli.targets.models import PIPELINES, folder_fingerprint
 from slsgu_cli.targets.subjects import (
-    AskedSubject,
-    PaintedSubject,
+    LlavaSubject,
+    PipelineSubject,
     Subject,
     TargetMove,
     by_gain,
     moves_of,
 )
 
-# Trials a layer, on CLIP, for the step to begin with on the target.
+# Trials per layer on CLIP, for the first step on the target.
 CLIP_STEPS = 7
-# The share of the shortest sufficient step to which it is found: the overshoot is longer.
+# The shortest sufficient step is bisected to this relative accuracy, finer than the overshoot.
 CLOSE = 0.1
-# The parts of the overshoot that are tried one after another, while others lose too much.
+# Parts of the overshoot to try in order, while other classes lose too much.
 PARTS = (1.0, 0.5, 0.25)
-# In place of a part, where the shortest sufficient step costs others too much already.
+# Stands for a part if even the shortest sufficient step costs others too much.
 NO_ROOM = -1.0
-# Trials to find the longest step that does not.
+# Trials to find the longest acceptable step.
 SHORTENINGS = 4
 
 
@@ -64,7 +64,7 @@ SHORTENINGS = 4
 class TargetSearchResult:
     """Every trial, the chosen one, whether it reaches the goal, and the edit's name.
 
-    `figures` are of what nothing was chosen by.
+    `figures` are those of the test split.
     """
 
     trials: TargetTrials
@@ -78,7 +78,7 @@ class TargetSearchResult:
 
 @dataclass(frozen=True, slots=True)
 class TargetPlan:
-    """A set, the target to search on as it is loaded, and whose loss its layers move along."""
+    """A set, the loaded target, and the loss whose gradient its layers follow."""
 
     manifest: SetManifest
     pointer: GradientPointer
@@ -95,7 +95,7 @@ class TargetPlan:
         if read_target(options.target).family not in PIPELINES:
             if options.judges:
                 raise UsageError(
-                    f"{options.target} answers in words, which no CLIP judges",
+                    f"{options.target} answers in words, so --judge does not apply",
                     hint="leave --judge out",
                 )
             if options.beside:
@@ -103,7 +103,7 @@ class TargetPlan:
                     f"{options.target} has one CLIP, and --with takes edits of other text encoders",
                     hint="leave --with out",
                 )
-            llava = AskedSubject.load(store, manifest, options)
+            llava = LlavaSubject.load(store, manifest, options)
             gradient_of = options.gradient_of or GradientOf.TARGET
             return cls(manifest, pointer, options, llava, gradient_of)
         if options.gradient_of is GradientOf.TARGET:
@@ -114,13 +114,13 @@ class TargetPlan:
         judges = options.judges or (pointer.model,)
         header = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader)
         shapes = {name: weight.shape for name, weight in header.weights.items()}
-        pipeline = PaintedSubject.load(store, manifest, judges, options, shapes=shapes)
+        pipeline = PipelineSubject.load(store, manifest, judges, options, shapes=shapes)
         return cls(manifest, pointer, options, pipeline, GradientOf.CLIP)
 
     def moves(self, store: Store) -> list[TargetMove]:
         """Return a move for each layer that reaches the target, best first.
 
-        Raises StaleError, UsageError, and InputError where there is none.
+        Raises StaleError, UsageError, and InputError if there is none.
         """
         options, subject, address = self.options, self.subject, self.pointer.forget
         header = store.read_header(Artifact.GRADIENT.path(address), GradientHeader)
@@ -129,7 +129,7 @@ class TargetPlan:
         among = f"layers that reach {options.target}"
         layers = named_layers(options.layers, candidates, among=among) or candidates
         self._require_same_clip(header, layers)
-        if self.gradient_of is GradientOf.TARGET and isinstance(subject, AskedSubject):
+        if self.gradient_of is GradientOf.TARGET and isinstance(subject, LlavaSubject):
             gradients = subject.forget_gradient(layers)
         else:
             gradients = {
@@ -144,10 +144,10 @@ class TargetPlan:
         return [replace(move, goal=goal) for move in by_gain(subject, moves, gradients)]
 
     def _require_same_clip(self, header: GradientHeader, layers: Sequence[str]) -> None:
-        """Raise StaleError unless the target is built on the CLIP that the gradients are of.
+        """Raise StaleError unless the target contains the CLIP of the gradients.
 
-        Norms tell: another precision changes them by a thousandth, another model by more. Along
-        the target's own gradient, a tower of that shape may have been trained further.
+        Norms decide: another precision changes them by a thousandth, another model by more.
+        With the target's own gradient, the tower may have been trained further.
         """
         name, further = self.manifest.name, self.gradient_of is GradientOf.TARGET
         for layer in sorted({Layer.parse(layer).parameter for layer in layers}):
@@ -156,21 +156,21 @@ class TargetPlan:
             same = math.isclose(float(value.float().norm()), known.norm, rel_tol=0.01)
             if alike and not same and further:
                 progress.note(
-                    f"{layer} of {self.options.target} is not that of the CLIP that the gradients "
-                    f"of {name} are of: it moves along the target's own gradient, and the edit is "
-                    "of these weights alone"
+                    f"{layer} of {self.options.target} differs from the CLIP of the gradients of "
+                    f"{name}: the search follows the target's own gradient, and the edit fits these "
+                    "weights only"
                 )
                 return
             if not (alike and same):
                 raise StaleError(
-                    f"{self.options.target} is not built on the CLIP that the gradients of {name} "
-                    f"are of: its {layer} differs",
+                    f"{self.options.target} is not built on the CLIP of the gradients of {name}: "
+                    f"its {layer} differs",
                     hint=f"run `slsgu build-sets {quote(name)}` and `slsgu grad {quote(name)}` "
                     "with that CLIP",
                 )
 
     def clip_starts(self, store: Store, moves: Sequence[TargetMove]) -> dict[str, float]:
-        """Return for each layer the shortest step tried at which CLIP's FA@1 is 0, if one is."""
+        """Return for each layer the shortest tested step with an FA@1 of 0 on CLIP, if any."""
         device = pick_device(self.options.device)
         resolved, module = load_graded(self.manifest, self.pointer, device)
         whole = prepare(store, self.manifest, module, tokenize=tokenizer(resolved), device=device)
@@ -189,9 +189,9 @@ class TargetPlan:
 
 
 class TargetSearch(StepSearch[TargetTrial]):
-    """The search on one target, with its record in a store and the name of the `edit` it makes.
+    """The search on one target, with its record in a store and the name of its `edit`.
 
-    `began` is when the search did, by the performance counter, if that was earlier.
+    `began` is the start of the search by the performance counter, if it was earlier.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class TargetSearch(StepSearch[TargetTrial]):
         self.edit = target_edit(record.name, options.target)
         self.moves = {move.layer: move for move in moves}
         self.lengthened: list[tuple[Key, float]] = []
-        # As if what was spent before had been spent just now.
+        # Includes the time of interrupted runs.
         self._began = (perf_counter() if began is None else began) - record.seconds
         self._header = record
 
@@ -227,16 +227,16 @@ class TargetSearch(StepSearch[TargetTrial]):
         return 0.0 if self.reaches(trial) else trial.concept.percent or 0.0
 
     def lost(self, trial: TargetTrial) -> float:
-        """Return how many points others lose by a trial; 0 where they lose none."""
+        """Return how many points of accuracy others lose in a trial."""
         before, others = self._header.before, trial.others
         if before is None or others is None:
             return 0.0
         return max(0.0, (before.ira or 0.0) - (others.percent or 0.0))
 
     def run(self, moves: Iterable[TargetMove], starts: Mapping[str, float]) -> TargetTrial:
-        """Search along moves, best first, and return the trial that is chosen.
+        """Search along moves, best first, and return the chosen trial.
 
-        Those behind one that loses nothing with all of the overshoot could not be chosen.
+        Stop after a move with the entire overshoot and no loss: no later move can beat it.
         """
         for move in moves:
             self.bisect(move, self.options.steps, starts.get(move.layer), close=CLOSE)
@@ -245,9 +245,9 @@ class TargetSearch(StepSearch[TargetTrial]):
         return self.choose()
 
     def trial(self, move: Move[TargetTrial], step: float) -> TargetTrial:
-        """Return the trial of a step, of a full search with what it keeps.
+        """Return the trial of a step, in a full search with its retained accuracy.
 
-        A trial on file that ended early for another goal is measured again.
+        A recorded trial that stopped early for another goal is measured again.
         """
         key = self.key(move.line, step)
         if key in self.trials and self._cut_short(self.trials[key]):
@@ -261,20 +261,20 @@ class TargetSearch(StepSearch[TargetTrial]):
         return trial.concept.total < whole and (self.options.full or not missed)
 
     def keep(self, key: Key, trial: TargetTrial) -> None:
-        """Put a trial on file at once: each takes minutes on a large target."""
+        """Record a trial at once, because each takes minutes on a large target."""
         super().keep(key, trial)
         self._write(seconds=perf_counter() - self._began)
 
     def _write(self, **changed: Any) -> None:
-        """Change what the record says beside its trials, and write it."""
+        """Change other fields of the record than its trials, and write it."""
         self._header = replace(self._header, **changed)
         self.store.write_record(Artifact.TARGET_TRIALS.path(self.edit), self.record)
 
     def lengthen(self, move: TargetMove) -> bool:
-        """Go on from the shortest sufficient step by as much of the overshoot as others allow.
+        """Extend the shortest sufficient step by the largest acceptable part of the overshoot.
 
-        Where that step itself costs them too much, go back to one that does not. Returns
-        whether it is all of the overshoot, and others lose nothing.
+        If that step itself costs others too much, shorten it. Return whether the entire
+        overshoot applies and others lose nothing.
         """
         enough = self.shortest(move.line)
         if enough is None:
@@ -291,9 +291,9 @@ class TargetSearch(StepSearch[TargetTrial]):
         return part == 1 and self.lost(trial) == 0
 
     def shorten(self, move: TargetMove, enough: float) -> TargetTrial:
-        """Return the longest step tried before a sufficient one that others can bear.
+        """Return the longest tested step below a sufficient one with an acceptable loss.
 
-        Where they can bear none that was tried, the shortest of these.
+        If no tested step is acceptable, return the shortest.
         """
         whole = replace(move, goal=None)
         low, high, longest = 0.0, enough, None
@@ -306,11 +306,10 @@ class TargetSearch(StepSearch[TargetTrial]):
         return longest or trial
 
     def choose(self) -> TargetTrial:
-        """Return the lengthened step by which others lose least, with all of the overshoot.
+        """Return the extended step with the smallest loss among those with the most overshoot.
 
-        Where no layer has that, it is of those with most of it; where others can bear no step
-        that reaches the goal, or none does, the one that leaves least of the concept. Of
-        equals, the most important layer's.
+        If no acceptable step reaches the goal, return the step that forgets most. Ties go to
+        the most important layer.
         """
         if not self.lengthened:
             path = [self.trials[key] for key in self.path]
@@ -322,7 +321,7 @@ class TargetSearch(StepSearch[TargetTrial]):
         return min(best, key=self.lost)
 
     def with_others(self, trial: TargetTrial) -> TargetTrial:
-        """Return the trial with what it keeps, measured if it was not."""
+        """Return the trial with its retained accuracy, measured if it is missing."""
         if trial.others is None:
             move = self.moves[trial.layer]
             trial = replace(trial, others=move.others(trial.step))
@@ -330,7 +329,7 @@ class TargetSearch(StepSearch[TargetTrial]):
         return trial
 
     def figures(self, chosen: TargetTrial, subject: Subject) -> TargetFigures:
-        """Return what the chosen step does to what nothing was chosen by, by every judge."""
+        """Return the effect of the chosen step in the test split, by every judge."""
         before = self._reported(None, 0.0, subject)
         after = self._reported(chosen.layer, chosen.step, subject)
         first, *further = subject.judges
@@ -346,7 +345,7 @@ class TargetSearch(StepSearch[TargetTrial]):
         )
 
     def write_edit(self, plan: TargetPlan, chosen: TargetTrial, figures: TargetFigures) -> None:
-        """Write the edit that a chosen trial amounts to, with its figures."""
+        """Write the edit of a chosen trial, with its figures."""
         record, move = self.record, self.moves[chosen.layer]
         step = LayerStep.of(
             chosen, damping=record.damping, direction=move.direction, weight=move.weight
@@ -362,7 +361,7 @@ class TargetSearch(StepSearch[TargetTrial]):
         write_edit(self.store, replace(edit, header=measured))
 
     def _reported(self, layer: str | None, step: float, subject: Subject) -> dict[str, Effect]:
-        """Return the report of a step, or of the original, measured if none is on file."""
+        """Return the report of a step, or of the original; measure it unless it is recorded."""
         place, judges = (layer, step, subject.to_report.digest), set(subject.judges)
         for known in self._header.reports:
             if (known.layer, known.step, known.asked) == place and judges <= set(known.effects):
@@ -375,7 +374,7 @@ class TargetSearch(StepSearch[TargetTrial]):
 
 
 def search_target(store: Store, name: str, *, options: TargetSearchOptions) -> TargetSearchResult:
-    """Search for the layer and step at which a target forgets, and write the edit.
+    """Search for the layer and step that make a target forget, and write the edit.
 
     Raises MissingError, InputError, StaleError and UsageError.
     """
@@ -400,7 +399,7 @@ def search_target(store: Store, name: str, *, options: TargetSearchOptions) -> T
 
 
 def _resume(store: Store, plan: TargetPlan, moves: Sequence[TargetMove]) -> TargetTrials:
-    """Return the recorded trials if they were made from the same things, else none."""
+    """Return the recorded trials if their inputs are the same, otherwise none."""
     manifest, pointer, options = plan.manifest, plan.pointer, plan.options
     fresh = TargetTrials(
         name=manifest.name,
@@ -413,7 +412,7 @@ def _resume(store: Store, plan: TargetPlan, moves: Sequence[TargetMove]) -> Targ
         evals=manifest.measured_on(),
         direction=options.direction,
         damping=options.whitening_damping if options.direction is Direction.WHITENED else None,
-        judge=plan.subject.judges[0] if isinstance(plan.subject, PaintedSubject) else None,
+        judge=plan.subject.judges[0] if isinstance(plan.subject, PipelineSubject) else None,
         budget=options.budget,
         goal=options.goal,
         importance={move.layer: move.importance for move in moves},

@@ -1,10 +1,5 @@
-"""A target as its search sees it: what it is asked, how it is judged, where it can move.
+"""A target under search: its prompts or questions, and the steps that its layers can take."""
 
-Its own gradient, the directions of its layers, what a step of each leaves, and which promise
-most.
-"""
-
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -37,83 +32,24 @@ from slsgu_cli.records.targets import Budget, TargetSearchOptions, TargetTrial
 from slsgu_cli.sources.captions import find_class
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
-from slsgu_cli.targets.judge import JudgedPrompts, class_in
-from slsgu_cli.targets.models import LiveEncoder, Llava, Pipeline, Question, joined
-
-QUESTIONS_AT_ONCE = 16
-
-# Tokens that a name is looked for in.
-LONGEST = 12
-
-
-def answer_gradient(
-    llava: Llava,
-    encoder: LiveEncoder,
-    pairs: Sequence[tuple[Question, str]],
-    name: str,
-    layers: Sequence[str],
-) -> dict[str, Tensor]:
-    """Return the gradient of L, the mean over `pairs`, for each layer in open_clip's shape.
-
-    `pairs` are questions with the answers that name the concept; all of one question text.
-    """
-    parameters = {layer: encoder.parameters(layer) for layer in layers}
-    flat = [parameter for group in parameters.values() for parameter in group]
-    sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in flat]
-    for start, stop in spans(len(pairs), QUESTIONS_AT_ONCE):
-        with torch.enable_grad():
-            loss = _loss(llava, pairs[start:stop], name)
-            gradients = torch.autograd.grad(loss, flat, allow_unused=True)
-        for total, gradient in zip(sums, gradients, strict=True):
-            if gradient is not None:
-                total += gradient.float() / len(pairs)
-    means = iter(sums)
-    return {
-        layer: joined(encoder.places(layer), [next(means) for _ in group])
-        for layer, group in parameters.items()
-    }
-
-
-def _loss(llava: Llava, pairs: Sequence[tuple[Question, str]], name: str) -> Tensor:
-    """Return the sum over some pairs of minus the log-odds of the name's tokens."""
-    questions, answers = [question for question, _ in pairs], [answer for _, answer in pairs]
-    prompt_length = llava.inputs(questions, padding_side="right")["input_ids"].shape[1]
-    inputs = llava.inputs(questions, padding_side="right", answers=answers)
-    logits = llava.model(**inputs).logits[:, prompt_length - 1 : -1].float()
-    tokens = inputs["input_ids"][:, prompt_length:]
-    chosen = logits.gather(-1, tokens.unsqueeze(-1))
-    rest = logits.scatter(-1, tokens.unsqueeze(-1), float("-inf")).logsumexp(dim=-1)
-    odds: Tensor = (chosen.squeeze(-1) - rest) * _of_name(llava, tokens, name)
-    return -odds.sum()
-
-
-def _of_name(llava: Llava, tokens: Tensor, name: str) -> Tensor:
-    """Return which tokens of answers spell the name: 1 there, 0 elsewhere."""
-    tokenizer = llava.processor.tokenizer
-    mask = torch.zeros(tokens.shape)
-    for number, row in enumerate(tokens.tolist()):
-        spans_of_row = itertools.combinations(range(len(row) + 1), 2)
-        for start, stop in (span for span in spans_of_row if span[1] - span[0] <= LONGEST):
-            text = tokenizer.decode(row[start:stop], skip_special_tokens=True)
-            if text.strip().casefold() == name.casefold():
-                mask[number, start:stop] = 1
-                break
-    return mask.to(tokens.device)
-
+from slsgu_cli.targets.answer_gradient import answer_gradient
+from slsgu_cli.targets.judge import class_in
+from slsgu_cli.targets.judged_prompts import JudgedPrompts
+from slsgu_cli.targets.models import LiveEncoder, Llava, Pipeline, Question
 
 ROWS = 32
 
 
 @dataclass(slots=True, kw_only=True)
 class TargetSubject:
-    """What a search needs of a target. All of it is of the weights as they are at the time.
+    """A target in memory. Everything is measured on its present weights.
 
-    Trials are of what is `searched`, reports of what is `to_report`, by each of the `judges`;
-    the first one decides. Reports are of nothing that a layer or step was chosen by where they
-    are `unseen`. Edits `beside`, by digest, are in place in other encoders.
+    Trials measure the `searched` prompts or questions, reports those `to_report`. The first of
+    the `judges` decides. Reports are `unseen` if they share nothing with trials. Edits `beside`,
+    by digest, are in place in other encoders.
 
-    A trial counts how much of the budget shows the `concept`, with a goal in percent of a part
-    of it where that is enough to miss the goal, and how much shows the `others` it should.
+    A trial counts the outputs that still show the `concept`, and stops early once a goal is
+    surely missed; and the outputs for the `others` that show the right class.
     """
 
     encoder: LiveEncoder
@@ -123,7 +59,7 @@ class TargetSubject:
 
 
 def counted(hits: Iterable[Sequence[bool]], total: int, goal: float | None = None) -> Share:
-    """Return how many of `total` hit, batch by batch; of no more batches than miss a goal."""
+    """Count hits among `total`, batch by batch; stop once a goal is surely missed."""
     count = seen = 0
     for batch in hits:
         count, seen = count + sum(batch), seen + len(batch)
@@ -133,8 +69,8 @@ def counted(hits: Iterable[Sequence[bool]], total: int, goal: float | None = Non
 
 
 @dataclass(slots=True, kw_only=True)
-class PaintedSubject(TargetSubject):
-    """A diffusion pipeline: judges say what its images show."""
+class PipelineSubject(TargetSubject):
+    """A diffusion pipeline, whose images judges classify."""
 
     pipe: Pipeline
     captions: Sequence[str]
@@ -150,11 +86,11 @@ class PaintedSubject(TargetSubject):
         options: TargetSearchOptions,
         *,
         shapes: Shapes,
-    ) -> "PaintedSubject":
+    ) -> "PipelineSubject":
         """Load a pipeline and its judges.
 
-        What moves is its CLIP that has layers of these `shapes`; edits of others are put in
-        place. Raises InputError where none has, and UsageError where it must be named.
+        The search moves its CLIP with layers of these `shapes`; edits of other encoders are
+        applied. Raises InputError if there is none, and UsageError if several need a choice.
         """
         name = fitting_encoder(read_target(options.target), shapes, options.encoder).name
         edits = [edit for each in options.beside for edit in load_edits(store, each)]
@@ -176,19 +112,19 @@ class PaintedSubject(TargetSubject):
         )
 
     def concept(self, goal: float | None = None) -> Share:
-        """Return how many images of the concept's prompts are taken for it."""
+        """Count the images for the concept's prompts that show it."""
         prompts = self.searched.of_concept
         return counted(self.searched.hits(self.pipe, prompts), len(prompts), goal)
 
     def others(self) -> Share:
-        """Return how many images of other classes' prompts are taken for theirs."""
+        """Count the images for other classes' prompts that show their class."""
         prompts = self.searched.of_others
         return counted(self.searched.hits(self.pipe, prompts), len(prompts))
 
     def report(self) -> dict[str, Effect]:
-        """Return what each judge makes of images of other prompts and seeds."""
+        """Return the effect on test prompts and seeds, by each judge."""
         concept, others = (
-            list(self.to_report.painted(self.pipe, prompts))
+            list(self.to_report.generated(self.pipe, prompts))
             for prompts in (self.to_report.of_concept, self.to_report.of_others)
         )
         return self.to_report.effects(concept, others)
@@ -208,16 +144,16 @@ class PaintedSubject(TargetSubject):
             self.encoder.module(ids.to(self.pipe.device))
 
     def read(self) -> None:
-        """Return None: a pipeline's layers are ranked by what they do to their own outputs."""
+        """Return None: a pipeline's layers are ranked by their effect on their own outputs."""
 
 
-# What an image shows, and a question about it.
+# The class of an image, and a question about it.
 LabelledQuestion = tuple[str, Question]
 
 
 @dataclass(slots=True)
 class Questions:
-    """Questions about images of a concept and of other classes; `images` tells these apart."""
+    """Questions about images of a concept and of other classes; `images` has their keys."""
 
     concept: list[LabelledQuestion] = field(default_factory=list)
     others: list[LabelledQuestion] = field(default_factory=list)
@@ -226,17 +162,17 @@ class Questions:
     @property
     def digest(self) -> str:
         """A digest of all images and questions."""
-        asked = [[label, question.text] for label, question in [*self.concept, *self.others]]
-        return digest([self.images, asked])
+        questions = [[label, question.text] for label, question in [*self.concept, *self.others]]
+        return digest([self.images, questions])
 
     @classmethod
     def about(
         cls, store: Store, manifest: SetManifest, split: Split, budget: Budget
     ) -> "Questions":
-        """Ask about evaluation images that serve a split, drawn by the budget's seed.
+        """Return questions about evaluation images of a split, drawn by the budget's seed.
 
-        Images of the forget set make up for few of the concept to choose by. Where these are
-        not dealt, the same ones are chosen by and reported on.
+        If the validation split has too few images of the concept, images of the forget set are
+        added. If the concept is not split, both splits have the same images of it.
         """
         made, texts = cls(), budget.questions
         draw = np.random.default_rng(budget.seed).permutation
@@ -269,13 +205,13 @@ class Questions:
         return [(label, Question(image, text)) for image, label in labelled for text in texts]
 
 
-# The judge of what a model answers: whether the answer has the name.
+# The judge of answers: whether an answer contains the name.
 ANSWERS = "its answers"
 
 
 @dataclass(slots=True, kw_only=True)
-class AskedSubject(TargetSubject):
-    """A vision-language model: its answers name what an image shows, or they do not."""
+class LlavaSubject(TargetSubject):
+    """A vision-language model, whose answers name the class of an image or do not."""
 
     llava: Llava
     name: str
@@ -288,8 +224,8 @@ class AskedSubject(TargetSubject):
     @classmethod
     def load(
         cls, store: Store, manifest: SetManifest, options: TargetSearchOptions
-    ) -> "AskedSubject":
-        """Load a LLaVA and the set's images. Raises InputError without held-out ones."""
+    ) -> "LlavaSubject":
+        """Load a LLaVA and the set's images. Raises InputError if none are held out."""
         if manifest.forget_eval is None:
             raise InputError(
                 f"no evaluation set shows {manifest.concept!r}",
@@ -311,15 +247,15 @@ class AskedSubject(TargetSubject):
         )
 
     def concept(self, goal: float | None = None) -> Share:
-        """Return how many answers about images of the concept name it."""
+        """Count the answers about images of the concept that name it."""
         return self._named(self.searched.concept, goal)
 
     def others(self) -> Share:
-        """Return how many answers about other images name what they show."""
+        """Count the answers about other images that name their class."""
         return self._named(self.searched.others)
 
     def report(self) -> dict[str, Effect]:
-        """Return how many answers about other images than were searched by name these."""
+        """Return the effect on test images."""
         concept, others = self.to_report.concept, self.to_report.others
         return {ANSWERS: Effect(self._named(concept), self._named(others))}
 
@@ -334,9 +270,9 @@ class AskedSubject(TargetSubject):
         return torch.cat([features.float().flatten() for features in self._features(few)])
 
     def forget_gradient(self, layers: Sequence[str]) -> dict[str, Tensor]:
-        """Return the gradient of minus the log-odds of the concept's name in the answers.
+        """Return the gradient of the negative log-odds of the concept's name in the answers.
 
-        The answers are the model's own to images of the forget set.
+        The answers are the model's own, about images of the forget set.
         """
         with torch.no_grad():
             answers = list(self.llava.answers(self.forget))
@@ -346,15 +282,17 @@ class AskedSubject(TargetSubject):
             if class_in(answer, [self.name])
         ]
         if not pairs:
-            raise InputError(f"the target names {self.name!r} in no answer: nothing to forget")
+            raise InputError(
+                f"no answer of the target names {self.name!r}, so there is nothing to forget"
+            )
         return answer_gradient(self.llava, self.encoder, pairs, self.name, layers)
 
     @torch.no_grad()
     def _features(self, images: Sequence[Image.Image]) -> list[Tensor]:
-        """Return what the language model is given of each image."""
+        """Return the inputs of the language model for each image."""
         model = self.llava.model
         made = self.llava.processor.image_processor(list(images), return_tensors="pt")
-        # Those that cut an image into tiles are told its size.
+        # Models that cut an image into tiles need its size.
         sizes = {"image_sizes": made["image_sizes"]} if "image_sizes" in made else {}
         features = model.get_image_features(
             pixel_values=made["pixel_values"].to(model.device, model.dtype),
@@ -372,7 +310,7 @@ class AskedSubject(TargetSubject):
         return counted(hits, len(wanted), goal)
 
 
-Subject = PaintedSubject | AskedSubject
+Subject = PipelineSubject | LlavaSubject
 
 
 def _images(block: DataBlock, rows: Any) -> list[Image.Image]:
@@ -381,10 +319,10 @@ def _images(block: DataBlock, rows: Any) -> list[Image.Image]:
 
 @dataclass(frozen=True, slots=True)
 class TargetMove:
-    """A layer of a target, its original values, the direction it moves in, and the promise of it.
+    """A layer of a target, its original values, its direction, and its importance.
 
-    `damping` is what whitened the direction, None for the gradient itself. With a `goal`, a
-    trial that misses it shows no more of the concept than that takes.
+    `damping` is that of the whitened direction, None for the gradient itself. With a `goal`, a
+    trial stops once it surely misses the goal.
     """
 
     subject: Subject
@@ -397,7 +335,7 @@ class TargetMove:
 
     @property
     def line(self) -> Line:
-        """The layer and the damping, which tell its trials from those of other moves."""
+        """The layer and the damping, which identify its trials."""
         return self.layer, self.damping
 
     @property
@@ -410,24 +348,24 @@ class TargetMove:
         return step * float(self.direction.norm() / self.weight.norm())
 
     def in_place(self, step: float) -> AbstractContextManager[None]:
-        """Put a step into the target for the length of a block."""
+        """Apply a step within a block."""
         values = torch.add(self.weight, self.direction, alpha=step)
         return self.subject.encoder.edited({self.layer: values})
 
     def measure(self, step: float) -> TargetTrial:
-        """Return what the target still shows of the concept after a step."""
+        """Count how often the target still shows the concept after a step."""
         with self.in_place(step):
             concept = self.subject.concept(self.goal)
         tower = self.subject.encoder.tower_place.tower
         return TargetTrial(self.layer, tower, step, self.share(step), concept, None)
 
     def others(self, step: float) -> Share:
-        """Return what the target still shows of other classes after a step."""
+        """Count how often the target still shows other classes after a step."""
         with self.in_place(step):
             return self.subject.others()
 
     def report(self, step: float) -> dict[str, Effect]:
-        """Return what each judge makes of what nothing was chosen by, after a step."""
+        """Return the effect of a step in the test split, by each judge."""
         with self.in_place(step):
             return self.subject.report()
 
@@ -484,7 +422,7 @@ def _by_importance(move: TargetMove) -> tuple[float, str]:
     return -move.importance, move.layer
 
 
-# The change of what is read at which a move is measured: above fp16's noise, and still small.
+# The relative change of the features at which a move is measured: above fp16 noise, but small.
 CHANGE = 0.03
 
 

@@ -12,7 +12,7 @@ from slsgu_cli.figures.sheets import (
     sheet_png,
 )
 from slsgu_cli.records.targets import Answer
-from slsgu_cli.targets.judge import png_bytes
+from slsgu_cli.targets.models import png_bytes
 
 RED, BLUE = (png_bytes(Image.new("RGB", (32, 32), colour)) for colour in ("red", "blue"))
 STRIPS = [

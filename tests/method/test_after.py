@@ -248,7 +248,7 @@ def test_what_makes_no_sense_is_refused(after, tmp_path):
     world = after[0].copied(tmp_path / "store")
     root = world.store.root
     said = inside("search", "red", "green", "--joint", "--after", "blue", store=root)
-    assert said.exit_code == 2 and "--after is for a search of each concept" in said.stderr
+    assert said.exit_code == 2 and "--after applies to separate searches" in said.stderr
     said = inside("search", "red", "-t", root, "--after", "blue", store=root)
     assert said.exit_code == 2 and "--after is for a search on CLIP" in said.stderr
     with pytest.raises(UsageError, match="joint search starts from the original"):

@@ -113,13 +113,13 @@ def test_other_weights_and_layers_without_reach_are_refused(pipe, llava, edits):
 
 
 def test_an_image_depends_on_its_prompt_and_seed_alone(pipe):
-    from slsgu_cli.records.targets import PaintOptions
+    from slsgu_cli.records.targets import DiffusionOptions
     from slsgu_cli.targets.models import ImageJob
 
-    options = PaintOptions(steps=2)
+    options = DiffusionOptions(steps=2)
     jobs = [ImageJob("a star icon", 3), ImageJob("an icon of facebook", 7)]
-    whole = [np.asarray(image) for image in pipe.paint(jobs, options)]
-    (alone,) = pipe.paint(jobs[1:], options)
+    whole = [np.asarray(image) for image in pipe.generate(jobs, options)]
+    (alone,) = pipe.generate(jobs[1:], options)
     assert np.abs(whole[1].astype(int) - np.asarray(alone)).max() <= 1
     assert np.abs(whole[0].astype(int) - whole[1]).max() > 50
 
@@ -127,26 +127,26 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(pipe):
 def test_generate_keeps_images_a_sheet_and_a_record(
     loaded, pipe, edits, demo_world, trained_models
 ):
-    from slsgu_cli.records.targets import GenerateRequest, PaintOptions
+    from slsgu_cli.records.targets import DiffusionOptions, GenerateRequest
     from slsgu_cli.store.artifacts import Artifact
     from slsgu_cli.store.catalog import Standing, entries
     from slsgu_cli.targets.generate import generate
     from slsgu_cli.targets.models import ImageJob
 
-    paint = PaintOptions(steps=6, guidance=4.0)
+    diffusion = DiffusionOptions(steps=6, guidance=4.0)
     request = GenerateRequest(
         names=["text"],
         target=trained_models / "sd",
         seeds=(5,),
-        paint=paint,
+        diffusion=diffusion,
         judges=(demo_world.model,),
         classes=str(demo_names(edits)),
         prompts=["an icon of facebook", "an icon of github"],
     )
     record, output = generate(edits, request)
-    (plain,) = pipe.paint([ImageJob("an icon of facebook", 5)], paint)
+    (plain,) = pipe.generate([ImageJob("an icon of facebook", 5)], diffusion)
     kept = Image.open(io.BytesIO(edits.read_bytes("generations/text/original/000-seed5.png")))
-    # Painted beside another one: equal but for rounding.
+    # Generated next to another one: equal but for rounding.
     assert np.abs(np.asarray(kept).astype(int) - np.asarray(plain)).max() <= 1
     assert record.before == Effect(Share(1, 1), Share(1, 1))
     assert record.after.concept == Share(0, 1)
@@ -160,7 +160,7 @@ def test_generate_keeps_images_a_sheet_and_a_record(
 
 
 def test_generate_goes_on_where_it_was_stopped(loaded, pipe, edits, trained_models, monkeypatch):
-    from slsgu_cli.records.targets import GenerateRequest, PaintOptions
+    from slsgu_cli.records.targets import DiffusionOptions, GenerateRequest
     from slsgu_cli.targets import models
     from slsgu_cli.targets.generate import generate
 
@@ -168,26 +168,26 @@ def test_generate_goes_on_where_it_was_stopped(loaded, pipe, edits, trained_mode
         names=["text"],
         target=trained_models / "sd",
         seeds=(5,),
-        paint=PaintOptions(steps=1, batch=1),
+        diffusion=DiffusionOptions(steps=1, batch=1),
         prompts=["a star icon", "an icon of github"],
     )
-    paint, painted = models.Pipeline.paint, []
+    original, generated = models.Pipeline.generate, []
 
     def stopping(pipeline, jobs, options):
-        painted.append(jobs)
-        if len(painted) == 4:
+        generated.append(jobs)
+        if len(generated) == 4:
             raise KeyboardInterrupt
-        return paint(pipeline, jobs, options)
+        return original(pipeline, jobs, options)
 
-    monkeypatch.setattr(models.Pipeline, "paint", stopping)
+    monkeypatch.setattr(models.Pipeline, "generate", stopping)
     with pytest.raises(KeyboardInterrupt):
         generate(edits, request)
     generate(edits, request)
-    assert len(painted) == 5
+    assert len(generated) == 5
     went_on = {path.name: path.read_bytes() for path in files_of(edits)}
     generate(edits, request)
     # What is complete is made anew.
-    assert len(painted) == 9
+    assert len(generated) == 9
     assert {path.name: path.read_bytes() for path in files_of(edits)} == went_on
 
 
@@ -209,7 +209,7 @@ def changed_header(store):
 
 def test_ask_compares_answers_about_the_sets_own_images(loaded, edits, demo_world, trained_models):
     from slsgu_cli.records.targets import AskRequest
-    from slsgu_cli.targets.generate import ask, sample_pictures
+    from slsgu_cli.targets.ask import ask, sample_pictures
 
     image = Path(edits.where("facebook.png"))
     image.parent.mkdir(exist_ok=True)
@@ -256,12 +256,12 @@ def test_ask_goes_on_with_the_answers_that_it_kept(
 ):
     from slsgu_cli.method import gradients
     from slsgu_cli.records.targets import AskRequest
-    from slsgu_cli.targets import generate
+    from slsgu_cli.targets import ask
 
     talker = Talker()
-    monkeypatch.setattr(generate.Llava, "load", lambda *_, **__: talker)
-    monkeypatch.setattr(generate, "new_values", lambda *_: ({"layer": 1},))
-    monkeypatch.setattr(generate, "BATCH", 2)
+    monkeypatch.setattr(ask.Llava, "load", lambda *_, **__: talker)
+    monkeypatch.setattr(ask, "new_values", lambda *_: ({"layer": 1},))
+    monkeypatch.setattr(ask, "BATCH", 2)
     monkeypatch.setattr(gradients, "KEEP_SECONDS", 0.0)
     monkeypatch.setattr(gradients, "KEEP_SHARE", 0.0)
     image, target = tmp_path / "red.png", tmp_path / "llava"
@@ -269,16 +269,16 @@ def test_ask_goes_on_with_the_answers_that_it_kept(
     target.mkdir()
     questions = ["What?", "Where?", "Which?", "Who?", "Why?"]
     request = AskRequest(names=["vision"], target=target, images=[image], questions=questions)
-    generate.ask(edits, replace(request, out=tmp_path / "through"))
+    ask.ask(edits, replace(request, out=tmp_path / "through"))
     talker.stop = talker.asked + stop
     again = replace(request, out=tmp_path / "again")
     with pytest.raises(KeyboardInterrupt):
-        generate.ask(edits, again)
+        ask.ask(edits, again)
     talker.stop = None
     before = talker.asked
-    record, _ = generate.ask(edits, again)
+    record, _ = ask.ask(edits, again)
     assert talker.asked - before == 10 - said
-    assert any(f"goes on after {said} of 10" in text for text in listener.heard) == bool(said)
+    assert any(f"resuming after {said} of 10" in text for text in listener.heard) == bool(said)
     assert Artifact.SUMS.names(edits) == []
     assert [answer.after[-1] for answer in record.answers] == ["1"] * 5
     for name in ("answers.json", "answers.png", "answers.html"):
@@ -286,13 +286,13 @@ def test_ask_goes_on_with_the_answers_that_it_kept(
         assert (tmp_path / "again" / name).read_bytes() == expected
     # Of other questions nothing is taken over.
     other = replace(again, questions=[*questions[:-1], "How?"])
-    assert generate.ask(edits, other)[0].answers[-1].before.startswith("How?")
+    assert ask.ask(edits, other)[0].answers[-1].before.startswith("How?")
 
 
 def test_the_forget_gradient_of_answers_lowers_the_odds_of_the_name(llava, demo_world):
-    from slsgu_cli.targets.generate import sample_pictures
+    from slsgu_cli.targets.answer_gradient import _loss, answer_gradient
+    from slsgu_cli.targets.ask import sample_pictures
     from slsgu_cli.targets.models import Question
-    from slsgu_cli.targets.subjects import _loss, answer_gradient
 
     picture = sample_pictures(demo_world.store, "facebook", 1)[0]
     pairs = [
@@ -316,14 +316,19 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
     import shutil
 
     from slsgu_cli.checkpoints.edits import load_edit
-    from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget, TargetSearchOptions
+    from slsgu_cli.records.targets import (
+        Budget,
+        DiffusionOptions,
+        ReportBudget,
+        TargetSearchOptions,
+    )
     from slsgu_cli.store.artifacts import Artifact, target_edit
     from slsgu_cli.store.store import Store
     from slsgu_cli.targets.search import search_target
 
     shutil.copytree(demo_world.store.root, tmp_path / "store")
     store = Store(str(tmp_path / "store"))
-    budget = Budget(concept=2, others=2, paint=PaintOptions(steps=2, guidance=4.0))
+    budget = Budget(concept=2, others=2, diffusion=DiffusionOptions(steps=2, guidance=4.0))
     options = TargetSearchOptions(
         target=trained_models / "sd",
         layers=["transformer.resblocks.6.mlp.c_proj"],
@@ -355,10 +360,10 @@ def test_a_generated_forget_set_goes_on_where_it_stopped(
     loaded, demo_world, tmp_path, trained_models
 ):
     from slsgu_cli.records.options import BuildRequest
-    from slsgu_cli.records.targets import PaintOptions, SourceRequest
+    from slsgu_cli.records.targets import DiffusionOptions, SourceRequest
     from slsgu_cli.sets.build import build_sets
     from slsgu_cli.store.store import Store
-    from slsgu_cli.targets.judge import forgetting_generated
+    from slsgu_cli.targets.generated_sets import forgetting_generated
 
     store = Store(str(tmp_path / "store"))
     prompts = ("an umbrella heart", "an icon of an umbrella heart")
@@ -366,7 +371,7 @@ def test_a_generated_forget_set_goes_on_where_it_stopped(
         prompts=prompts,
         pipeline=trained_models / "sd",
         count=3,
-        paint=PaintOptions(steps=2, batch=2),
+        diffusion=DiffusionOptions(steps=2, batch=2),
     )
     plain = BuildRequest(
         name="both",
@@ -392,8 +397,8 @@ def test_a_generated_forget_set_goes_on_where_it_stopped(
 def test_an_answer_set_has_the_benchmarks_layout_and_figures(
     loaded, edits, demo_world, trained_models, tmp_path
 ):
-    from slsgu_cli.records.targets import CanvasRequest, PaintOptions
-    from slsgu_cli.targets.judge import answer_set
+    from slsgu_cli.records.targets import CanvasRequest, DiffusionOptions
+    from slsgu_cli.targets.unlearn_canvas import answer_set
 
     for name, lines in {"themes": "Crayon\nPop Art\n", "objects": "facebook\nstar\n"}.items():
         (tmp_path / name).write_text(lines)
@@ -405,7 +410,7 @@ def test_an_answer_set_has_the_benchmarks_layout_and_figures(
         themes=str(tmp_path / "themes"),
         objects=str(tmp_path / "objects"),
         judges=(demo_world.model,),
-        paint=PaintOptions(steps=2),
+        diffusion=DiffusionOptions(steps=2),
     )
     found = answer_set(edits, request)
     names = sorted(path.name for path in (tmp_path / "out").glob("*.jpg"))
@@ -420,7 +425,7 @@ def test_an_answer_set_has_the_benchmarks_layout_and_figures(
     assert answer_set(edits, request) == found
     assert (tmp_path / "out" / names[0]).read_bytes() == first
     with pytest.raises(UsageError, match="another edit or other options"):
-        answer_set(edits, replace(request, paint=PaintOptions(steps=3)))
+        answer_set(edits, replace(request, diffusion=DiffusionOptions(steps=3)))
 
 
 @pytest.mark.parametrize("lack", [MemoryError(), torch.OutOfMemoryError("8 GiB are missing")])

@@ -19,10 +19,10 @@ from slsgu_cli.method.edit import apply
 from slsgu_cli.method.export import export
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import ApplyRequest, ExportRequest
-from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget, TargetSearchOptions
+from slsgu_cli.records.targets import Budget, DiffusionOptions, ReportBudget, TargetSearchOptions
 from slsgu_cli.targets.models import ImageJob, Pipeline, new_values
 from slsgu_cli.targets.search import TargetPlan, search_target
-from slsgu_cli.targets.subjects import PaintedSubject, moves_of
+from slsgu_cli.targets.subjects import PipelineSubject, moves_of
 
 LAYER = "transformer.resblocks.1.mlp.c_proj.weight"
 READ_TWICE = "edits go into text_encoder and text_encoder_2, and text_encoder_3 reads them"
@@ -48,11 +48,11 @@ def edits_of(pipe):
 @pytest.mark.parametrize("kind", tiny_pipelines.KINDS)
 def test_edits_of_each_encoder_change_pictures(kind, tiny_pipeline):
     pipe = opened(tiny_pipeline(kind))
-    job, paint = [ImageJob("a blue circle", 1)], PaintOptions(steps=1)
+    job, diffusion = [ImageJob("a blue circle", 1)], DiffusionOptions(steps=1)
 
     def picture(values=()):
         with pipe.edited(values):
-            return np.asarray(next(iter(pipe.paint(job, paint)))).astype(int)
+            return np.asarray(next(iter(pipe.generate(job, diffusion)))).astype(int)
 
     plain, edits = picture(), edits_of(pipe)
     for each in edits:
@@ -66,8 +66,8 @@ def test_edits_of_each_encoder_change_pictures(kind, tiny_pipeline):
 
 def test_a_pipeline_that_makes_no_pictures_is_told_of():
     loaded = Pipeline(lambda *_, **__: SimpleNamespace(frames=[]), (), "cpu", target=None)
-    with pytest.raises(InputError, match="makes no pictures"):
-        list(loaded.paint([ImageJob("a blue circle", 1)], PaintOptions(steps=1)))
+    with pytest.raises(InputError, match="generates no images"):
+        list(loaded.generate([ImageJob("a blue circle", 1)], DiffusionOptions(steps=1)))
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
@@ -76,7 +76,7 @@ def test_their_clip_is_searched_along_what_it_is_applied_to(kind, tiny_pipeline)
     shapes = {LAYER: tuple(pipe.encoders[0].value(LAYER).shape)}
     encoder = fitting_encoder(read_target(tiny_pipeline(kind)), shapes, None)
     assert encoder.name == "text_encoder"
-    subject = PaintedSubject(
+    subject = PipelineSubject(
         encoder=pipe.encoders[0],
         searched=None,
         to_report=None,
@@ -100,7 +100,7 @@ def both(tiny_pipeline, world):
 
 
 def steered(folder, *beside, **options):
-    few = Budget(concept=3, others=3, paint=PaintOptions(steps=1))
+    few = Budget(concept=3, others=3, diffusion=DiffusionOptions(steps=1))
     return TargetSearchOptions(
         target=folder,
         beside=beside,
@@ -142,7 +142,7 @@ def test_pictures_are_painted_with_what_was_put_in_place(both, world):
 
     def picture(pipe):
         jobs = [ImageJob("a blue circle", 1)]
-        return np.asarray(next(iter(pipe.paint(jobs, PaintOptions(steps=1)))))
+        return np.asarray(next(iter(pipe.generate(jobs, DiffusionOptions(steps=1)))))
 
     with plain.edited(new_values(plain.encoders, [second])):
         expected = picture(plain)

@@ -4,13 +4,13 @@ import pytest
 from places import DEMO
 from worlds import World
 
-from slsgu_cli.records.targets import PaintOptions
+from slsgu_cli.records.targets import DiffusionOptions
 from slsgu_cli.store.store import Store
 
 pytestmark = pytest.mark.slow
 PROMPTS = ("the facebook logo", "facebook", "a github logo", "a drawing of a castle")
 FEW = 8
-FAST = PaintOptions(steps=6, guidance=4.0)
+FAST = DiffusionOptions(steps=6, guidance=4.0)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def facebook(demo_model, tmp_path_factory):
 def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_models, monkeypatch):
     from slsgu_cli.records.targets import AskRequest, Budget, ReportBudget, TargetSearchOptions
     from slsgu_cli.targets import subjects
-    from slsgu_cli.targets.generate import ask
+    from slsgu_cli.targets.ask import ask
     from slsgu_cli.targets.search import search_target
 
     # What a few images are read as ranks the layers as more of them do.
@@ -66,7 +66,7 @@ def test_the_small_stable_diffusion_forgets_facebook_and_keeps_the_rest(facebook
 
     options = TargetSearchOptions(
         target=trained_models / "sd",
-        budget=Budget(concept=5, others=6, paint=FAST),
+        budget=Budget(concept=5, others=6, diffusion=FAST),
         report=ReportBudget(concept=5, others=6),
         top=1,
         steps=4,
@@ -82,7 +82,7 @@ def test_the_small_stable_diffusion_forgets_facebook_and_keeps_the_rest(facebook
         target=trained_models / "sd",
         prompts=PROMPTS,
         seeds=range(100, 102),
-        paint=FAST,
+        diffusion=FAST,
         judges=(facebook.model,),
     )
     record, _ = generate(facebook.store, request)

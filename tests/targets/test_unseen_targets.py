@@ -24,11 +24,11 @@ from slsgu_cli.records.studies import PipelineCompareOptions
 from slsgu_cli.records.targets import Budget, GradientOf, ReportBudget, TargetSearchOptions
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
-from slsgu_cli.targets.generate import sample_pictures
-from slsgu_cli.targets.judge import REPORTED, SEARCHED, JudgedPrompts, prompts_for
+from slsgu_cli.targets.ask import sample_pictures
+from slsgu_cli.targets.judged_prompts import REPORTED, SEARCHED, JudgedPrompts, prompts_for
 from slsgu_cli.targets.models import Llava, Pipeline
 from slsgu_cli.targets.search import PARTS, search_target
-from slsgu_cli.targets.subjects import AskedSubject, Questions
+from slsgu_cli.targets.subjects import LlavaSubject, Questions
 
 NAMES = (*COLOURS, *SHAPES)
 # Shares of a layer's norm: the concept is gone at the first in searched prompts, and at the
@@ -242,7 +242,7 @@ def test_trials_and_edits_of_before_pictures_were_dealt_are_told_apart(sd, world
 def llava(module, world, tmp_path, monkeypatch):
     """A function that puts an Answerer in the place of a LLaVA's folder."""
     folder = tiny_targets.llava(tmp_path / "llava", module.state_dict(), "vision_tower.")
-    monkeypatch.setattr(AskedSubject, "read", lambda _: None)
+    monkeypatch.setattr(LlavaSubject, "read", lambda _: None)
 
     def made():
         labels = {}

@@ -19,9 +19,10 @@ from slsgu_cli.errors import StaleError
 from slsgu_cli.records.method import Direction, ParameterNorm, Tower
 from slsgu_cli.records.options import ApplyOptions
 from slsgu_cli.records.targets import GradientOf
+from slsgu_cli.targets.answer_gradient import _loss, answer_gradient
 from slsgu_cli.targets.models import Llava, Question, new_values
 from slsgu_cli.targets.search import TargetPlan
-from slsgu_cli.targets.subjects import AskedSubject, _loss, answer_gradient, moves_of
+from slsgu_cli.targets.subjects import LlavaSubject, moves_of
 
 LAYERS = {
     "llava_next": "visual.transformer.resblocks.0.attn.in_proj_weight",
@@ -55,7 +56,7 @@ def edit_of(kind):
 
 
 def subject_of(llava):
-    return AskedSubject(
+    return LlavaSubject(
         llava=llava,
         encoder=llava.encoder,
         name="blue",
