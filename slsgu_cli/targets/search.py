@@ -157,8 +157,8 @@ class TargetPlan:
             if alike and not same and further:
                 progress.note(
                     f"{layer} of {self.options.target} differs from the CLIP of the gradients of "
-                    f"{name}: the search follows the target's own gradient, and the edit fits these "
-                    "weights only"
+                    f"{name}: the search follows the target's own gradient, and the edit fits "
+                    "these weights only"
                 )
                 return
             if not (alike and same):
