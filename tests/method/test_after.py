@@ -279,5 +279,5 @@ def test_its_page_tells_what_it_stands_on_and_how_to_repeat_it(after, tmp_path):
     done = inside("report", "red", "--out", str(page), store=world.store.root)
     assert done.exit_code == 0, done.stderr
     said = page.read_text()
-    assert "Stands on the edits" in said
+    assert "Needs the edits" in said
     assert "--after blue" in said and "slsgu apply blue red --out without-red" in said

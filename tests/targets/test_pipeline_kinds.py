@@ -196,9 +196,11 @@ def test_an_edit_that_is_left_out_again_is_told(both, world, tmp_path, listener)
     assert any(words in text for text in listener.heard)
 
 
-def test_what_cannot_be_in_place_beside_a_search_is_refused(both, world, tmp_path, state):
+def test_unfit_edits_of_other_encoders_are_refused(both, world, tmp_path, state):
     folder, _ = both
-    with pytest.raises(UsageError, match="one of these is of text_encoder, which is searched"):
+    with pytest.raises(
+        UsageError, match="one of these edits text_encoder, the encoder that is searched"
+    ):
         TargetPlan.load(world.store, "blue", steered(folder, "text_encoder"))
     with pytest.raises(MissingError, match="has no edit red"):
         TargetPlan.load(world.store, "blue", steered(folder, "red"))

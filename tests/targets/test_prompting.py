@@ -38,8 +38,8 @@ def test_a_class_the_judge_does_not_know_is_refused_with_its_line(tmp_path):
         read_prompts([], file, NAMES, "facebook")
 
 
-def test_no_prompt_and_no_file_are_told(tmp_path):
-    with pytest.raises(UsageError, match="nothing to generate"):
+def test_a_missing_prompt_and_a_missing_file_are_errors(tmp_path):
+    with pytest.raises(UsageError, match="there is no prompt"):
         read_prompts([], None, NAMES, "facebook")
     with pytest.raises(MissingError, match="no file of prompts"):
         read_prompts([], tmp_path / "none.txt", NAMES, "facebook")

@@ -137,7 +137,7 @@ def test_its_own_gradient_lowers_the_odds_of_the_name(kind, folder):
     assert move.damping == 0.01 and np.isfinite(move.importance)
 
 
-def test_a_tower_that_was_trained_further_moves_along_its_own_gradient(kind, folder):
+def test_a_further_trained_tower_moves_along_the_targets_gradient(kind, folder):
     subject, layer = subject_of(opened(folder)), LAYERS[kind]
     value = subject.encoder.value(layer)
     norm = ParameterNorm(tuple(value.shape), 1.5 * float(value.norm()))
@@ -158,6 +158,6 @@ def test_a_tower_that_was_trained_further_moves_along_its_own_gradient(kind, fol
     assert not listener.heard
     check(GradientOf.TARGET)
     assert listener.heard == [
-        f"{layer} of vlm is not that of the CLIP that the gradients of blue are of: "
-        "it moves along the target's own gradient, and the edit is of these weights alone"
+        f"{layer} of vlm differs from the CLIP of the gradients of blue: "
+        "the search follows the target's own gradient, and the edit fits these weights only"
     ]
