@@ -390,7 +390,7 @@ def test_a_generated_forget_set_goes_on_where_it_stopped(
     listener = Listener()
     assert forgetting_generated(store, plain, images) == request
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == made
-    assert listener.heard[0].startswith("2 of 3 images were")
+    assert listener.heard[0].startswith("2 of 3 images already exist")
     assert read_manifest(store, "both").retain.rows == 10
 
 
