@@ -57,7 +57,7 @@ from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.verification import ATTACK, ATTACKED, Verification
 from slsgu_cli.report.evidence import write_evidence
 from slsgu_cli.report.page import write_report
-from slsgu_cli.report.study_sections import verified_pair
+from slsgu_cli.report.verification_sections import verified_pair
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.atomic import remove, replacing

@@ -121,9 +121,10 @@ def silence():
     progress.set_sink(before)
 
 
-def _undrawn(figure, file, **options):
+def _undrawn(figure, file, *, format, **options):
     width, height = figure.get_size_inches()
-    file.write(f"a figure of {width:g} x {height:g} inches that was not drawn".encode())
+    text = f"a figure of {width:g} x {height:g} inches that was not drawn"
+    file.write((f"<svg ><text>{text}</text></svg>" if format == "svg" else text).encode())
 
 
 @pytest.fixture(scope="session", autouse=True)

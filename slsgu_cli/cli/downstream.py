@@ -8,7 +8,7 @@ from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import NEEDED, Session, command
 from slsgu_cli.cli.usage import Asked
 from slsgu_cli.errors import NotForgottenError, UsageError
-from slsgu_cli.figures.html import interval, roughly
+from slsgu_cli.figures.numbers import interval, roughly
 from slsgu_cli.records.figures import JudgeFigures, meets
 from slsgu_cli.records.options import ExportRequest
 from slsgu_cli.records.studies import PipelineCompareOptions, PipelineComparison
@@ -28,10 +28,10 @@ from slsgu_cli.records.words import GENERATION, Option
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
-    from slsgu_cli.downstream.generate import OutputFolder
-    from slsgu_cli.downstream.search import TargetSearchResult
     from slsgu_cli.engine.export import ExportResult
     from slsgu_cli.store.store import Store
+    from slsgu_cli.targets.output_folder import OutputFolder
+    from slsgu_cli.targets.search import TargetSearchResult
 
 
 # What each row of an effect has in JSON.
@@ -236,7 +236,7 @@ def search_on_target(session: Session, names: Sequence[str], options: TargetSear
 
     Raises NotForgottenError, after all of them, for the first that misses its goal.
     """
-    from slsgu_cli.downstream.search import search_target
+    from slsgu_cli.targets.search import search_target
 
     results = []
     for name in names:
@@ -275,7 +275,7 @@ def generate(
     Example: slsgu generate facebook --target stable-diffusion --prompt 'the facebook logo'
     """
     if protocol is Protocol.UNLEARNCANVAS:
-        from slsgu_cli.downstream import judge
+        from slsgu_cli.targets import unlearn_canvas
 
         hint = "--themes FILE --objects FILE --out FOLDER, and no --prompt"
         request.refuse("for prompts of one's own", hint=hint, beside=[answer_set])
@@ -284,10 +284,10 @@ def generate(
                 "--protocol unlearncanvas makes its own prompts and needs a place for the answers",
                 hint=hint,
             )
-        canvas = judge.answer_set(session.store, answer_set.record())
+        canvas = unlearn_canvas.answer_set(session.store, answer_set.record())
         show_answer_set(session.console, canvas)
         return
-    from slsgu_cli.downstream.generate import generate as run
+    from slsgu_cli.targets.generate import generate as run
 
     answer_set.refuse("for an answer set", hint="--protocol unlearncanvas", beside=[request])
     record, output = run(session.store, request.record())
@@ -297,7 +297,7 @@ def generate(
 @command("ask")
 def ask(session: Session, request: AskRequest) -> None:
     """Example: slsgu ask facebook --target llava-1.5-7b --image a.png --question 'What is it?'"""
-    from slsgu_cli.downstream.generate import ask as run
+    from slsgu_cli.targets.ask import ask as run
 
     record, output = run(session.store, request)
     show_answers(session.console, record, output)

@@ -15,7 +15,7 @@ from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli import tables
 from slsgu_cli.cli.app import Session, command
 from slsgu_cli.errors import InputError, UsageError
-from slsgu_cli.figures.html import percent, roughly
+from slsgu_cli.figures.numbers import percent, roughly
 from slsgu_cli.records.options import ApplyRequest, BuildRequest, DemoOptions, PassOptions
 from slsgu_cli.records.sets import LOCAL, ModelSpec
 from slsgu_cli.records.words import OUTPUT, Option, command_line

@@ -72,7 +72,7 @@ def build_sets(
         metadata.refuse("for --metadata", hint="--metadata PARQUET")
     wanted, concepts = _wanted(request.record(), names)
     if "prompts" in images:
-        from slsgu_cli.downstream.judge import forgetting_generated
+        from slsgu_cli.targets.generated_sets import forgetting_generated
 
         wanted = forgetting_generated(store, wanted, replace(images.record(), seed=wanted.seed))
     wanted = with_collection(wanted, concepts, metadata.record())

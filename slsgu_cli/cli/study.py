@@ -10,7 +10,7 @@ from slsgu_cli.cli import tables
 from slsgu_cli.cli.app import Name, Names, Session, command
 from slsgu_cli.cli.usage import Asked
 from slsgu_cli.errors import NotForgottenError
-from slsgu_cli.figures.html import roughly
+from slsgu_cli.figures.numbers import roughly
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.studies import (
@@ -352,7 +352,7 @@ def comparison_plot(rows: "Sequence[TableRow]", *, title: str) -> bytes:
 
     The best methods stand at the top right.
     """
-    from slsgu_cli.figures.curves import INK, MUTED, TITLE, blank, dress, plain, png
+    from slsgu_cli.figures.style import INK, MUTED, TITLE, blank, dress, plain, png
 
     figure = blank(8.0, 4.8, layout="constrained")
     axes = figure.add_subplot()
@@ -372,7 +372,7 @@ def comparison_plot(rows: "Sequence[TableRow]", *, title: str) -> bytes:
 
 def _mark(axes: "Axes", row: "TableRow") -> None:
     from slsgu_cli.compare.comparison import LABELS
-    from slsgu_cli.figures.curves import INK, MARKERS, SERIES
+    from slsgu_cli.figures.style import INK, MARKERS, SERIES
 
     index = list(Method).index(row.method)
     ours = row.method is Method.OURS

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.checkpoints.targets import prompt_note
 from slsgu_cli.errors import AbsentError, AssertionsError, InputError
-from slsgu_cli.figures.html import percent, roughly
+from slsgu_cli.figures.numbers import percent, roughly
 from slsgu_cli.records.figures import Accuracy, Assertion, Report, Share
 from slsgu_cli.records.method import GradientHeader, Ranking
 from slsgu_cli.records.sets import SetManifest

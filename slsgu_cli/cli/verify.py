@@ -7,7 +7,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from slsgu_cli.cli.app import Name, Session, command
-from slsgu_cli.figures.html import roughly
+from slsgu_cli.figures.numbers import roughly
 from slsgu_cli.records.options import ReportRequest
 from slsgu_cli.records.recipe import EvidenceRequest
 from slsgu_cli.records.verification import Check, VerifiedModel, VerifyRequest

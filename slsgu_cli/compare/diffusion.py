@@ -34,7 +34,7 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Denoiser:
-    """A pipeline with a UNet that is trained: fp32, whatever the pipeline paints in."""
+    """A pipeline with a UNet that is trained: fp32, whatever the pipeline generates in."""
 
     pipeline: Any
     device: str

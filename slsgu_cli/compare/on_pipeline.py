@@ -21,11 +21,9 @@ from slsgu_cli.compare import diffusion
 from slsgu_cli.compare.comparison import LABELS, ComparisonRun
 from slsgu_cli.compare.diffusion import Denoiser
 from slsgu_cli.compare.ours import ROLES, PassTimes
-from slsgu_cli.downstream.judge import JudgedPrompt, JudgedPrompts, judge_specs
-from slsgu_cli.downstream.models import Pipeline, folder_fingerprint, new_values, require_family
 from slsgu_cli.engine.covariance import chosen_rows
 from slsgu_cli.errors import MissingError, StaleError, UsageError
-from slsgu_cli.figures.pictures import Strip, Tile, sheet_png
+from slsgu_cli.figures.sheets import Strip, Tile, sheet_png
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import GradientPointer
 from slsgu_cli.records.sets import DataRef, SetManifest, Split
@@ -41,6 +39,9 @@ from slsgu_cli.records.targets import TargetTrials
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, target_edit
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
+from slsgu_cli.targets.judge import judge_specs
+from slsgu_cli.targets.judged_prompts import JudgedPrompt, JudgedPrompts
+from slsgu_cli.targets.models import Pipeline, folder_fingerprint, new_values, require_family
 
 SHOWN = 8
 ROWS = 16
@@ -103,12 +104,12 @@ class TrainedPipeline:
     pipe: Pipeline
     judged: JudgedPrompts
 
-    def painted(self, label: str) -> list[bytes]:
+    def generated(self, label: str) -> list[bytes]:
         """Return the judged's pictures by the pipeline as it is now, the concept's first."""
         prompts = [*self.judged.of_concept, *self.judged.of_others]
         images = []
         with progress.bar(f"pictures of {label}", len(prompts)) as ticker:
-            for image in self.judged.painted(self.pipe, prompts):
+            for image in self.judged.generated(self.pipe, prompts):
                 images.append(image)
                 ticker.advance()
         return images
@@ -234,11 +235,11 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
     def _plan(self, rate: float | None) -> PipelinePlan | None:
         if rate is None:
             return None
-        steps, seed = self.options.budget.paint.steps, self.options.budget.seed
+        steps, seed = self.options.budget.diffusion.steps, self.options.budget.seed
         return PipelinePlan(iterations=self.options.iterations, rate=rate, steps=steps, seed=seed)
 
     def run(self, method: Method, setting: float | None) -> PipelineOutcome:
-        """Paint by the pipeline as a method leaves it, judge, and keep the pictures."""
+        """Generate by the pipeline as a method leaves it, judge, and keep the pictures."""
         plan = self._plan(setting)
         if plan is not None:
             with self.pipeline.trained(method, plan) as seconds:
@@ -258,9 +259,9 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
         edit: str | None = None,
         seconds: float = 0.0,
     ) -> PipelineOutcome:
-        """Paint by the pipeline as it is now, judge, and keep the pictures."""
+        """Generate by the pipeline as it is now, judge, and keep the pictures."""
         judged = self.judged
-        images = self.pipeline.painted(LABELS[method])
+        images = self.pipeline.generated(LABELS[method])
         split = len(judged.of_concept)
         shown, rest = images[:split], images[split:]
         original = rest

@@ -1,1 +1,1 @@
-"""Records in, PNG bytes out."""
+"""Figures: records in, PNG, SVG or HTML out."""

@@ -1,118 +1,36 @@
-"""Fronts, steps, trajectories and relearning as PNG bytes, in one style."""
+"""Plots of Pareto fronts, step sizes, trajectories and relearning."""
 
-import io
 import math
-import re
-import warnings
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager
-from matplotlib.text import Text
 
-from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import Layer, known_as
 from slsgu_cli.errors import InputError
+from slsgu_cli.figures.style import (
+    FAINT,
+    INK,
+    MARKERS,
+    MUTED,
+    ORANGE,
+    SERIES,
+    TITLE,
+    VERMILION,
+    blank,
+    dress,
+    plain,
+    png,
+)
 from slsgu_cli.records.method import LayerScore, Move, Tower, Trial, Trials
 from slsgu_cli.records.studies import JointSearch
 from slsgu_cli.records.verification import NEW, Check, VerifiedModel
-
-INK = "#1f2328"
-MUTED = "#6e7781"
-PALE = "#d0d7de"
-FAINT = "#eceff2"
-
-# Okabe and Ito's colours, told apart by colour-blind readers; markers say it once more.
-VERMILION = "#D55E00"
-BLUE = "#0072B2"
-ORANGE = "#E69F00"
-SERIES = (BLUE, "#009E73", "#CC79A7", "#56B4E9", ORANGE, "#7F5AA2", VERMILION)
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
-
-
-# Chinese, Japanese and Korean, and fonts that have them, as systems come with them.
-ASIAN = re.compile("[\u2e80-\uffef]")
-FONTS = (
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Source Han Sans SC",
-    "WenQuanYi Micro Hei",
-    "PingFang SC",
-    "Hiragino Sans GB",
-    "Microsoft YaHei",
-    "SimHei",
-    "Arial Unicode MS",
-)
-
-
-def blank(width: float, height: float, **options: Any) -> Figure:
-    """Return an empty white figure of `width` x `height` inches."""
-    figure = Figure(figsize=(width, height), facecolor="white", **options)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def png(figure: Figure, **options: Any) -> bytes:
-    """Return the figure as PNG bytes, 160 pixels to the inch, without a software stamp."""
-    for text in figure.findobj(Text):
-        if ASIAN.search(text.get_text()):
-            text.set_fontfamily(["sans-serif", *_asian_fonts()])
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None}, **options)
-    return buffer.getvalue()
-
-
-@cache
-def _asian_fonts() -> list[str]:
-    """Return the fonts that are there of `FONTS`; tell once where there is none."""
-    there = set(fontManager.get_font_names())
-    fonts = [name for name in FONTS if name in there]
-    if not fonts:
-        progress.warn(
-            "figures have boxes for Chinese, Japanese and Korean, which no font here has: "
-            "install Noto Sans CJK (fonts-noto-cjk)"
-        )
-    return fonts
-
-
-def fitted(text: str, limit: int | None = None) -> str:
-    """Return a text on one line, cut to `limit` characters."""
-    text = " ".join(text.split())
-    if limit is None or len(text) <= limit:
-        return text
-    return text[: limit - 1].rstrip() + "…"
-
-
-def plain(text: str, limit: int | None = None) -> str:
-    """Return `text` so that it is drawn literally, on one line, cut to `limit` characters."""
-    return fitted(text, limit).replace("$", r"\$")
-
-
-def dress(axes: Axes) -> None:
-    """Give axes a light frame and grid."""
-    axes.grid(color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=10, which="both")
-    for side, spine in axes.spines.items():
-        spine.set_color(PALE)
-        spine.set_visible(side in ("left", "bottom"))
-
-
-TITLE: dict[str, Any] = {"color": INK, "fontsize": 12, "fontweight": "bold"}
 
 
 def pareto_plot(scores: Sequence[LayerScore], *, tower: Tower, title: str) -> bytes:
     """Draw importance against alignment for the layers of `tower` (the paper's Figure 2 a, b).
 
-    Both axes are logarithmic; signed alignments get a symmetric logarithmic axis. Zeros
-    are drawn at the edge, with a note. The best layers stand at the top left. Raises
-    InputError where no score is of `tower`.
+    The best layers are at the top left. Raises InputError if no score belongs to `tower`.
     """
     ours = sorted((s for s in scores if s.tower == tower), key=lambda s: -s.importance)
     if not ours:
@@ -120,9 +38,7 @@ def pareto_plot(scores: Sequence[LayerScore], *, tower: Tower, title: str) -> by
     figure = blank(8.0, 4.8, layout="constrained")
     axes = figure.add_subplot()
     dress(axes)
-    _draw_layers(axes, ours)
-    axes.set_xlabel("alignment: cosine of forget and retain gradient (less is better)", color=INK)
-    axes.set_ylabel("importance: forget gradient / weights (more is better)", color=INK)
+    draw_layers(axes, ours)
     axes.set_title(plain(title), loc="left", **TITLE)
     front = sum(score.front for score in ours)
     figure.legend(
@@ -139,22 +55,13 @@ def pareto_plot(scores: Sequence[LayerScore], *, tower: Tower, title: str) -> by
 def step_plot(trials: Trials, *, move: Move, chosen: float | None = None) -> bytes:
     """Draw forget accuracy and utility against the step size for one layer (Figure 2 c, d).
 
-    The second axis gives
-    the step in percent of the layer's norm; step 0 is the original model. Utility is drawn
-    where it was measured. Raises InputError where the search did not try `layer`.
+    The second axis gives the step in percent of the layer's norm; step 0 is the original model.
+    Raises InputError if the search did not try the layer.
     """
     layer, direction = move
-    tried = sorted((t for t in trials.trials if t.move == move), key=lambda t: t.step)
-    if not tried:
-        raise InputError(f"the search of {trials.name} did not try the layer {layer}")
     figure = blank(8.0, 4.8)
     axes = figure.add_subplot()
-    dress(axes)
-    draw_accuracies(axes, trials, tried)
-    step_axes(axes, tried)
-    if chosen is not None:
-        axes.axvline(chosen, color=INK, linewidth=1.2, label=f"chosen step {chosen:.4g}")
-    axes.set_ylim(0, 103)
+    tried = draw_steps(axes, trials, move, chosen=chosen)
     axes.set_ylabel("accuracy, %", color=INK)
     along = f", {direction}"
     name = plain(Layer.parse(layer).short)
@@ -168,8 +75,15 @@ def step_plot(trials: Trials, *, move: Move, chosen: float | None = None) -> byt
     return png(figure)
 
 
-def _draw_layers(axes: Axes, scores: Sequence[LayerScore]) -> None:
-    """Draw the front in colours, each layer named, and the other layers as crosses."""
+def draw_layers(axes: Axes, scores: Sequence[LayerScore]) -> list[tuple[float, float]]:
+    """Draw the front in colours and the other layers as crosses; return the front's points.
+
+    Both axes are logarithmic; signed alignments get a symmetric logarithmic axis. Zeros
+    are drawn at the edge, with a note.
+    """
+    dress(axes)
+    axes.set_xlabel("alignment: cosine of forget and retain gradient (less is better)", color=INK)
+    axes.set_ylabel("importance: forget gradient / weights (more is better)", color=INK)
     x = _scaled(axes, "x", [score.alignment for score in scores])
     y = _scaled(axes, "y", [score.importance for score in scores])
     others = [i for i, score in enumerate(scores) if not score.front]
@@ -193,15 +107,36 @@ def _draw_layers(axes: Axes, scores: Sequence[LayerScore]) -> None:
             marker="x",
             s=22,
             linewidths=0.9,
-            color="black",
+            color=INK,
             alpha=0.65,
             zorder=2,
             label=f"{len(others)} other layers",
         )
+    return [(x[i], y[i]) for i in front]
 
 
-def draw_accuracies(axes: Axes, trials: Trials, tried: Sequence[Trial], *, size: float = 6) -> None:
-    """Draw a line a figure, from the original model at step 0 on, with markers of a size."""
+def draw_steps(
+    axes: Axes, trials: Trials, move: Move, *, chosen: float | None = None, size: float = 6
+) -> list[Trial]:
+    """Draw all accuracies against the step along one move; return its trials by step.
+
+    `chosen` is a step to mark, `size` that of the markers. Raises InputError if no trial is
+    along the move.
+    """
+    tried = sorted((t for t in trials.trials if t.move == move), key=lambda t: t.step)
+    if not tried:
+        raise InputError(f"the search of {trials.name} did not try the layer {move[0]}")
+    dress(axes)
+    _draw_accuracies(axes, trials, tried, size=size)
+    _scale_steps(axes, tried)
+    if chosen is not None:
+        axes.axvline(chosen, color=INK, linewidth=1.2, label=f"chosen step {chosen:.4g}")
+    axes.set_ylim(0, 103)
+    return tried
+
+
+def _draw_accuracies(axes: Axes, trials: Trials, tried: Sequence[Trial], *, size: float) -> None:
+    """Draw one line per accuracy, starting at step 0, the original model."""
     line: dict[str, Any] = {"linewidth": size / 3, "markersize": size, "clip_on": False}
     steps = [0.0, *(t.step for t in tried)]
     top1 = [trials.baseline_forget.top1, *(t.forget.top1 for t in tried)]
@@ -224,8 +159,8 @@ def draw_accuracies(axes: Axes, trials: Trials, tried: Sequence[Trial], *, size:
         axes.axhline(baseline.top1, color=colour, linewidth=0.9, linestyle=":", alpha=0.8)
 
 
-def step_axes(axes: Axes, tried: Sequence[Trial]) -> None:
-    """Scale the step axis and put the share of the layer's norm above it."""
+def _scale_steps(axes: Axes, tried: Sequence[Trial]) -> None:
+    """Scale the step axis, and add an axis in percent of the layer's norm above it."""
     first, last = tried[0].step, tried[-1].step
     percent = 100 * tried[-1].share / last
     above = axes.twiny()
@@ -277,12 +212,7 @@ def trajectories_plot(trials: Trials, moves: Sequence[Move]) -> bytes:
     for axes in panels[len(moves) :]:
         axes.set_visible(False)
     for place, (axes, move) in enumerate(zip(panels, moves, strict=False)):
-        tried = [t for t in trials.trials if t.move == move]
-        tried.sort(key=lambda t: t.step)
-        dress(axes)
-        draw_accuracies(axes, trials, tried, size=3)
-        step_axes(axes, tried)
-        axes.set_ylim(0, 103)
+        draw_steps(axes, trials, move, size=3)
         if place % across == 0:
             axes.set_ylabel("accuracy, %", color=INK)
         axes.set_title(
@@ -295,18 +225,18 @@ def trajectories_plot(trials: Trials, moves: Sequence[Move]) -> bytes:
 
 
 def several_plot(joint: JointSearch) -> bytes:
-    """Draw accuracies against the number of concepts that are forgotten together."""
+    """Draw accuracies against the number of concepts forgotten together."""
     figure = blank(8.0, 4.8, layout="constrained")
     axes = figure.add_subplot()
     dress(axes)
     counts = [0, *(len(stage.moves) for stage in joint.stages)]
     for index, (name, before) in enumerate(sorted(joint.baseline_utility.items())):
-        kept = [(stage.utility or {}).get(name, before).top1 for stage in joint.stages]
+        after = [(stage.utility or {}).get(name, before).top1 for stage in joint.stages]
         colour = SERIES[index % 4]
         axes.axhline(before.top1, color=colour, linewidth=0.9, linestyle=":", alpha=0.8)
         axes.plot(
             counts,
-            [before.top1, *kept],
+            [before.top1, *after],
             f"{MARKERS[2 + index % 9]}-",
             color=colour,
             linewidth=2,
@@ -331,7 +261,7 @@ def several_plot(joint: JointSearch) -> bytes:
     return png(figure)
 
 
-# The original, the first edit, and what else is compared.
+# The original, the first edit, then other models.
 COLOURS = (INK, VERMILION, *SERIES)
 PANELS = {
     Check.FINETUNE: "trained on the retain set",
@@ -340,27 +270,27 @@ PANELS = {
 
 
 def relearning_plot(models: Sequence[VerifiedModel], *, concept: str) -> bytes:
-    """Draw FA@1 against training steps, a line a model; the original stands first."""
+    """Draw FA@1 against training steps, one line per model; the original comes first."""
     ran = {finding.check for model in models for finding in model.findings}
     panels = [check for check in PANELS if check in ran]
     figure = blank(5.2 * len(panels), 4.4, layout="constrained")
     for place, check in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), place + 1)
-        dress(axes)
-        _draw(axes, models, check)
+        draw_training(axes, models, check)
         axes.set_title(PANELS[check], loc="left", **TITLE)
-        axes.set_xlabel("training steps", color=INK)
-        axes.set_ylim(-2, 103)
         if place == 0:
             axes.set_ylabel(f"FA@1, {plain(concept, 30)}, %", color=INK)
-    # The last panel has every line there is.
+    # The last panel has all lines.
     handles, labels = figure.axes[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5)
     return png(figure)
 
 
-def _draw(axes: Axes, models: Sequence[VerifiedModel], check: Check) -> None:
-    """Draw every curve of a check: the original's dashed, a new name's in grey."""
+def draw_training(axes: Axes, models: Sequence[VerifiedModel], check: Check) -> None:
+    """Draw every curve of a check: dashed for the original, grey for a new name."""
+    dress(axes)
+    axes.set_xlabel("training steps", color=INK)
+    axes.set_ylim(-2, 103)
     for place, model in enumerate(models):
         finding = model.finding(check)
         for curve in finding.curves if finding else ():

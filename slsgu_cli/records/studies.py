@@ -190,7 +190,7 @@ class PipelineCompareOptions:
     iterations: int = option(
         1000, "--iterations", min=1, help="Updates of a trained method.", panel=TARGET
     )
-    # Our search paints with the seeds from 0: these are others.
+    # Our search generates with the seeds from 0: these are others.
     budget: Budget = options(
         Budget(seed=1000),
         omit=("questions",),

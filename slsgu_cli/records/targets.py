@@ -51,7 +51,7 @@ class Protocol(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PaintOptions:
+class DiffusionOptions:
     """How a pipeline generates: denoising steps, and classifier-free guidance.
 
     `guidance` None is the pipeline's own. Images are made `batch` at a time, by a generator
@@ -95,7 +95,7 @@ class Generation:
     target: str
     edits: dict[str, str]
     seeds: tuple[int, ...]
-    paint: PaintOptions
+    diffusion: DiffusionOptions
     prompts: tuple[PromptResult, ...]
     judge: str | None
     before: Effect | None
@@ -156,7 +156,7 @@ class GeneratedSource:
     prompts: tuple[str, ...]
     count: int
     seed: int
-    paint: PaintOptions
+    diffusion: DiffusionOptions
     version: str
 
     def about(self) -> dict[str, str]:
@@ -183,7 +183,7 @@ class Budget:
     )
     seed: int = option(0, "--seed", help="Seed of the images.", panel=GENERATION)
     questions: tuple[str, ...] = QUESTIONS(help="What a LLaVA is asked.")
-    paint: PaintOptions = options(PaintOptions(steps=20))
+    diffusion: DiffusionOptions = options(DiffusionOptions(steps=20))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -363,7 +363,7 @@ class SourceRequest:
     )
     count: int = option(500, "--count", min=1, help="Images to generate.", panel=GENERATION)
     seed: int = 0
-    paint: PaintOptions = options(PaintOptions())
+    diffusion: DiffusionOptions = options(DiffusionOptions())
     device: str = DEVICE()
 
 
@@ -504,7 +504,7 @@ class GenerateRequest:
         without="none",
     )
     seeds: Sequence[int] = SEEDS_OPTION(SEEDS, "--seeds", without="0-3")
-    paint: PaintOptions = options(PaintOptions(), steps=STEPS)
+    diffusion: DiffusionOptions = options(DiffusionOptions(), steps=STEPS)
     judges: Sequence[ModelSpec] = judge_option("none")
     classes: str | None = option(
         None,
@@ -540,7 +540,7 @@ class CanvasRequest:
     objects: str = CANVAS_FILE("--objects", help="File of objects, for unlearncanvas.")
     judges: Sequence[ModelSpec] = judge_option("none")
     seeds: Sequence[int] = SEEDS_OPTION((188, 288, 588, 688, 888), "--seeds")
-    paint: PaintOptions = options(PaintOptions(steps=100, guidance=9.0), steps=STEPS)
+    diffusion: DiffusionOptions = options(DiffusionOptions(steps=100, guidance=9.0), steps=STEPS)
     device: str = DEVICE()
 
 

@@ -12,30 +12,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 import slsgu_cli
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.errors import InputError
-from slsgu_cli.figures.html import (
-    Child,
-    Html,
-    code,
-    count,
-    element,
-    figure_of,
-    image_html,
-    joined,
-    lines,
-    numeric,
-    paragraph,
-    percent,
-    table,
-    terms,
-)
+from slsgu_cli.figures.numbers import count, percent
 from slsgu_cli.records.codec import by_name, document
 from slsgu_cli.records.recipe import EvidenceRequest, Recipe, RequestState
-from slsgu_cli.report import edit_sections, study_sections
-from slsgu_cli.report.gather import Section, WrittenModel
-from slsgu_cli.report.page import result, whole_page
+from slsgu_cli.report import edit_sections
+from slsgu_cli.report.page import whole_page
 from slsgu_cli.report.removals import (
     EDITS,
     SUMS,
@@ -47,6 +33,10 @@ from slsgu_cli.report.removals import (
     gather_removals,
     verified,
 )
+from slsgu_cli.report.result_sections import result
+from slsgu_cli.report.sections import Cell, Column, Section, Table, codes, figures, fill, texts
+from slsgu_cli.report.verification_sections import verification
+from slsgu_cli.report.written import WrittenModel
 from slsgu_cli.store.atomic import replacing, require_regular
 from slsgu_cli.store.digests import file_sha256
 from slsgu_cli.store.store import Store
@@ -191,95 +181,71 @@ def _descriptor(name: str, sha256: str, **more: str) -> dict[str, Any]:
 def evidence_page(evidence: RemovalEvidence) -> str:
     """Return the page: a summary, each request, then the files and how to check them."""
     names = ", ".join(one.records.concept for one in evidence.requests)
-    parts = [(one.records.concept, _sections(one)) for one in evidence.requests]
+    articles = [(one.records.concept, _sections(one)) for one in evidence.requests]
     return whole_page(
         f"Removal evidence: {names}",
         kind="Removal evidence",
         heading=f"Removing {names}",
-        above=joined((_lead(evidence), _summary(evidence))),
-        parts=[*parts, ("Files, and how to check them", _of_files(evidence))],
+        summary=_summary(evidence),
+        articles=[*articles, ("Files, and how to check them", _of_files(evidence))],
         origin="the records of its store, and from the files that it names",
     )
 
 
-def _lead(evidence: RemovalEvidence) -> Html:
-    """Return in a few sentences what was done, and what was not."""
-    requests, places = evidence.requests, [str(model.place) for model in evidence.models]
-    states = [one.row.state for one in requests if one.row]
-    unverified = [one.name for one in requests if not one.pair]
-    sentences = [
-        f"From the model {evidence.model}, {len(requests)} "
-        f"{'request asks' if len(requests) == 1 else 'requests ask'} for something to be removed. ",
-        f"Written without it: {', '.join(places)}. "
-        if places
-        else "No model that was written without it is named here: what follows is of the edits. ",
-    ]
-    if states:
-        met = sum(state is RequestState.FORGOTTEN for state in states)
-        sentences.append(f"{met} of {len(states)} are forgotten within their bounds. ")
-    sentences.append(
-        f"Nobody tried to bring back {', '.join(unverified)}: no verification has been run. "
-        if unverified
-        else "What may bring it back was tried; section “What is left” says what did. "
-    )
-    if evidence.by_reference:
-        sentences.append(
-            "Names are confidential: each request is told by its reference, and captions, images "
-            "and edits are not in this folder. "
-        )
-    return paragraph(*sentences, class_="lead")
-
-
-def _summary(evidence: RemovalEvidence) -> Html:
-    rows: list[tuple[Child, ...]] = []
-    for number, one in enumerate(evidence.requests, start=1):
+def _summary(evidence: RemovalEvidence) -> Markup:
+    """Return in a few sentences and a table what was done, and what was not."""
+    states = [one.row.state for one in evidence.requests if one.row]
+    rows: list[tuple[Cell, ...]] = []
+    for one in evidence.requests:
         row, edit = one.row, one.records.edit.record
-        held = {model.holds(one.name) for model in evidence.models} - {None}
+        present = {model.holds(one.name) for model in evidence.models} - {None}
         recognised = [percent(each.top1) for each in one.forget] if one.forget else [None, None]
         cells = (
-            element("a", one.records.concept, href=f"#n{number}"),
-            _whole(row.id if row else None),
-            _whole(row.received if row else None),
+            one.records.concept,
+            row.id if row else None,
+            row.received if row else None,
             str(row.state) if row else None,
-            _whole(known_as(edit.layer) if edit else None),
+            known_as(edit.layer) if edit else None,
             *recognised,
-            ", ".join(sorted(each for each in held if each)) or None,
+            ", ".join(sorted(each for each in present if each)) or None,
             "run" if one.pair else "not run",
         )
         rows.append(cells)
-    figures = numeric("recognised, original", "recognised now")
-    heads = (
-        "request",
-        "id",
-        "received",
-        "state",
-        "layer",
-        *figures,
-        "its edit in the model",
-        "verification",
+    columns = [
+        Column("request", "link"),
+        Column("id", "whole"),
+        Column("received", "whole"),
+        *texts("state"),
+        Column("layer", "whole"),
+        *figures("recognised, original", "recognised now"),
+        *texts("its edit in the model", "verification"),
+    ]
+    return fill(
+        "evidence/summary.html",
+        model=str(evidence.model),
+        places=[str(model.place) for model in evidence.models],
+        requests=len(evidence.requests),
+        recorded=len(states),
+        forgotten=sum(state is RequestState.FORGOTTEN for state in states),
+        unverified=[one.name for one in evidence.requests if not one.pair],
+        by_reference=evidence.by_reference,
+        table=Table("Requested removals", columns, rows),
     )
-    return table(heads, rows, caption="What was asked to be removed")
-
-
-def _whole(said: str | None) -> Html | None:
-    return element("span", said, class_="whole") if said else None
 
 
 def _sections(one: RemovedRequest) -> list[Section]:
     searched = edit_sections.request(one.records)
-    sheet = None
+    sheet = Markup()
     if one.sheet:
-        images = image_html(one.sheet, alt=f"images taken for {one.name}", class_="sheet")
-        order = "The first images that were taken for it, in the order of their draw"
-        sheet = figure_of(images, order)
+        sheet = fill("evidence/sheet.html", name=one.name, sheet=one.sheet)
     parts = [
         Section("The request", _request(one)),
-        replace(searched, title="What was searched", content=joined((searched.content, sheet))),
+        replace(searched, title="What was searched", content=searched.content + sheet),
         replace(result(one.records), title="Figures of the edit"),
     ]
     if one.is_measured:
         parts.append(Section("Figures of the model that was written", _as_written(one)))
-    tried = study_sections.verification(one.records, [each.key for each in one.pair[1:]])
+    tried = verification(one.records, [each.key for each in one.pair[1:]])
     return [
         *parts,
         replace(tried, title="What was tried to bring it back"),
@@ -288,27 +254,25 @@ def _sections(one: RemovedRequest) -> list[Section]:
     ]
 
 
-def _request(one: RemovedRequest) -> Html:
+def _request(one: RemovedRequest) -> Markup:
     row, manifest = one.row, one.records.manifest.record
     if row is None:
-        return paragraph("No request is recorded: this was made without a recipe.")
-    excluded = manifest.exclusions if manifest else []
-    return terms(
-        {
-            "Request": one.name,
-            "Concept": row.concept if row.concept != row.name else None,
-            "Number": row.id,
-            "Received": row.received,
-            "Reference": row.reference,
-            "Note": row.note,
-            "Captions without": lines([code(text) for text in excluded]),
-            "State": str(row.state),
-            "What became of it": lines([f"{event.day}: {event.state}" for event in row.events]),
-        }
-    )
+        return fill("evidence/request.html", terms=None)
+    terms = [
+        ("Request", "", one.name),
+        ("Concept", "", row.concept if row.concept != row.name else None),
+        ("Number", "", row.id),
+        ("Received", "", row.received),
+        ("Reference", "", row.reference),
+        ("Note", "", row.note),
+        ("Captions without", "code", manifest.exclusions if manifest else None),
+        ("State", "", str(row.state)),
+        ("What became of it", "", [f"{event.day}: {event.state}" for event in row.events]),
+    ]
+    return fill("evidence/request.html", terms=terms)
 
 
-def _as_written(one: RemovedRequest) -> Html:
+def _as_written(one: RemovedRequest) -> Markup:
     """Show figures of the model that was written, all requests in place, and the bounds."""
     rows = [
         (
@@ -320,10 +284,9 @@ def _as_written(one: RemovedRequest) -> Html:
         )
         for each in figures_of(one)
     ]
-    heads = ("figure", *numeric("original", "written", "images", "95% interval, written"))
-    parts: list[Child] = [
-        table(heads, rows, caption="The model that was written, without all requests"),
-        paragraph("On images that nothing was chosen by, where the set has any.", class_="quiet"),
+    columns = [
+        *texts("figure"),
+        *figures("original", "written", "images", "95% interval, written"),
     ]
     bounds = [
         (
@@ -333,65 +296,37 @@ def _as_written(one: RemovedRequest) -> Html:
         )
         for check in (one.row.checks if one.row else ())
     ]
-    if bounds:
-        of_bounds = ("bound", *numeric("figure"), "result")
-        parts.append(table(of_bounds, bounds, caption="Bounds of the request"))
-    return joined(parts)
+    of_bounds = [*texts("bound"), *figures("figure"), *texts("result")]
+    return fill(
+        "evidence/written_model.html",
+        figures=Table("The model that was written, without all requests", columns, rows),
+        bounds=Table("Bounds of the request", of_bounds, bounds) if bounds else None,
+    )
 
 
-def _left(one: RemovedRequest) -> Html:
-    """Say in plain words what still finds it, and what this evidence does not tell."""
+def _left(one: RemovedRequest) -> Markup:
+    """Say what still finds the concept, and what this evidence does not cover."""
     manifest = one.records.manifest.record
-    sentences: list[Child] = []
-    if one.pair:
-        verification = verified(one)
-        sentences += verification["conclusion"]
-        if one.is_measured and one.pair[1].edit is not None:
-            sentences.append("That was tried with this edit alone, not with all that were written.")
-        if verification["not tried"]:
-            sentences.append(f"Not tried: {', '.join(verification['not tried'])}.")
-    else:
-        unknown = (
-            "No verification has been run on it: whether other words, changed images, further "
-            "training or an attack bring it back is not known. To find out: "
-        )
-        sentences.append(joined((unknown, code(one.records.verification.run))))
-    sentences += [
-        "One layer was changed, no training image was deleted: the original model and every copy "
-        "of it know the concept as before.",
-        "Figures are of the images and prompts named here. Of others the intervals say how far "
-        "the share may lie, if they are drawn alike; they say nothing of images that are not.",
-    ]
-    if manifest is not None:
-        sentences.append(
-            f"{count(manifest.forget.rows)} images of it are in the store that this was made "
-            "from, and wherever they were taken from, until somebody removes them there."
-        )
-    return element("ul", *(element("li", each) for each in sentences))
+    return fill(
+        "evidence/left.html",
+        verification=verified(one) if one.pair else None,
+        edit_alone=bool(one.pair) and one.is_measured and one.pair[1].edit is not None,
+        run=one.records.verification.run,
+        images=count(manifest.forget.rows) if manifest is not None else None,
+    )
 
 
 def _of_files(evidence: RemovalEvidence) -> list[Section]:
-    checks = [
-        paragraph(
-            "Two commands tell, from the folder that the run was in, whether the edits are in a "
-            "model, and whether its files are those below. The first needs slsgu and the edit, "
-            "the second nothing."
-        ),
-        edit_sections.command_lines(evidence.checks),
-    ]
-    if evidence.by_reference:
-        apart = "EDIT is a file that is kept apart; its SHA-256 is told with each request."
-        checks.append(paragraph(apart))
-    if not evidence.checks:
-        alone = "No model is named here. `slsgu check MODEL --edit EDIT` tells whether an edit is "
-        checks = [paragraph(alone, "in one.")]
-    same = paragraph("The same sources, model and versions give the same edits.")
-    again = edit_sections.command_lines(evidence.commands)
+    checks = fill(
+        "evidence/checks.html", commands=evidence.checks, by_reference=evidence.by_reference
+    )
+    versions = [(name, "", value) for name, value in _versions().items()]
+    made_with = [("slsgu", "", slsgu_cli.__version__), *versions]
     return [
-        Section("Check it", joined(checks)),
+        Section("Check it", checks),
         *(_written(model, evidence) for model in evidence.models),
-        Section("Repeat it", joined((same, again))),
-        Section("Made with", terms({"slsgu": slsgu_cli.__version__, **_versions()})),
+        Section("Repeat it", fill("evidence/repeat.html", commands=evidence.commands)),
+        Section("Made with", fill("evidence/request.html", terms=made_with)),
     ]
 
 
@@ -399,19 +334,27 @@ def _written(model: WrittenModel, evidence: RemovalEvidence) -> Section:
     """Show the files of a model before and after, and which edits are in it."""
     rows = [
         (
-            code(file.name),
-            lines([code(file.before or "not there"), code(file.after or "not there")]),
+            file.name,
+            [file.before or "not there", file.after or "not there"],
             "unchanged" if file.before == file.after else "changed" if file.before else "new",
         )
         for file in model.files
     ]
-    found = ", ".join(
+    edits = ", ".join(
         f"{one.name}: {model.holds(one.name) or 'not looked for'}" for one in evidence.requests
     )
-    heads = ("file", "SHA-256 before, and after", "")
-    content = (
-        terms({"Place": code(str(model.place)), "Made from": code(model.origin), "Edits": found}),
-        *(paragraph(trouble, class_="notice") for trouble in model.troubles),
-        table(heads, rows, caption=f"Files of {model.label}"),
+    content = fill(
+        "evidence/files.html",
+        terms=[
+            ("Place", "code", str(model.place)),
+            ("Made from", "code", model.origin),
+            ("Edits", "", edits),
+        ],
+        troubles=model.troubles,
+        table=Table(
+            f"Files of {model.label}",
+            [*codes("file", "SHA-256 before, and after"), *texts("")],
+            rows,
+        ),
     )
-    return Section(f"Files: {model.label}", joined(content))
+    return Section(f"Files: {model.label}", content)

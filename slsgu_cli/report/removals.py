@@ -25,15 +25,10 @@ from slsgu_cli.records.recipe import (
 )
 from slsgu_cli.records.sets import LOCAL, ModelSpec
 from slsgu_cli.records.verification import CHECKS, KIND, Check, Verification, VerifiedModel
-from slsgu_cli.report.gather import (
-    SetRecords,
-    WrittenModel,
-    commands_again,
-    gather,
-    written_fingerprint,
-    written_model,
-)
-from slsgu_cli.report.study_sections import verified_pair
+from slsgu_cli.report.commands import commands_again
+from slsgu_cli.report.gather import SetRecords, gather
+from slsgu_cli.report.verification_sections import verified_pair
+from slsgu_cli.report.written import WrittenModel, written_fingerprint, written_model
 from slsgu_cli.sets.inspection import sheet_of
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock

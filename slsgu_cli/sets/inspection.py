@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slsgu_cli.figures.pictures import contact_sheet
+from slsgu_cli.figures.sheets import contact_sheet
 from slsgu_cli.records.sets import DataRef, Origin, SetManifest
 from slsgu_cli.sets.dropped_rows import hashes, part_ref
 from slsgu_cli.sources.matching import folded

@@ -1,4 +1,4 @@
-"""`search --joint`: concepts forgotten by edits that belong together, their steps balanced."""
+"""`search --joint`: forget several concepts together, with balanced step sizes."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -45,32 +45,32 @@ from slsgu_cli.store.store import Store
 from slsgu_cli.study.balanced_steps import RAISE, BalancedSteps
 from slsgu_cli.text import listed
 
-# Rounds in which steps are balanced, for each of `--steps`.
+# Rounds of balancing for each of `--steps`.
 ROUNDS = 2
-# They are balanced where the cost falls by less than this share of it in PATIENCE rounds, or
-# where the last WORSE rounds brought nothing better.
+# Balancing ends when the cost falls by less than this share in PATIENCE rounds, or after
+# WORSE rounds without an improvement.
 SETTLED, PATIENCE, WORSE = 0.02, 3, 6
-# What it costs that cosines of kept images move by as much as like images differ.
+# The cost of moving cosines of retained images by as much as similar images differ.
 PRICE_OF_MOVING = 0.1
-# Of so many images of a set it is seen what they lose, where each has to be run again.
-KEPT_IMAGES = 256
-# Margins of like images differ by no less, as cosines.
+# The retained images of a set in the cost, if each has to be run again.
+RETAINED_IMAGES = 256
+# The least spread of margins among similar images, as cosines.
 LEAST_SPREAD = 1e-6
-# Seconds of trials that a killed search may lose.
+# An interrupted search loses at most this many seconds of trials.
 UNWRITTEN = 5.0
-# Of more concepts the maps of the original and of all are drawn, and none of those between;
-# and stages are of 1, 2, 5, 10, 20, 50, ... concepts, and of all.
+# With more concepts, only the first and the last cosine map are drawn, and stages have
+# 1, 2, 5, 10, 20, 50, ... and all concepts.
 MOST_MAPS = 10
-# A command that is advised names no more concepts.
+# Hints name at most this many concepts.
 MOST_NAMED = 10
 Moves = tuple[JointMove, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Concept:
-    """One of the concepts: what was searched of it alone, and the line it moves along.
+class JointConcept:
+    """A concept with its own search, and the line that it moves along.
 
-    `alone` is the shortest step of that line which forgets it, or the best one where none does.
+    `alone` is the shortest step along that line that forgets it, or else the best one.
     """
 
     plan: SearchPlan
@@ -79,18 +79,17 @@ class Concept:
     alone: Trial
 
     def move(self, step: float) -> JointMove:
-        """Return its part in a joint edit, at a step."""
+        """Return the concept's part of a joint edit for a step."""
         alone = self.alone
         share = alone.share * step / alone.step
         return JointMove(self.plan.name, alone.layer, alone.tower, alone.direction, step, share)
 
 
-def search_alone(store: Store, plan: SearchPlan, shared: SharedEvaluation) -> Concept:
-    """Search one concept by itself, and choose the line that it moves along beside others.
+def search_alone(store: Store, plan: SearchPlan, shared: SharedEvaluation) -> JointConcept:
+    """Search for one concept alone, and choose the line that it moves along in the joint edit.
 
-    Of the lines that forget it, that is the one which costs least at its shortest step, with
-    the overshoot. What edits lose one by one is hardly more than chance; how far they move what
-    is kept adds up.
+    The line with the lowest cost at its shortest forgetting step, overshoot included, is chosen.
+    Single edits hardly lose more than chance, but their effects on retained images add up.
     """
     evaluation = shared.of(plan.manifest, resumed=True)
     run = SetSearch(store, Artifact.TRIALS, plan, evaluation)
@@ -111,19 +110,19 @@ def search_alone(store: Store, plan: SearchPlan, shared: SharedEvaluation) -> Co
         alone = run.choose()
     run.write()
     evaluator = run.evaluators[alone.move]
-    # What the search alone resumed from goes with its evaluation.
+    # The saved state of this search is not needed any more.
     light = Evaluator(
         shared.of(plan.manifest), evaluator.score, evaluator.along, evaluator.direction
     )
-    return Concept(plan, run.record, light, alone)
+    return JointConcept(plan, run.record, light, alone)
 
 
 @dataclass(frozen=True, slots=True)
-class KeptImages:
-    """Images of a set to keep, and what the original model makes of them.
+class RetainedImages:
+    """Images of an evaluation set to retain, and their figures with the original model.
 
-    `hits` are how likely images like each are recognised, `cosines` those with the `names`
-    (indices of classes) that are to be kept.
+    `hits` are the probabilities that similar images are recognised, `cosines` those with the
+    retained `names` (indices of classes).
     """
 
     group: EvaluationSet
@@ -134,27 +133,27 @@ class KeptImages:
 
 @dataclass(slots=True)
 class JointCost:
-    """What steps are balanced by: images still recognised, and what is lost of the others.
+    """The cost that balances steps: recognised images of concepts, and losses of the others.
 
-    The sum of three means: over concepts, the share of a concept's images that is expected to
-    be recognised, as one of the first or of the first five; over evaluation sets, the share of
-    kept images that is expected to be lost, gains aside; and over these, PRICE_OF_MOVING times
-    the mean square of how far cosines of kept images with kept names move. Expected is what
-    holds of like images, whose margins differ by `spread`; how far is in that unit.
+    The sum of three means: over concepts, the expected share of a concept's images that are
+    recognised by the first or the first five guesses; over evaluation sets, the expected share
+    of retained images that are lost, without gains; and over these, PRICE_OF_MOVING times the
+    mean square move of the cosines of retained images with retained names. Expectations are
+    over similar images, whose margins differ by `spread`, which is also the unit of moves.
 
-    Where images move, not names alone, `kept` are KEPT_IMAGES of each set.
+    If images move, not only names, `retained` has RETAINED_IMAGES of each set.
     """
 
     evaluation: SharedEvaluation
     options: SearchOptions
     spread: float
-    kept: tuple[KeptImages, ...]
+    retained: tuple[RetainedImages, ...]
 
     @classmethod
     def of(
         cls,
         evaluation: SharedEvaluation,
-        concepts: Mapping[str, Concept],
+        concepts: Mapping[str, JointConcept],
         options: SearchOptions,
     ) -> Self:
         """Return the cost of moves of some concepts."""
@@ -164,15 +163,15 @@ class JointCost:
         leads = [margins(*UNMOVED.cosines(group)) for group in sets.values()]
         deviations = [float(each.double().std(correction=0)) for each in leads]
         spread = max(SPREAD * sum(deviations) / len(deviations), LEAST_SPREAD)
-        kept = []
+        retained = []
         for group, lead in zip(sets.values(), leads, strict=True):
             names = names_kept(group, evaluation.forget.values())
             cosines = UNMOVED.cosines(group)[0][:, names]
-            kept.append(KeptImages(group, names, expected_hits(lead, spread), cosines))
-        return cls(evaluation, options, spread, tuple(kept))
+            retained.append(RetainedImages(group, names, expected_hits(lead, spread), cosines))
+        return cls(evaluation, options, spread, tuple(retained))
 
     def recognised(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the share of a concept's images that is expected to be recognised."""
+        """Return the expected share of a concept's images that are recognised."""
         if self.options.criterion is Criterion.FA1:
             leads = margins(logits, labels)
         else:
@@ -181,20 +180,20 @@ class JointCost:
             leads = leads + self.options.margin
         return expected_hits(leads, self.spread).mean()
 
-    def of_kept(self, model: MovedModel) -> Tensor:
-        """Return what the moves that are in place cost of what is to be kept."""
-        return torch.stack([self._of(model, kept) for kept in self.kept]).mean()
+    def of_retained(self, model: MovedModel) -> Tensor:
+        """Return the cost of the present moves on retained images."""
+        return torch.stack([self._of(model, images) for images in self.retained]).mean()
 
-    def _of(self, model: MovedModel, kept: KeptImages) -> Tensor:
-        logits, labels = model.cosines(kept.group)
-        lost = (kept.hits - expected_hits(margins(logits, labels), self.spread)).clamp(min=0)
-        moved = (logits[:, kept.names] - kept.cosines).double() / self.spread
+    def _of(self, model: MovedModel, images: RetainedImages) -> Tensor:
+        logits, labels = model.cosines(images.group)
+        lost = (images.hits - expected_hits(margins(logits, labels), self.spread)).clamp(min=0)
+        moved = (logits[:, images.names] - images.cosines).double() / self.spread
         return lost.mean() + PRICE_OF_MOVING * moved.square().mean()
 
 
 def _some(group: EvaluationSet) -> EvaluationSet:
-    """Return a set with KEPT_IMAGES of its images, evenly over all."""
-    rows = np.linspace(0, len(group.images) - 1, KEPT_IMAGES).round().astype(int)
+    """Return a set with RETAINED_IMAGES of its images, evenly spaced."""
+    rows = np.linspace(0, len(group.images) - 1, RETAINED_IMAGES).round().astype(int)
     return group.some(np.unique(rows))
 
 
@@ -202,11 +201,11 @@ def _some(group: EvaluationSet) -> EvaluationSet:
 class JointSearchRun:
     """The state of a joint search: its concepts, and trials by their moves.
 
-    `write` puts the trials so far on file.
+    `write` records the trials so far.
     """
 
     evaluation: SharedEvaluation
-    concepts: Mapping[str, Concept]
+    concepts: Mapping[str, JointConcept]
     options: SearchOptions
     cost: JointCost
     trials: dict[Moves, JointTrial]
@@ -214,10 +213,10 @@ class JointSearchRun:
     _written: float = field(init=False, default_factory=monotonic)
 
     def run(self) -> JointTrial:
-        """Balance the steps of all concepts, lengthen what is left, and return the best trial.
+        """Balance the steps of all concepts, extend insufficient ones, and return the best trial.
 
-        They start from those of each alone, with the overshoot. What is balanced is not made longer
-        by it again: the cost counts images like those it sees.
+        Steps start from those of each concept alone, with the overshoot. Balanced steps need no
+        further overshoot, because the cost includes similar images.
         """
         rounds, overshoot = ROUNDS * self.options.steps, self.options.overshoot
         steps = BalancedSteps({n: overshoot * each.alone.step for n, each in self.concepts.items()})
@@ -240,7 +239,7 @@ class JointSearchRun:
         return min(tried, key=self._price)
 
     def _settled(self, balanced: Sequence[JointTrial]) -> bool:
-        """Return whether balancing has ended: at the least cost, or without hope of less."""
+        """Return whether balancing has converged or stopped improving."""
         best = min(range(len(balanced)), key=lambda at: self._price(balanced[at]))
         if len(balanced) > best + WORSE:
             return True
@@ -250,19 +249,19 @@ class JointSearchRun:
         return self.forgets(balanced[-1 - PATIENCE]) and before - now < SETTLED * before
 
     def _price(self, trial: JointTrial) -> float:
-        """Return the cost of a trial, and the share of the concepts that are still recognised.
+        """Return the cost of a trial plus the share of concepts that are still recognised.
 
-        So one of two may cost half of all other images, and one of a hundred a hundredth.
+        One of two concepts may cost half of all other images, one of a hundred a hundredth.
         """
         left = self._left(trial).values()
         return (trial.cost or 0.0) + sum(each > 0 for each in left) / len(left)
 
     def forgets(self, trial: JointTrial) -> bool:
-        """Return whether a trial brings the steered accuracy of all its concepts to 0."""
+        """Return whether a trial meets the criterion for all its concepts."""
         return not any(self._left(trial).values())
 
     def in_place(self, moves: Moves) -> AbstractContextManager[MovedModel]:
-        """Put moves into the model for the length of a block."""
+        """Apply moves to the model within a block."""
         return moved_model(self.evaluation, self.evaluated(moves))
 
     def evaluated(self, moves: Moves) -> list[tuple[Evaluator, float]]:
@@ -277,12 +276,12 @@ class JointSearchRun:
         }
 
     def _lengthened(self, trial: JointTrial) -> dict[str, float]:
-        """Return the steps of a trial, those raised whose concept is still recognised."""
+        """Return the steps of a trial, with longer ones for concepts that are still recognised."""
         left = self._left(trial)
         return {m.name: m.step * (RAISE if left[m.name] else 1) for m in trial.moves}
 
     def _trial(self, steps: Mapping[str, float], *, slopes: bool = False) -> JointTrial:
-        """Return the trial of some steps, measured now as far as it was not before."""
+        """Return the trial of some steps; measure what is missing."""
         moves = tuple(self.concepts[name].move(step) for name, step in steps.items())
         known = self.trials.get(moves)
         if known is not None and known.cost is not None and (known.slopes or not slopes):
@@ -296,7 +295,7 @@ class JointSearchRun:
         return trial
 
     def _measured(self, moves: Moves, model: MovedModel) -> JointTrial:
-        """Return what moves in place leave and cost; with its slopes where grad is enabled."""
+        """Measure moves that are in place, with slopes of the cost if grad is enabled."""
         forget, gap, recognised = {}, {}, []
         for move in moves:
             group = self.evaluation.forget[move.name]
@@ -304,7 +303,7 @@ class JointSearchRun:
             recognised.append(self.cost.recognised(logits, labels))
             forget[move.name] = group.accuracy_of(ranks_of_truth(logits.detach(), labels))
             gap[move.name] = least_gap(logits.detach(), labels)
-        cost = torch.stack(recognised).mean() + self.cost.of_kept(model)
+        cost = torch.stack(recognised).mean() + self.cost.of_retained(model)
         slopes = self._slopes(moves, cost) if torch.is_grad_enabled() else None
         return JointTrial(moves, forget, gap, None, float(cost.detach()), slopes)
 
@@ -312,7 +311,7 @@ class JointSearchRun:
         """Return the slope of the cost along the logarithm of each step.
 
         A layer's change is the sum of its steps times their directions, so a slope is the inner
-        product of the layer's gradient with what the step adds to it.
+        product of the layer's gradient with the change by that step.
         """
         model = self.evaluation.model
         layers = {move.layer: Layer.parse(move.layer) for move in moves}
@@ -330,7 +329,7 @@ class JointSearchRun:
 
 @dataclass(frozen=True, slots=True)
 class JointResult:
-    """A joint search, how many of its trials were on record before, and where its plots are."""
+    """A joint search, the number of trials from earlier runs, and the paths of its plots."""
 
     record: JointSearch
     forgotten: bool
@@ -339,22 +338,21 @@ class JointResult:
 
     @property
     def chosen(self) -> JointTrial:
-        """The trial that was written as edits."""
+        """The trial behind the written edits."""
         return self.record.stages[-1]
 
 
 def joint_search(store: Store, names: Sequence[str], *, options: SearchOptions) -> JointResult:
     """Search for one edit per set that forget all concepts together; record and write them.
 
-    Raises UsageError, MissingError, StaleError, and InputError where the sets are not
-    measured on the same rows of the same model.
+    Raises UsageError, MissingError, StaleError, and InputError unless all sets use the same
+    evaluation rows and the same model.
     """
     if len(names) < 2:
-        raise UsageError("--joint goes with several names", hint="slsgu search A B --joint")
+        raise UsageError("--joint needs several names", hint="slsgu search A B --joint")
     if options.after:
         raise UsageError(
-            "--after is for a search of each concept by itself; a joint search starts from the "
-            "original model",
+            "--after applies to separate searches; a joint search starts from the original model",
             hint=f"name them all: `slsgu search {join([*options.after, *names])} --joint`",
         )
     plans = read_plans(store, names, options=options)
@@ -388,7 +386,7 @@ def joint_search(store: Store, names: Sequence[str], *, options: SearchOptions) 
 
 
 def require_joint(result: JointResult) -> None:
-    """Raise NotForgottenError unless every concept's steered accuracy is 0."""
+    """Raise NotForgottenError unless all concepts meet the criterion."""
     if result.forgotten:
         return
     names = result.record.names
@@ -399,14 +397,14 @@ def require_joint(result: JointResult) -> None:
         again = "the same with --steps 20"
     raise NotForgottenError(
         f"no steps forget {listed(names)} together; the best leave {listed(left)}",
-        hint=f"the trials and the edits are kept; try {again}",
+        hint=f"the trials and the edits are saved; try {again}",
     )
 
 
 def _searched_alone(
     store: Store, plans: Sequence[SearchPlan], shared: SharedEvaluation
-) -> dict[str, Concept]:
-    """Search each concept by itself, in order; return all by the names of their sets."""
+) -> dict[str, JointConcept]:
+    """Search for each concept alone, in order; return them by the names of their sets."""
     with progress.bar("each alone", len(plans)) as ticker:
         concepts = {}
         for plan in plans:
@@ -416,7 +414,7 @@ def _searched_alone(
 
 
 def growth(count: int) -> list[int]:
-    """Return the numbers of concepts that stages are of."""
+    """Return the numbers of concepts for the stages."""
     if count <= MOST_MAPS:
         return list(range(1, count + 1))
     rounds = [first * 10**power for power in range(len(str(count))) for first in (1, 2, 5)]
@@ -424,11 +422,11 @@ def growth(count: int) -> list[int]:
 
 
 def _fresh(
-    concepts: Mapping[str, Concept], reported: SharedEvaluation, options: SearchOptions
+    concepts: Mapping[str, JointConcept], reported: SharedEvaluation, options: SearchOptions
 ) -> JointSearch:
-    """Return a record without trials, with what they will be made from.
+    """Return a record of the inputs, without trials.
 
-    Figures of the original model are of the rows to report on.
+    Figures of the original model are those on test rows.
     """
     first = next(iter(concepts.values())).plan
     records = {name: concept.record for name, concept in concepts.items()}
@@ -460,7 +458,7 @@ def _reported(
     moves: Moves,
     utility: Mapping[str, EvaluationSet],
 ) -> JointTrial:
-    """Return what moves in place leave and keep of the rows to report on."""
+    """Return the figures of moves on test rows."""
     with moved_model(reported, run.evaluated(moves)) as model:
         left = {move.name: model.forget_figures(reported.forget[move.name]) for move in moves}
         kept = model.accuracies(utility)

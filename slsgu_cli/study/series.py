@@ -60,16 +60,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
-    """The rows of all classes in order, and how many of them were done before."""
+    """The rows of all classes in order, and how many come from earlier runs."""
 
     sweep: Sweep
     reused: int
 
 
 def sweep(store: Store, request: SweepRequest) -> SweepResult:
-    """Run the job for every class that is not done yet, and record each as it is done.
+    """Run the job for every class that is not done yet, and record each when it is done.
 
-    Raises what the commands it repeats raise; the classes before that stay on record.
+    Raises the errors of the commands that it repeats; finished classes stay recorded.
     """
     _check(request)
     model = resolve(request.build.model)
@@ -95,7 +95,7 @@ def sweep(store: Store, request: SweepRequest) -> SweepResult:
     if request.folds > 1:
         sizes = [len(request.fold(name)) for name in request.classes]
         progress.note(
-            f"{request.folds} retain sets: each leaves out at most {max(sizes)} of "
+            f"{request.folds} retain sets: each excludes at most {max(sizes)} of "
             f"{len(sizes)} classes, and retains the others"
         )
     pending = [name for name in request.classes if name not in done]
@@ -135,11 +135,11 @@ def _rows(store: Store, request: SweepRequest, pending: Sequence[str]) -> Iterat
 
 def require_swept(result: SweepResult) -> None:
     """Raise NotForgottenError unless every class of a sweep is forgotten."""
-    left = [row.name for row in result.sweep.rows if not row.forgotten]
-    if left:
+    recognised = [row.name for row in result.sweep.rows if not row.forgotten]
+    if recognised:
         raise NotForgottenError(
-            f"no step forgets {', '.join(left)}",
-            hint=f"the sweep is kept; try `slsgu search {quote(left[0])} --steps 20`",
+            f"no step forgets {', '.join(recognised)}",
+            hint=f"the sweep is saved; try `slsgu search {quote(recognised[0])} --steps 20`",
         )
 
 
@@ -151,22 +151,22 @@ def _check(request: SweepRequest) -> None:
         raise UsageError("there is no class to sweep over")
     build = request.build
     if not build.model.name:
-        raise UsageError("sweep needs the model to sweep over", hint="--model MODEL")
+        raise UsageError("sweep needs a model", hint="--model MODEL")
     if not build.evals:
-        raise UsageError("a sweep needs something to measure on", hint="--eval NAME=SOURCE")
+        raise UsageError("a sweep needs an evaluation set", hint="--eval NAME=SOURCE")
     if request.folds > len(request.classes):
         raise UsageError(
-            f"--folds {request.folds} is more than the {len(request.classes)} classes there are"
+            f"--folds {request.folds} exceeds the number of classes, {len(request.classes)}"
         )
     if not build.retain_sources and any(CLASS in source for source in build.sources):
         raise UsageError(
-            "a --source with {} holds the rows of one class, and nothing to retain",
-            hint="name a source of other rows with --retain-source",
+            "a --source with {} has rows of one class only, and none to retain",
+            hint="add a source of other rows with --retain-source",
         )
 
 
 def _recipe(request: SweepRequest, model_fingerprint: str) -> str:
-    """Return a digest of all that the rows of a sweep depend on, files included."""
+    """Return a digest of all inputs of a sweep, files included."""
     build = request.build
     labelled = [*build.evals.values()]
     captioned = {s for name in request.classes for s in request.of(name).sources}
@@ -200,7 +200,7 @@ def _recipe(request: SweepRequest, model_fingerprint: str) -> str:
 
 
 def _stands(store: Store, row: SweepRow) -> bool:
-    """Return whether the row of a class was made from the gradients that its set has now."""
+    """Return whether the row of a class was made from its set's present gradients."""
     try:
         pointer = read_pointer(store, read_manifest(store, row.name))
     except SlsguError:
@@ -228,7 +228,7 @@ def _row(store: Store, result: SearchResult) -> SweepRow:
     )
 
 
-# A layer is followed up to this share of its norm where no step on the way forgets.
+# A layer is followed up to this share of its norm if no shorter step forgets.
 FARTHEST = 6.4
 
 
@@ -260,7 +260,7 @@ def trajectory(store: Store, name: str, *, options: TrajectoryOptions) -> Trajec
 def trajectory_and_plots(
     store: Store, name: str, *, options: TrajectoryOptions
 ) -> tuple[Trajectory, list[str]]:
-    """Follow a set's layers and draw each, and all of them side by side."""
+    """Follow a set's layers, and draw each alone and all side by side."""
     from slsgu_cli.figures.curves import step_plot, trajectories_plot
 
     result = trajectory(store, name, options=options)
@@ -284,7 +284,7 @@ def _grid(evaluator: "Evaluator", run: SetSearch, options: TrajectoryOptions) ->
 
 
 def _forgetting(evaluator: "Evaluator", run: SetSearch) -> float:
-    """Return the first step that forgets when doubling steps, or where to give up."""
+    """Return the first forgetting step when doubling steps, or the last step to try."""
     trials = bisection(evaluator.measure, run.residual, evaluator.first)
     enough = (t.step for t in trials if run.residual(t) == 0 or 2 * t.share > FARTHEST * 1.001)
     return next(enough)

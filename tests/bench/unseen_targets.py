@@ -18,7 +18,6 @@ from pathlib import Path
 from unseen import enough_images
 
 from slsgu_cli.cli.recipe import demo_request
-from slsgu_cli.downstream.search import TargetSearchResult, search_target
 from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.records.directions import Direction
@@ -29,6 +28,7 @@ from slsgu_cli.records.targets import TargetSearchOptions
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
+from slsgu_cli.targets.search import TargetSearchResult, search_target
 
 HEADS = (
     "concept",

@@ -19,13 +19,13 @@ from slsgu_cli.checkpoints.naming_schemes import tensor_places
 from slsgu_cli.checkpoints.target_layers import layers_read_by
 from slsgu_cli.checkpoints.targets import Family, prompt_note, read_target
 from slsgu_cli.cli.tables import applied
-from slsgu_cli.downstream.models import LiveEncoder
 from slsgu_cli.engine.find_edits import Presence, find_edits
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.layers import is_candidate
 from slsgu_cli.records.method import Tower
 from slsgu_cli.records.options import ApplyOptions, StrengthOptions
 from slsgu_cli.store.store import Store
+from slsgu_cli.targets.models import LiveEncoder
 
 LAYER = "transformer.resblocks.1.mlp.c_proj.weight"
 READ = {

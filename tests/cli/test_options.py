@@ -133,11 +133,11 @@ def test_what_does_not_fit_is_refused_by_name(words, said):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["-s", "pairs"], "sweep needs the model to sweep over try: --model MODEL"),
-        (["-s", "pairs", "-m", "m"], "a sweep needs something to measure on try: --eval"),
+        (["-s", "pairs"], "sweep needs a model try: --model MODEL"),
+        (["-s", "pairs", "-m", "m"], "a sweep needs an evaluation set try: --eval"),
         (
             ["-s", "pairs?label={}", "-m", "m", "--eval", "all=rows"],
-            "a --source with {} holds the rows of one class, and nothing to retain",
+            "a --source with {} has rows of one class only, and none to retain",
         ),
     ],
 )

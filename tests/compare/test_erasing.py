@@ -248,13 +248,18 @@ def test_the_distance_is_frechets():
 @pytest.fixture(scope="module")
 def searched(demo_world, trained_models, tmp_path_factory):
     """A store with an edit that was steered on the small trained pipeline; do not write to it."""
-    from slsgu_cli.downstream.search import search_target
-    from slsgu_cli.records.targets import Budget, PaintOptions, ReportBudget, TargetSearchOptions
+    from slsgu_cli.records.targets import (
+        Budget,
+        DiffusionOptions,
+        ReportBudget,
+        TargetSearchOptions,
+    )
+    from slsgu_cli.targets.search import search_target
 
     folder = tmp_path_factory.mktemp("steered") / "store"
     shutil.copytree(demo_world.store.root, folder)
     store = Store(str(folder))
-    budget = Budget(concept=1, others=2, paint=PaintOptions(steps=2, guidance=4.0))
+    budget = Budget(concept=1, others=2, diffusion=DiffusionOptions(steps=2, guidance=4.0))
     options = TargetSearchOptions(
         target=trained_models / "sd",
         layers=["transformer.resblocks.6.mlp.c_proj"],
@@ -278,10 +283,10 @@ def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
     steered, trained_models, monkeypatch
 ):
     from slsgu_cli.compare import on_pipeline
-    from slsgu_cli.downstream.models import Pipeline
-    from slsgu_cli.records.targets import Budget, PaintOptions
+    from slsgu_cli.records.targets import Budget, DiffusionOptions
     from slsgu_cli.store.artifacts import Artifact
     from slsgu_cli.store.catalog import Standing, entries
+    from slsgu_cli.targets.models import Pipeline
 
     pipe = Pipeline.load(trained_models / "sd", device="cpu")
     monkeypatch.setattr(on_pipeline.Pipeline, "load", lambda *_, **__: pipe)
@@ -291,7 +296,9 @@ def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
         rates=(1e-2,),
         iterations=1,
         device="cpu",
-        budget=Budget(concept=1, others=3, seed=9, paint=PaintOptions(steps=2, guidance=4.0)),
+        budget=Budget(
+            concept=1, others=3, seed=9, diffusion=DiffusionOptions(steps=2, guidance=4.0)
+        ),
     )
     found = on_pipeline.compare_on_pipeline(steered, "facebook", options=options)
     assert [row.label for row in found.outcomes] == ["original", "esd 0.01", "salun 0.01", "ours"]
@@ -309,9 +316,11 @@ def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
     assert entry.state is Standing.OK
     assert "esd 0.01" in entry.summary()
     # What is recorded for the same plan is not run again; of another plan it is.
-    monkeypatch.setattr(on_pipeline.Pipeline, "load", lambda *_, **__: pytest.fail("painted again"))
+    monkeypatch.setattr(
+        on_pipeline.Pipeline, "load", lambda *_, **__: pytest.fail("generated again")
+    )
     assert on_pipeline.compare_on_pipeline(steered, "facebook", options=options) == found
-    with pytest.raises(pytest.fail.Exception, match="painted again"):
+    with pytest.raises(pytest.fail.Exception, match="generated again"):
         more = replace(options, iterations=2)
         on_pipeline.compare_on_pipeline(steered, "facebook", options=more)
 

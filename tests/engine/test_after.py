@@ -257,7 +257,7 @@ def test_what_makes_no_sense_is_refused(after, tmp_path):
     world = after[0].copied(tmp_path / "store")
     root = world.store.root
     said = inside("search", "red", "green", "--joint", "--after", "blue", store=root)
-    assert said.exit_code == 2 and "--after is for a search of each concept" in said.stderr
+    assert said.exit_code == 2 and "--after applies to separate searches" in said.stderr
     said = inside("search", "red", "-t", root, "--after", "blue", store=root)
     assert said.exit_code == 2 and "--after is for a search on CLIP" in said.stderr
     with pytest.raises(UsageError, match="joint search starts from the original"):
@@ -288,5 +288,5 @@ def test_its_page_tells_what_it_stands_on_and_how_to_repeat_it(after, tmp_path):
     done = inside("report", "red", "--out", str(page), store=world.store.root)
     assert done.exit_code == 0, done.stderr
     said = page.read_text()
-    assert "Stands on the edits" in said
+    assert "Needs the edits" in said
     assert "--after blue" in said and "slsgu apply blue red --out without-red" in said

@@ -16,7 +16,6 @@ from safetensors.numpy import load_file, save_file
 from slsgu_cli.compare import methods
 from slsgu_cli.compare.comparison import tune
 from slsgu_cli.compare.ours import original_outcome
-from slsgu_cli.downstream.judge import Judge
 from slsgu_cli.engine.evaluator import Evaluator
 from slsgu_cli.engine.search import search
 from slsgu_cli.errors import NotFiniteError
@@ -26,6 +25,7 @@ from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.studies import Method
 from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.targets.judge import Judge
 
 WEIGHTS = "open_clip_model.safetensors"
 

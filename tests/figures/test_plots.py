@@ -10,9 +10,10 @@ from matplotlib.text import Text
 from PIL import Image
 
 from slsgu_cli.errors import InputError
-from slsgu_cli.figures import curves, pictures
-from slsgu_cli.figures.curves import VERMILION, pareto_plot, png, step_plot
+from slsgu_cli.figures import curves, pictures, style
+from slsgu_cli.figures.curves import pareto_plot, step_plot
 from slsgu_cli.figures.pictures import Example, before_after_plot, cosine_plot
+from slsgu_cli.figures.style import VERMILION, png
 from slsgu_cli.records.directions import FALLBACK, Direction
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import Criterion, LayerScore, Precision, Tower, Trial, Trials
@@ -311,13 +312,13 @@ def test_drawing_leaves_pyplot_alone_and_stdout_clean():
 def test_names_in_chinese_are_drawn_or_the_lack_of_a_font_is_told_once(
     fonts, listener, monkeypatch, recwarn
 ):
-    monkeypatch.setattr(curves.fontManager, "get_font_names", lambda: ["DejaVu Sans", *fonts])
-    curves._asian_fonts.cache_clear()
+    monkeypatch.setattr(style.fontManager, "get_font_names", lambda: ["DejaVu Sans", *fonts])
+    style._cjk_fonts.cache_clear()
     for title in ("a name", "\u84dd\u8272", "\u7ea2\u8272"):
-        figure = curves.blank(2, 1)
+        figure = style.blank(2, 1)
         text = figure.text(0.5, 0.5, title)
         png(figure)
         assert text.get_fontfamily() == ["sans-serif", *([] if title.isascii() else fonts)]
-    curves._asian_fonts.cache_clear()
+    style._cjk_fonts.cache_clear()
     assert not recwarn.list
     assert len(listener.heard) == (not fonts)

@@ -3,8 +3,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from slsgu_cli.downstream.judge import png_bytes
-from slsgu_cli.figures.pictures import (
+from slsgu_cli.figures.sheets import (
     AnsweredImage,
     Strip,
     Tile,
@@ -13,6 +12,7 @@ from slsgu_cli.figures.pictures import (
     sheet_png,
 )
 from slsgu_cli.records.targets import Answer
+from slsgu_cli.targets.models import png_bytes
 
 RED, BLUE = (png_bytes(Image.new("RGB", (32, 32), colour)) for colour in ("red", "blue"))
 STRIPS = [

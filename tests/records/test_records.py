@@ -226,7 +226,7 @@ def test_a_field_that_was_added_later_has_its_default():
 
 def test_a_comparison_on_a_pipeline_is_read_as_it_was_first_written():
     share = {"count": 1, "total": 4}
-    paint = {"steps": 20, "guidance": None, "batch": 8}
+    diffusion = {"steps": 20, "guidance": None, "batch": 8}
     trained = {
         "method": "esd",
         "plan": {"iterations": 30, "rate": 1e-5, "steps": 20, "seed": 0},
@@ -247,7 +247,7 @@ def test_a_comparison_on_a_pipeline_is_read_as_it_was_first_written():
         "retain_data": "r",
         "evals": {},
         "judge": "j",
-        "budget": {"concept": 20, "others": 40, "seed": 0, "questions": [], "paint": paint},
+        "budget": {"concept": 20, "others": 40, "seed": 0, "questions": [], "diffusion": diffusion},
         "outcomes": [trained, ours],
         "version": "0.1.0",
     }

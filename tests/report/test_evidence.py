@@ -130,7 +130,7 @@ def test_two_commands_check_a_model_and_tell_one_that_was_changed(job):
     weights.write_bytes(data)
     assert subprocess.run(by_digest, shell=True, capture_output=True, check=False).returncode != 0
     again = inside("evidence", "all", "--out", "filed", "--overwrite", store=job / "store")
-    assert "others than those that the run wrote" in again.stderr
+    assert "have changed since the run wrote them" in again.stderr
     shutil.copy(weights, job / "kept")
     original = ModelSpec(json.loads((job / "filed" / "evidence.json").read_text())["model"])
     shutil.copy(original.name.removeprefix("local-dir:") + f"/{WEIGHTS}", weights)

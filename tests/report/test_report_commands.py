@@ -5,7 +5,8 @@ from reports import CHOSEN, FRONT, NAME, fill
 
 from slsgu_cli.records.directions import Direction, DirectionSpec
 from slsgu_cli.records.method import Criterion, GradientPointer, Precision, Ranking, Trials
-from slsgu_cli.report.gather import commands, gather
+from slsgu_cli.report.commands import commands
+from slsgu_cli.report.gather import gather
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slsgu_cli.figures.html import change, cosine, count, interval, number, percent
+from slsgu_cli.figures.numbers import change, cosine, count, interval, number, percent
 from slsgu_cli.records.figures import Accuracy, ClassLoss, Share
-from slsgu_cli.report.page import lead
+from slsgu_cli.report.result_sections import lead
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_zero_of_33_is_not_zero_for_sure():
 
 
 @pytest.mark.parametrize("unseen", [True, False])
-def test_the_first_sentence_says_whose_images_the_figures_are_of(unseen):
+def test_the_first_sentence_says_which_images_were_measured(unseen):
     edit = replace(
         edit_headers.header("visual.proj", np.ones((2, 2), np.float32)),
         baseline_forget=Accuracy(100.0, 100.0, 16, unseen),
@@ -52,7 +52,8 @@ def test_the_first_sentence_says_whose_images_the_figures_are_of(unseen):
         harmed=(ClassLoss("ubuntu", 5, 80.0, 20.0),),
     )
     text = re.sub(r"<[^>]+>", "", str(lead(edit)))
-    first = "Of 16 unseen images of facebook, the model named 100.00% rightly"
-    by = "Of 16 images of facebook, which the edit was chosen by, the model named 100.00% rightly"
-    assert text.startswith(first if unseen else by)
-    assert "Most harmed is ubuntu: 80.00% of its 5 images before, 20.00% after" in text
+    recognised = "the model recognised 100.00% before the edit"
+    test = f"16 test images of facebook: {recognised}"
+    validation = f"16 images of facebook, which also selected the edit: {recognised}"
+    assert text.startswith(test if unseen else validation)
+    assert "The largest loss is on ubuntu: 80.00% of its 5 images before, 20.00% after" in text

@@ -23,7 +23,8 @@ from slsgu_cli.records.figures import Effect, JudgeFigures, Share, TargetFigures
 from slsgu_cli.records.method import GradientPointer, Ranking
 from slsgu_cli.records.options import ApplyOptions
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.report.gather import edit_facts, gather, written_fingerprint
+from slsgu_cli.report.gather import edit_facts, gather
+from slsgu_cli.report.written import written_fingerprint
 from slsgu_cli.store.catalog import Catalog, Standing
 from slsgu_cli.store.store import Store
 
@@ -43,10 +44,10 @@ def test_everything_is_found_with_its_hash(store):
     fill_verification(store)
     fill_comparison(store)
     records = found(store)
-    for evidence in records.evidence():
-        assert evidence.state is Standing.OK
-        assert evidence.trouble is None
-        assert evidence.sha256 == sha256(Path(store.where(evidence.path)).read_bytes()).hexdigest()
+    for stored in records.all():
+        assert stored.state is Standing.OK
+        assert stored.trouble is None
+        assert stored.sha256 == sha256(Path(store.where(stored.path)).read_bytes()).hexdigest()
     assert records.gradients["forget"].loss == "cosine"
     assert records.gradients["retain"].loss == "contrastive"
 
@@ -114,7 +115,7 @@ def test_the_digests_are_those_of_what_apply_reads_and_writes(dtype, tmp_path):
     assert facts.changed == facts.values == original.size
 
 
-def test_an_edit_that_was_steered_on_a_target_has_its_figures_by_each_judge(store):
+def test_an_edit_searched_on_a_target_has_its_figures_by_each_judge(store):
     before, after = (
         Effect(Share(18, 20), Share(57, 60)),
         Effect(Share(1, 20), Share(54, 60)),
@@ -139,7 +140,7 @@ def test_an_edit_that_was_steered_on_a_target_has_its_figures_by_each_judge(stor
     assert told[1][:6] == ["one", "UA", "10.00%", "95.00%", "+85.00", "20"]
     assert told[2][:6] == ["one", "IRA", "95.00%", "90.00%", "−5.00", "60"]
     assert [row[0] for row in told[3:]] == ["another", "another"]
-    assert "prompts or images that chose nothing" in str(one.content)
+    assert "test prompts or images" in str(one.content)
     assert "did not reach its goal" in str(one.content)
 
 

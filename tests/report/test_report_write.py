@@ -76,12 +76,12 @@ def test_the_model_is_run_only_for_what_has_an_edit(store, out, monkeypatch):
     store.remove("edits/castle.safetensors")
     write(store, out, names=(NAME, "castle"))
     assert asked == [NAME]
-    assert any("running local-dir:clip over a few images" in line for line in listener.heard)
+    assert any("running local-dir:clip on a few images" in line for line in listener.heard)
     write(store, out, names=(NAME,), examples=False, overwrite=True)
     assert asked == [NAME]
 
 
-def test_a_model_that_is_another_now_is_told_on_the_page_and_to_the_user(store, out, monkeypatch):
+def test_a_changed_model_is_reported_on_the_page_and_to_the_user(store, out, monkeypatch):
     def look(self, manifest, header):
         raise StaleError("it has other weights", hint="run `slsgu grad mouse`")
 
@@ -90,19 +90,19 @@ def test_a_model_that_is_another_now_is_told_on_the_page_and_to_the_user(store, 
     written = write(store, out)
     assert "mouse: no images are shown: it has other weights" in listener.heard
     states = {section.title: section.state for section in written.sections[NAME]}
-    assert states["Single images"] == "missing"
+    assert states["Example images"] == "missing"
     assert states["Result"] == "shown"
     assert "it has other weights." in out.read_text()
 
 
-def test_the_command_says_what_is_on_the_page_and_what_would_add_the_rest(store, out):
+def test_the_command_lists_sections_and_the_commands_that_add_missing_ones(store, out):
     store.remove(f"trials/{NAME}.json")
     arguments = ("report", NAME, "--out", out, "--store", store.root, "--no-examples")
     done = slsgu(*arguments)
     assert done.returncode == 0, done.stderr
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     assert rows[0] == ["name", "section", "state", "run"]
-    assert [NAME, "Search for the step", "missing", f"slsgu search {NAME}"] in rows
+    assert [NAME, "Step search", "missing", f"slsgu search {NAME}"] in rows
     assert [NAME, "Result", "shown", "-"] in rows
     assert f"wrote {out}" in done.stderr
     assert HOSTILE not in out.read_text()

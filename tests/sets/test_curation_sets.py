@@ -8,7 +8,7 @@ from PIL import Image
 from processes import inside
 
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
-from slsgu_cli.figures.pictures import contact_sheet
+from slsgu_cli.figures.sheets import contact_sheet
 from slsgu_cli.records.codec import decode
 from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import Origin

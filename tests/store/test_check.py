@@ -15,16 +15,16 @@ from tiny_images import encoded
 
 from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.clip.models import has_model
-from slsgu_cli.downstream.generate import OutputFolder
 from slsgu_cli.engine.set_edits import direct_edit
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.method import CovarianceHeader, LayerCovariance, SumsHeader
-from slsgu_cli.records.targets import Generation, PaintOptions
+from slsgu_cli.records.targets import DiffusionOptions, Generation
 from slsgu_cli.store.atomic import partial_name, writer_lives
 from slsgu_cli.store.blocks import block_writer
 from slsgu_cli.store.check import State, check, garbage, remove
 from slsgu_cli.store.locks import held
 from slsgu_cli.store.store import Store
+from slsgu_cli.targets.output_folder import OutputFolder
 
 
 def flip(store, path, place=-40):
@@ -301,7 +301,7 @@ def test_a_picture_that_is_another_than_was_made_is_damaged(tmp_path):
             target="sd",
             edits={},
             seeds=(0,),
-            paint=PaintOptions(),
+            diffusion=DiffusionOptions(),
             prompts=(),
             judge=None,
             before=None,

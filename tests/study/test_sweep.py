@@ -165,7 +165,7 @@ def test_folds_have_retain_sets_without_their_own_classes(few, store, counted):
         assert [row for row in result.rows if row.name in fold] == list(apart.rows)
     assert sweep(store, folded).reused == 3
     assert sweep(store, replace(folded, folds=3)).reused == 0
-    with pytest.raises(UsageError, match="more than the 3 classes"):
+    with pytest.raises(UsageError, match="exceeds the number of classes, 3"):
         sweep(store, replace(folded, folds=4))
 
 

@@ -55,8 +55,10 @@ from slsgu_cli.records.verification import (
     Verification,
     VerifiedModel,
 )
-from slsgu_cli.report.gather import Section, SetRecords, gather
-from slsgu_cli.report.page import all_sections, cosines, examples, page
+from slsgu_cli.report.gather import SetRecords, gather
+from slsgu_cli.report.image_sections import cosines, examples
+from slsgu_cli.report.page import all_sections, page
+from slsgu_cli.report.sections import Section
 from slsgu_cli.store.artifacts import joint_label
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
@@ -75,17 +77,17 @@ CHOSEN = "transformer.resblocks.3.mlp.c_proj.weight"
 FRONT = (LAYERS[2], LAYERS[19], LAYERS[35], CHOSEN, LAYERS[60])
 TITLES = (
     "Result",
-    "What was asked",
-    "Single images",
+    "Request",
+    "Example images",
     "Cosine similarities",
-    "Does it stay forgotten",
-    "Where the concept lies",
-    "Search for the step",
+    "Verification",
+    "Pareto front of layers",
+    "Step search",
     "Trajectories",
-    "Other methods",
+    "Comparison with other methods",
     "Model and gradients",
-    "The edit",
-    "To repeat it",
+    "Edit",
+    "How to repeat it",
     "Records behind this page",
 )
 BEFORE, KEPT = Accuracy(96.97, 100.0, 33), Accuracy(94.73, 97.63, 1138)

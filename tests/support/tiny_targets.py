@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from slsgu_cli.checkpoints.targets import read_target
-from slsgu_cli.downstream.judge import Judge, class_in
-from slsgu_cli.downstream.models import LiveEncoder
+from slsgu_cli.targets.judge import Judge, class_in
+from slsgu_cli.targets.models import LiveEncoder
 
 Weights = dict[str, torch.Tensor]
 HIDDEN = {
@@ -180,7 +180,7 @@ class Painter(Moving):
     """A pipeline that draws the class which a prompt names, in one pixel, or else the next one.
 
     `lasts(job, name)` says by which share a layer may move before it no longer draws that. A
-    judge that is strict sees a class up to twice that share. `jobs` has all that was painted.
+    judge that is strict sees a class up to twice that share. `jobs` has all that was generated.
     """
 
     device = "cpu"
@@ -198,7 +198,7 @@ class Painter(Moving):
     def tell_of_readers(self, edited):
         """Tell nothing where one encoder reads prompts."""
 
-    def paint(self, jobs, options):
+    def generate(self, jobs, options):
         """Draw in red what is seen, and in green what a strict judge sees."""
         for job in jobs:
             self.jobs.append(job)

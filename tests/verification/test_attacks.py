@@ -30,7 +30,8 @@ from slsgu_cli.records.verification import (
     Verification,
     VerifiedModel,
 )
-from slsgu_cli.report.gather import commands, gather
+from slsgu_cli.report.commands import commands
+from slsgu_cli.report.gather import gather
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.verification import attacks

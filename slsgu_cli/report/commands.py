@@ -1,0 +1,105 @@
+"""The commands that repeat what the records describe."""
+
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from slsgu_cli.records.directions import DAMPING, Direction, DirectionSpec
+from slsgu_cli.records.method import Criterion, Precision, Ranking, Trials
+from slsgu_cli.records.options import MARGIN, PassOptions, RankOptions, SearchOptions
+from slsgu_cli.records.sets import LOCAL
+from slsgu_cli.records.words import command_line
+from slsgu_cli.report.gather import SetRecords
+from slsgu_cli.store.store import Store
+
+
+def commands(records: SetRecords) -> list[str]:
+    """Return a command line for each step with a valid record."""
+    name = records.name
+    lines: list[list[str]] = []
+    if manifest := records.manifest.record:
+        lines.append(list(manifest.command))
+    if pointer := records.pointer.record:
+        passes = PassOptions(
+            batch_size=pointer.batch_size,
+            precision=Precision(pointer.precision),
+            prefixes=pointer.prefixes,
+        )
+        lines.append(["slsgu", "grad", pointer.name, *command_line(passes)])
+    if ranking := records.ranking.record:
+        lines.append(_rank(ranking))
+    if (trials := records.trials.record) and ranking:
+        lines += _searches(trials, ranking)
+    if edit := records.edit.record:
+        names = edit.joint.names if edit.joint else (*edit.after, name)
+        if edit.joint:
+            lines.append(["slsgu", "search", *names, "--joint", "--criterion", str(edit.criterion)])
+        lines.append(["slsgu", "apply", *names, "--out", f"without-{name}"])
+        lines.append(["slsgu", "eval", *names, "--model", f"{LOCAL}without-{name}"])
+    return [shlex.join(words) for words in lines if words]
+
+
+def commands_again(
+    store: Store, gathered: Sequence[SetRecords], *, recipe: Path | str | None
+) -> Iterator[str]:
+    """Yield the commands that repeat it all: one run of the recipe, or else each step."""
+    yield f"export SLSGU_STORE={shlex.quote(store.url)}"
+    if recipe is None:
+        yield from (line for records in gathered for line in commands(records))
+        return
+    yield f"slsgu run {shlex.quote(str(recipe))}"
+    for records in gathered:
+        verified = records.verification.record
+        for subject in verified.subjects[1:] if verified else ():
+            of_model = f" {subject.model.flags()}" if subject.edit is None else ""
+            yield f"slsgu verify {shlex.quote(records.name)}{of_model}"
+
+
+def _rank(ranking: Ranking) -> list[str]:
+    options = RankOptions(
+        alignment=ranking.alignment,
+        direction=Direction.of([each.kind for each in ranking.directions]),
+        damping=_damping(ranking.directions),
+        qkv=ranking.qkv,
+    )
+    return ["slsgu", "rank", ranking.name, *command_line(options)]
+
+
+# The options of a search, in the order in which they are printed.
+SHOWN = ("criterion", "margin", "layers", "direction", "damping", "steps", "precision", "after")
+
+
+def _damping(directions: Iterable[DirectionSpec]) -> float | None:
+    """Return the damping of directions that is not the default, if there is one."""
+    given = {each.parameters.get("damping", DAMPING) for each in directions} - {DAMPING}
+    return next(iter(given), None)
+
+
+def _searches(trials: Trials, ranking: Ranking) -> list[list[str]]:
+    """Return a search for each damping that trials are of."""
+    steps = Counter(trial.move for trial in trials.trials)
+    layers = tuple(dict.fromkeys(layer for layer, _ in steps))
+    fronts = {score.layer for score in ranking.scores if score.front}
+    same = set(trials.directions) == {each.kind for each in ranking.directions}
+    options = SearchOptions(
+        criterion=trials.criterion,
+        margin=MARGIN if trials.margin is None else trials.margin,
+        layers=() if set(layers) == fronts else layers,
+        direction=None if same else Direction.of(trials.directions),
+        steps=max(steps.values(), default=SearchOptions().steps),
+        precision=trials.precision,
+        after=tuple(trials.after),
+    )
+    also = ("criterion", "margin") if trials.criterion is Criterion.MARGIN else ("criterion",)
+    lines = []
+    # Directions without a damping are searched next to those with one.
+    dampings = dict.fromkeys(each.parameters.get("damping") for _, each in steps)
+    dampings = {each: None for each in dampings if each is not None} or {None: None}
+    usual = next((e.parameters["damping"] for e in ranking.directions if e.parameters), None)
+    for damping in dampings:
+        searched = replace(options, damping=None if damping == usual else damping)
+        words = command_line(searched, fields=SHOWN, also=also)
+        lines.append(["slsgu", "search", trials.name, *words])
+    return lines

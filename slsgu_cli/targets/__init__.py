@@ -1,0 +1,1 @@
+"""Models built on CLIP: generate images, ask questions, search for an edit."""

@@ -1,0 +1,174 @@
+"""`ask`: answers about images, before and after an edit."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+import slsgu_cli
+from slsgu_cli import progress
+from slsgu_cli.checkpoints.edits import edit_digests, load_edit
+from slsgu_cli.clip.batches import Ints, spans
+from slsgu_cli.clip.evaluation import concept_rows, serving_rows
+from slsgu_cli.engine.resumable import KeptArrays
+from slsgu_cli.errors import InputError, MissingError, UsageError
+from slsgu_cli.figures.sheets import AnsweredImage, answers_html, answers_png
+from slsgu_cli.records.codec import digest
+from slsgu_cli.records.method import SumsHeader
+from slsgu_cli.records.sets import Split
+from slsgu_cli.records.targets import Answer, Answers, AskRequest
+from slsgu_cli.sources.prompts import find_class
+from slsgu_cli.store.artifacts import Artifact, read_manifest, set_of
+from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.store.store import Arrays, Store
+from slsgu_cli.targets.models import (
+    BATCH,
+    Llava,
+    Question,
+    folder_fingerprint,
+    new_values,
+    png_bytes,
+)
+from slsgu_cli.targets.output_folder import OutputFolder
+
+# The name of the array with the answers so far: JSON, in their order.
+SAID = "said"
+
+
+@dataclass(frozen=True, slots=True)
+class AskedImage:
+    """An image to ask about, its name, and whether it shows the concept."""
+
+    name: str
+    image: Image.Image
+    forgotten: bool = False
+
+
+def ask(store: Store, request: AskRequest) -> tuple[Answers, OutputFolder]:
+    """Ask both models every question about every image, and draw their answers.
+
+    Raises MissingError, InputError, StaleError and UsageError.
+    """
+    edits = [load_edit(store, name) for name in request.names]
+    header = edits[0].header
+    pictures = [_opened(path) for path in request.images]
+    pictures = pictures or sample_pictures(store, set_of(header.name), request.samples)
+    output = OutputFolder.at(store, header.name, request.out, Artifact.ANSWERS)
+    llava = Llava.load(request.target, device=request.device)
+    questions = [Question(p.image, text) for p in pictures for text in request.questions]
+    (values,) = new_values((llava.encoder,), edits)
+    made_from = [edit_digests(edits), folder_fingerprint(request.target)]
+    asked = [[each.text, png_bytes(each.image).hex()] for each in questions]
+    kept = KeptArrays(store, digest([*made_from, asked]), llava.device)
+    said = _answers(llava, questions, values, kept)
+    names = [picture.name for picture in pictures for _ in request.questions]
+    record = Answers(
+        name=header.name,
+        concept=header.concept,
+        target=str(request.target),
+        edits=edit_digests(edits),
+        answers=tuple(
+            Answer(name, question.text, before, after)
+            for name, question, before, after in zip(names, questions, *said, strict=True)
+        ),
+        version=slsgu_cli.__version__,
+    )
+    _write_answers(output, record, pictures, len(request.questions))
+    kept.remove()
+    return record, output
+
+
+def _answers(
+    llava: Llava, questions: Sequence[Question], values: Mapping[str, Tensor], kept: KeptArrays
+) -> tuple[list[str], list[str]]:
+    """Return the answers to all questions, without and with other `values` of layers.
+
+    An interrupted run is resumed batch by batch, because the last digits of an answer depend
+    on the other questions in its batch.
+    """
+    said: list[str] = []
+
+    def packed() -> Arrays:
+        return {SAID: np.frombuffer(json.dumps(said).encode(), np.uint8)}
+
+    def use(_header: SumsHeader, arrays: Arrays) -> None:
+        said.extend(json.loads(arrays[SAID].tobytes()))
+
+    batches = [(new, *span) for new in ({}, values) for span in spans(len(questions), BATCH)]
+    done = kept.go_on(len(batches), use)
+    if done:
+        progress.note(f"resuming after {len(said)} of {2 * len(questions)} answers")
+    with progress.bar("asking", 2 * len(questions) - len(said)) as ticker:
+        for number, (new, start, stop) in enumerate(batches[done:], done + 1):
+            with llava.encoder.edited(new):
+                for answer in llava.answers(questions[start:stop]):
+                    said.append(answer)
+                    ticker.advance()
+            if number < len(batches) and kept.due:
+                kept.write(packed, len(batches), added=number, done=number)
+    return said[: len(questions)], said[len(questions) :]
+
+
+def sample_pictures(store: Store, name: str, count: int) -> list[AskedImage]:
+    """Return test images of a set's concept, and of its most common other classes.
+
+    Raises UsageError if there is no such set.
+    """
+    if not store.exists(Artifact.SET.path(name)):
+        raise UsageError(f"the store has no set {name} to take images from", hint="--image FILE")
+    manifest = read_manifest(store, name)
+    shown = concept_rows(store, manifest, Split.TEST)
+    pictures = _pictures(shown[0], shown[1][:count], forgotten=True) if shown else []
+    for known in sorted(manifest.evals):
+        block, rows, _ = serving_rows(store, manifest, known, Split.TEST)
+        concept = find_class(block.class_names, manifest.concept)
+        rows = rows[block.labels[rows] >= 0]
+        common = np.argsort(-np.bincount(block.labels[rows]), kind="stable")
+        others = [place for place in common if place != concept and place in block.labels[rows]]
+        share = -(-count // len(manifest.evals))
+        firsts = [rows[block.labels[rows] == place][0] for place in others[:share]]
+        pictures += _pictures(block, np.array(firsts, int))
+    if not pictures:
+        raise UsageError(f"set {name} has no evaluation images", hint="--image FILE")
+    return pictures
+
+
+def _pictures(block: DataBlock, rows: Ints, *, forgotten: bool = False) -> list[AskedImage]:
+    return [
+        AskedImage(block.keys[row], Image.fromarray(pixels), forgotten)
+        for row, pixels in zip(rows.tolist(), block.take(rows), strict=True)
+    ]
+
+
+def _opened(path: Path) -> AskedImage:
+    try:
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            return AskedImage(path.name, image.convert("RGB"))
+    except FileNotFoundError as error:
+        raise MissingError(f"there is no image {path}") from error
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be read as an image: {error}") from error
+
+
+def _write_answers(
+    output: OutputFolder, record: Answers, pictures: Sequence[AskedImage], each: int
+) -> None:
+    """Write the answers as an image and as a page, and last the record."""
+    title = f"Forgetting {record.concept}: {Path(record.target).name}"
+    groups = [
+        AnsweredImage(
+            png_bytes(picture.image),
+            picture.forgotten,
+            record.answers[place * each : (place + 1) * each],
+        )
+        for place, picture in enumerate(pictures)
+    ]
+    output.begin()
+    output.write("answers.png", answers_png(title, groups))
+    output.write("answers.html", answers_html(title, groups).encode())
+    output.finish(record)

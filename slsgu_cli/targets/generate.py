@@ -1,0 +1,283 @@
+"""`generate`: images of prompts, before and after an edit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import slsgu_cli
+from slsgu_cli import progress
+from slsgu_cli.checkpoints.edits import Edit, edit_digests, load_edit, tell_of_other_encoders
+from slsgu_cli.errors import InputError, MissingError, UsageError
+from slsgu_cli.figures.sheets import (
+    Strip,
+    Tile,
+    sheet_html,
+    sheet_png,
+)
+from slsgu_cli.records.codec import digest
+from slsgu_cli.records.figures import Effect, JudgeFigures, Share
+from slsgu_cli.records.targets import (
+    DiffusionOptions,
+    GenerateRequest,
+    Generation,
+    PromptResult,
+)
+from slsgu_cli.sets.prompt_files import read_classes, read_templates
+from slsgu_cli.sources.prompts import DEFAULT_TEMPLATES, find_class
+from slsgu_cli.store.artifacts import Artifact, read_manifest, set_of
+from slsgu_cli.store.store import Store
+from slsgu_cli.targets.judge import (
+    Classes,
+    Judge,
+    called,
+    class_in,
+    judge_specs,
+    measured_classes,
+)
+from slsgu_cli.targets.models import (
+    ImageJob,
+    Pipeline,
+    folder_fingerprint,
+    new_values,
+    png_bytes,
+    unfinished,
+)
+from slsgu_cli.targets.output_folder import OutputFolder
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt and its class, if known."""
+
+    text: str
+    label: str | None = None
+
+
+def read_prompts(
+    texts: Sequence[str], file: Path | None, classes: Sequence[str], concept: str
+) -> list[Prompt]:
+    """Return the prompts of the command line, then those of a file.
+
+    A file has one prompt per line, or `prompt<TAB>class`. The class of other prompts is the
+    longest class name in them. Raises UsageError without any, MissingError, InputError.
+    """
+    lines = [(text.strip(), "--prompt") for text in texts]
+    if file is not None:
+        try:
+            content = file.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise MissingError(f"there is no file of prompts {file}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read prompts from {file}: {error}") from error
+        numbered = enumerate(content.splitlines(), 1)
+        lines += [(line.strip(), f"{file}, line {number}") for number, line in numbered]
+    known = [*classes, concept] if find_class(classes, concept) is None else list(classes)
+    prompts = [_prompt(line, origin, known) for line, origin in lines if line]
+    if not prompts:
+        raise UsageError("there is no prompt", hint=f"--prompt 'a picture of {concept}'")
+    return prompts
+
+
+def _prompt(line: str, origin: str, classes: Sequence[str]) -> Prompt:
+    text, tab, label = line.partition("\t")
+    if not tab:
+        return Prompt(text, class_in(text, classes))
+    text, label = text.strip(), label.strip()
+    place = find_class(classes, label)
+    if place is None or not text:
+        raise InputError(
+            f"{origin}: {label!r} is not a class of the judge",
+            hint="prompt<TAB>class, with a class name of the evaluation sets or of --classes",
+        )
+    return Prompt(text, classes[place])
+
+
+BEFORE, AFTER = "original", "unlearned"
+# The class that a judge gives each image of both models.
+Verdicts = dict[str, list[str]]
+
+
+def generate(store: Store, request: GenerateRequest) -> tuple[Generation, OutputFolder]:
+    """Generate images before and after the edits, judge them, and write contact sheets.
+
+    Raises MissingError, InputError, StaleError and UsageError.
+    """
+    edits = [load_edit(store, name) for name in request.names]
+    tell_of_other_encoders(edits)
+    request = replace(request, judges=judge_specs(store, request.names[0], request.judges))
+    classes = judged_classes(store, edits, request.classes, request.templates)
+    if request.judges and len(classes) < 2:
+        raise UsageError(
+            "a judge needs at least two classes, and the set has no evaluation sets",
+            hint="--classes FILE, with one class name per line",
+        )
+    prompts = read_prompts(
+        request.prompts, request.prompt_file, tuple(classes), edits[0].header.concept
+    )
+    output = OutputFolder.at(store, edits[0].header.name, request.out)
+    pipe = Pipeline.load(request.target, device=request.device)
+    images = before_and_after(output, pipe, edits, prompts, request)
+    verdicts: list[Verdicts] = []
+    for spec in request.judges:
+        judge = Judge.load(spec, classes, device=request.device)
+        verdicts.append({key: judge.verdicts(made) for key, made in images.items()})
+    record = _record(edits, prompts, tuple(classes), request, verdicts)
+    _write_sheets(output, record, images, verdicts[0] if verdicts else {})
+    return record, output
+
+
+def judged_classes(
+    store: Store, edits: Sequence[Edit], classes: str | None, templates: str | None
+) -> Classes:
+    """Return the classes of a file if given, otherwise those of the edits' evaluation sets."""
+    if classes is not None:
+        known = read_classes(classes)
+        texts = read_templates(templates or DEFAULT_TEMPLATES)
+        return dict.fromkeys(known.names if known else (), texts)
+    prompts_by_label: dict[str, Sequence[str]] = {}
+    for name in (set_of(edit.header.name) for edit in edits):
+        if store.exists(Artifact.SET.path(name)):
+            prompts_by_label |= measured_classes(store, read_manifest(store, name))
+    return prompts_by_label
+
+
+def before_and_after(
+    output: OutputFolder,
+    pipe: Pipeline,
+    edits: Sequence[Edit],
+    prompts: Sequence[Prompt],
+    request: GenerateRequest,
+) -> dict[str, list[bytes]]:
+    """Return the images of both models as PNG, by prompt and seed.
+
+    Each is written as soon as it is generated, so an interrupted run can be resumed.
+    """
+    numbered = [(place, seed) for place in range(len(prompts)) for seed in request.seeds]
+    jobs = [ImageJob(prompts[place].text, seed) for place, seed in numbered]
+    files = {
+        key: [f"{key}/{place:03}-seed{seed}.png" for place, seed in numbered]
+        for key in (BEFORE, AFTER)
+    }
+    made_from = [edit_digests(edits), folder_fingerprint(request.target), jobs, request.diffusion]
+    output.resume(digest([*made_from, pipe.device]), chain(*files.values()))
+    values = new_values(pipe.encoders, edits)
+    pipe.tell_of_readers(pipe.edited_names(values))
+    made = {}
+    with progress.bar("generating", 2 * len(jobs)) as ticker:
+        for key, names in files.items():
+            with pipe.edited(values if key == AFTER else ()):
+                made[key] = _made(output, names, pipe, jobs, request.diffusion, ticker)
+    return made
+
+
+def _made(
+    output: OutputFolder,
+    names: Sequence[str],
+    pipe: Pipeline,
+    jobs: Sequence[ImageJob],
+    diffusion: DiffusionOptions,
+    ticker: progress.Ticker,
+) -> list[bytes]:
+    """Return the files of an output folder; generate those that are missing."""
+    known = {name: data for name in names if (data := output.read(name)) is not None}
+    for rows in unfinished(len(jobs), diffusion.batch, lambda number: names[number] in known):
+        for number, image in zip(
+            rows, pipe.generate([jobs[n] for n in rows], diffusion), strict=True
+        ):
+            known[names[number]] = png_bytes(image)
+            output.write(names[number], known[names[number]])
+            ticker.advance()
+    return [known[name] for name in names]
+
+
+def effect(concepts: Sequence[str], labels: Sequence[str | None], said: Sequence[str]) -> Effect:
+    """Return the effect that verdicts amount to; `labels` are the classes of the prompts."""
+    pairs = [(label, verdict) for label, verdict in zip(labels, said, strict=True) if label]
+    of_concept = [label == verdict for label, verdict in pairs if label in concepts]
+    rest = [label == verdict for label, verdict in pairs if label not in concepts]
+    return Effect(Share(sum(of_concept), len(of_concept)), Share(sum(rest), len(rest)))
+
+
+def _record(
+    edits: Sequence[Edit],
+    prompts: Sequence[Prompt],
+    classes: Sequence[str],
+    request: GenerateRequest,
+    verdicts: Sequence[Verdicts],
+) -> Generation:
+    seeds = len(request.seeds)
+    labels = [prompt.label for prompt in prompts for _ in range(seeds)]
+    concepts = [called(edit.header.concept, classes) for edit in edits]
+
+    def share(key: str, place: int) -> Share | None:
+        label = prompts[place].label
+        if not verdicts or label is None:
+            return None
+        said = verdicts[0][key]
+        return Share(said[place * seeds : (place + 1) * seeds].count(label), seeds)
+
+    by_judge = [
+        JudgeFigures(str(judge), *(effect(concepts, labels, said[key]) for key in (BEFORE, AFTER)))
+        for judge, said in zip(request.judges, verdicts, strict=True)
+    ]
+    first = by_judge[0] if by_judge else None
+    return Generation(
+        name=edits[0].header.name,
+        concept=concepts[0],
+        target=str(request.target),
+        edits=edit_digests(edits),
+        seeds=tuple(request.seeds),
+        diffusion=request.diffusion,
+        prompts=tuple(
+            PromptResult(prompt.text, prompt.label, share(BEFORE, place), share(AFTER, place))
+            for place, prompt in enumerate(prompts)
+        ),
+        judge=first.judge if first else None,
+        before=first.before if first else None,
+        after=first.after if first else None,
+        version=slsgu_cli.__version__,
+        further=tuple(by_judge[1:]),
+    )
+
+
+def _write_sheets(
+    output: OutputFolder,
+    record: Generation,
+    images: dict[str, list[bytes]],
+    verdicts: Verdicts,
+) -> None:
+    """Write both sheets of the images, and last the record, which marks them as complete."""
+    seeds = len(record.seeds)
+    tiles = {key: _tiles(made, verdicts.get(key)) for key, made in images.items()}
+    strips = []
+    for place, prompt in enumerate(record.prompts):
+        its = slice(place * seeds, (place + 1) * seeds)
+        shown = {key: each[its] for key, each in tiles.items()}
+        strips.append(Strip(prompt.prompt, prompt.label == record.concept, shown))
+    title = f"Forgetting {record.concept}: {Path(record.target).name}"
+    output.write("sheet.png", sheet_png(title, strips))
+    output.write("sheet.html", sheet_html(title, _notes(record), strips).encode())
+    output.finish(record)
+
+
+def _tiles(images: Sequence[bytes], verdicts: Sequence[str] | None) -> list[Tile]:
+    said = [None] * len(images) if verdicts is None else verdicts
+    return [Tile(image, name) for image, name in zip(images, said, strict=True)]
+
+
+def _notes(record: Generation) -> list[str]:
+    """Return notes for readers of the page, and the figures if there are any."""
+    seeds = ", ".join(map(str, record.seeds))
+    notes = [f"Edits: {', '.join(record.edits)}. Seeds {seeds}, {record.diffusion.steps} steps."]
+    if record.judge:
+        notes.append(
+            f"Below each image: its class according to {record.judge}, which is not edited."
+        )
+    for judged in record.by_judge:
+        by = f" by {judged.judge}" if record.further else ""
+        for label, figures in ((BEFORE, judged.before), (AFTER, judged.after)):
+            if figures.ua is not None:
+                retained = "" if figures.ira is None else f", IRA {figures.ira:.1f}%"
+                notes.append(f"{label}{by}: UA {figures.ua:.1f}%{retained}")
+    return notes

@@ -1,0 +1,92 @@
+"""Forget sets whose images a pipeline generates."""
+
+import itertools
+from dataclasses import replace
+
+import slsgu_cli
+from slsgu_cli import progress
+from slsgu_cli.errors import UsageError
+from slsgu_cli.records.codec import digest
+from slsgu_cli.records.options import BuildRequest
+from slsgu_cli.records.targets import GeneratedSource, SourceRequest
+from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.store import Store
+from slsgu_cli.targets.models import (
+    ImageJob,
+    Pipeline,
+    folder_fingerprint,
+    png_bytes,
+    require_family,
+    unfinished,
+)
+
+
+def forgetting_generated(
+    store: Store, request: BuildRequest, images: SourceRequest
+) -> BuildRequest:
+    """Return a request whose forget set is generated; its own sources become retain sources.
+
+    Raises MissingError, InputError, and UsageError if there is no source to retain.
+    """
+    if request.match or request.regex:
+        raise UsageError("--generate forgets all generated images", hint="leave --match out")
+    retained = request.retain_sources or request.sources
+    if not retained:
+        raise UsageError("there is no source to retain", hint="name one with --source")
+    made = generated_source(store, images)
+    # Captions are the prompts. An earlier run may have left more images than requested.
+    return replace(
+        request,
+        sources=[made],
+        retain_sources=retained,
+        match=tuple(dict.fromkeys(images.prompts)),
+        max_forget=request.max_forget or images.count,
+    )
+
+
+def generated_source(store: Store, request: SourceRequest) -> str:
+    """Generate the missing images of a source; return its location.
+
+    Raises MissingError, InputError and UsageError.
+    """
+    if not request.prompts or any(not prompt.strip() for prompt in request.prompts):
+        raise UsageError("--generate needs a prompt", hint="--generate 'an avocado chair'")
+    require_family(request.pipeline, answers=False)
+    record = GeneratedSource(
+        pipeline=str(request.pipeline),
+        pipeline_fingerprint=folder_fingerprint(request.pipeline),
+        prompts=tuple(request.prompts),
+        count=request.count,
+        seed=request.seed,
+        diffusion=request.diffusion,
+        version=slsgu_cli.__version__,
+    )
+    # More images of the same prompts are added to the existing ones. Neither the pipeline's
+    # location nor the version matters.
+    made_from = [record.pipeline_fingerprint, record.prompts, record.seed, record.diffusion]
+    address = digest(made_from)
+    folder = Artifact.GENERATED.beside(address)
+    prompts = itertools.islice(itertools.cycle(request.prompts), request.count)
+    jobs = [ImageJob(prompt, request.seed + number) for number, prompt in enumerate(prompts)]
+    missing = unfinished(
+        len(jobs), request.diffusion.batch, lambda number: store.exists(_caption(folder, number))
+    )
+    left = sum(map(len, missing))
+    if left < len(jobs):
+        progress.note(f"{len(jobs) - left} of {len(jobs)} images already exist")
+    if missing:
+        pipe = Pipeline.load(request.pipeline, device=request.device)
+        with progress.bar("generating", left) as ticker:
+            for rows in missing:
+                images = pipe.generate([jobs[n] for n in rows], request.diffusion)
+                for number, image in zip(rows, images, strict=True):
+                    store.write_bytes(f"{folder}/{number:06}.png", png_bytes(image))
+                    # The caption is written last: it marks the image as complete.
+                    store.write_bytes(_caption(folder, number), jobs[number].prompt.encode())
+                    ticker.advance()
+    store.write_record(Artifact.GENERATED.path(address), record)
+    return store.where(folder)
+
+
+def _caption(folder: str, number: int) -> str:
+    return f"{folder}/{number:06}.txt"

@@ -1,0 +1,169 @@
+"""Prompts for the concept and for other classes, whose images judges decide on."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from slsgu_cli.clip.batches import spans
+from slsgu_cli.records.codec import digest
+from slsgu_cli.records.figures import Effect, Share
+from slsgu_cli.records.sets import ModelSpec, SetManifest, Split
+from slsgu_cli.records.targets import Budget
+from slsgu_cli.store.store import Store
+from slsgu_cli.targets.judge import Judge, called, measured_classes, words_of
+from slsgu_cli.targets.models import ImageJob, Pipeline, png_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedPrompt:
+    """An image to generate, and the class that it should show."""
+
+    label: str
+    job: ImageJob
+
+
+def agrees(judge: Judge, prompts: Sequence[JudgedPrompt], images: Sequence[bytes]) -> list[bool]:
+    """Return for each image whether the judge recognises the class that its prompt names."""
+    verdicts = judge.verdicts(images)
+    return [prompt.label == name for prompt, name in zip(prompts, verdicts, strict=True)]
+
+
+# Prompts for searches; the set's own templates follow. None is in REPORTED.
+SEARCHED = (
+    "a picture of {}",
+    "{}",
+    "a {}",
+    "a drawing of {}",
+    "a {} sign",
+    "a single {}",
+    "a photo of {}",
+    "a big {}",
+)
+# Prompts for test figures.
+REPORTED = (
+    "the {}",
+    "a simple {}",
+    "a {} symbol",
+    "a simple drawing of {}",
+    "a photo of the {}",
+    "a small {}",
+    "a black {}",
+)
+# The offset of search seeds from test seeds.
+SEARCHED_FROM = 1_000_000
+
+
+def prompts_for(split: Split, templates: Sequence[str]) -> tuple[str, ...]:
+    """Return the prompts of a split for a set with `templates`; the splits share none."""
+    if split is Split.TEST:
+        return REPORTED
+    seen = {_plain(prompt) for prompt in REPORTED}
+    searched = []
+    for prompt in (*SEARCHED, *templates):
+        if _plain(prompt) not in seen:
+            searched.append(prompt)
+            seen.add(_plain(prompt))
+    return tuple(searched)
+
+
+def _plain(prompt: str) -> str:
+    return words_of(prompt.replace("{}", " x "))
+
+
+@dataclass(slots=True)
+class JudgedPrompts:
+    """Prompts for the concept `name` and for the judges' other classes, in one split.
+
+    The prompts of the split are used in turn, with seeds from the budget's seed on.
+    `of_others` goes through the other classes in an order drawn by that seed. `templates` are
+    the set's own. The first judge decides; the others only add figures.
+    """
+
+    judges: Sequence[Judge]
+    name: str
+    budget: Budget
+    templates: Sequence[str]
+    split: Split
+    of_concept: list[JudgedPrompt] = field(init=False)
+    of_others: list[JudgedPrompt] = field(init=False)
+
+    def __post_init__(self) -> None:
+        generator = np.random.default_rng(self.budget.seed)
+        names = [name for name in self.judge.names if name != self.name]
+        order = [names[place] for place in generator.permutation(len(names))]
+        chosen = [order[number % len(order)] for number in range(self.budget.others)]
+        self.of_concept = self._prompts([self.name] * self.budget.concept)
+        self.of_others = self._prompts(chosen)
+
+    @classmethod
+    def of_set(
+        cls,
+        store: Store,
+        manifest: SetManifest,
+        judges: Sequence[ModelSpec],
+        budget: Budget,
+        *,
+        split: Split,
+        device: str,
+    ) -> "JudgedPrompts":
+        """Return the prompts of a set's concept and the classes of its evaluation sets."""
+        classes = measured_classes(store, manifest)
+        name = called(manifest.concept, tuple(classes))
+        loaded = [Judge.load(judge, classes, device=device) for judge in judges]
+        return cls(loaded, name, budget, tuple(classes[name]), split)
+
+    def reporting(self, budget: Budget) -> "JudgedPrompts":
+        """Return the prompts of the test split, with the same judges."""
+        return replace(self, budget=budget, split=Split.TEST)
+
+    @property
+    def judge(self) -> Judge:
+        """The judge that decides."""
+        return self.judges[0]
+
+    @property
+    def digest(self) -> str:
+        """A digest of all prompts and seeds."""
+        prompts = [*self.of_concept, *self.of_others]
+        return digest([[each.label, each.job.prompt, each.job.seed] for each in prompts])
+
+    def generated(self, pipe: Pipeline, prompts: Sequence[JudgedPrompt]) -> Iterator[bytes]:
+        """Yield the images as PNG, in order."""
+        jobs = [prompt.job for prompt in prompts]
+        yield from map(png_bytes, pipe.generate(jobs, self.budget.diffusion))
+
+    def hits(self, pipe: Pipeline, prompts: Sequence[JudgedPrompt]) -> Iterator[list[bool]]:
+        """Yield batch by batch which images the first judge recognises as their class.
+
+        A batch does not depend on later ones.
+        """
+        for start, stop in spans(len(prompts), self.budget.diffusion.batch):
+            some = prompts[start:stop]
+            yield agrees(self.judge, some, list(self.generated(pipe, some)))
+
+    def effects(self, concept: Sequence[bytes], others: Sequence[bytes]) -> dict[str, Effect]:
+        """Return the effect by each judge."""
+        return {
+            str(judge.spec): Effect(
+                Share(sum(agrees(judge, self.of_concept, concept)), len(concept)),
+                Share(sum(agrees(judge, self.of_others, others)), len(others)),
+            )
+            for judge in self.judges
+        }
+
+    def _prompts(self, names: Sequence[str]) -> list[JudgedPrompt]:
+        prompts = prompts_for(self.split, self.templates)
+        first = self.budget.seed + (0 if self.split is Split.TEST else SEARCHED_FROM)
+        return [
+            JudgedPrompt(name, ImageJob(_in_turn(prompts, number, name), first + number))
+            for number, name in enumerate(names)
+        ]
+
+    def prompt(self, name: str, number: int) -> str:
+        """Return a prompt for a class from one of the set's templates, in turn."""
+        return _in_turn(self.templates, number, name)
+
+
+def _in_turn(prompts: Sequence[str], number: int, name: str) -> str:
+    return prompts[number % len(prompts)].replace("{}", name)

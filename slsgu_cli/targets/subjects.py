@@ -1,0 +1,461 @@
+"""A target under search: its prompts or questions, and the steps that its layers can take."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from slsgu_cli.checkpoints.edits import earlier_edits, edit_digests, load_edits
+from slsgu_cli.checkpoints.layers import Layer
+from slsgu_cli.checkpoints.target_layers import Shapes, fitting_encoder
+from slsgu_cli.checkpoints.targets import read_target
+from slsgu_cli.clip.batches import spans
+from slsgu_cli.clip.evaluation import concept_is_split, concept_rows, serving_rows
+from slsgu_cli.engine.covariance import InputCovariances, chosen_rows, spread
+from slsgu_cli.engine.directions import implementation
+from slsgu_cli.errors import InputError
+from slsgu_cli.method.directions import InputCovariance, LayerStatistics
+from slsgu_cli.method.directions.whitened import mean_square_output
+from slsgu_cli.method.layers import is_candidate
+from slsgu_cli.records.codec import digest
+from slsgu_cli.records.directions import FALLBACK, DirectionSpec
+from slsgu_cli.records.figures import Effect, Share, meets
+from slsgu_cli.records.method import Move
+from slsgu_cli.records.sets import ModelSpec, SetManifest, Split
+from slsgu_cli.records.targets import Budget, TargetSearchOptions, TargetTrial
+from slsgu_cli.sources.prompts import find_class
+from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.store.store import Store
+from slsgu_cli.targets.answer_gradient import answer_gradient
+from slsgu_cli.targets.judge import class_in
+from slsgu_cli.targets.judged_prompts import JudgedPrompts
+from slsgu_cli.targets.models import LiveEncoder, Llava, Pipeline, Question
+
+ROWS = 32
+
+
+@dataclass(slots=True, kw_only=True)
+class TargetSubject:
+    """A target in memory. Everything is measured on its present weights.
+
+    Trials measure the `searched` prompts or questions, reports those `to_report`. The first of
+    the `judges` decides. Reports are `unseen` if they share nothing with trials. Edits `beside`,
+    by digest, are in place in other encoders.
+
+    A trial counts the outputs that still show the `concept`, and stops early once a goal is
+    surely missed; and the outputs for the `others` that show the right class.
+    """
+
+    encoder: LiveEncoder
+    judges: tuple[str, ...]
+    unseen: bool = True
+    beside: dict[str, str] = field(default_factory=dict)
+
+
+def counted(hits: Iterable[Sequence[bool]], total: int, goal: float | None = None) -> Share:
+    """Count hits among `total`, batch by batch; stop once a goal is surely missed."""
+    count = seen = 0
+    for batch in hits:
+        count, seen = count + sum(batch), seen + len(batch)
+        if goal is not None and not meets(goal, Share(count, total)):
+            break
+    return Share(count, seen)
+
+
+@dataclass(slots=True, kw_only=True)
+class PipelineSubject(TargetSubject):
+    """A diffusion pipeline, whose images judges classify."""
+
+    pipe: Pipeline
+    captions: Sequence[str]
+    searched: JudgedPrompts
+    to_report: JudgedPrompts
+
+    @classmethod
+    def load(
+        cls,
+        store: Store,
+        manifest: SetManifest,
+        judges: Sequence[ModelSpec],
+        options: TargetSearchOptions,
+        *,
+        shapes: Shapes,
+    ) -> "PipelineSubject":
+        """Load a pipeline and its judges.
+
+        The search moves its CLIP with layers of these `shapes`; edits of other encoders are
+        applied. Raises InputError if there is none, and UsageError if several need a choice.
+        """
+        name = fitting_encoder(read_target(options.target), shapes, options.encoder).name
+        edits = [edit for each in options.beside for edit in load_edits(store, each)]
+        edits += earlier_edits(store, edits)
+        pipe = Pipeline.load(options.target, device=options.device)
+        pipe.tell_of_readers([name, *pipe.put(edits, beside=name)])
+        searched = JudgedPrompts.of_set(
+            store, manifest, judges, options.budget, split=Split.VALIDATION, device=options.device
+        )
+        retain = DataBlock.open(store, manifest.retain)
+        return cls(
+            pipe=pipe,
+            encoder=next(live for live in pipe.encoders if live.encoder.name == name),
+            searched=searched,
+            to_report=searched.reporting(options.report_budget),
+            captions=[retain.captions[row] for row in chosen_rows(retain.rows)],
+            judges=tuple(map(str, judges)),
+            beside=edit_digests(edits),
+        )
+
+    def concept(self, goal: float | None = None) -> Share:
+        """Count the images for the concept's prompts that show it."""
+        prompts = self.searched.of_concept
+        return counted(self.searched.hits(self.pipe, prompts), len(prompts), goal)
+
+    def others(self) -> Share:
+        """Count the images for other classes' prompts that show their class."""
+        prompts = self.searched.of_others
+        return counted(self.searched.hits(self.pipe, prompts), len(prompts))
+
+    def report(self) -> dict[str, Effect]:
+        """Return the effect on test prompts and seeds, by each judge."""
+        concept, others = (
+            list(self.to_report.generated(self.pipe, prompts))
+            for prompts in (self.to_report.of_concept, self.to_report.of_others)
+        )
+        return self.to_report.effects(concept, others)
+
+    def run_retained(self) -> None:
+        """Run the text encoder over the retain set's captions, padded as the pipeline pads."""
+        name = self.encoder.encoder.name
+        tokenizer: Any = getattr(self.pipe.pipeline, name.replace("text_encoder", "tokenizer"))
+        for start, stop in spans(len(self.captions), ROWS):
+            ids = tokenizer(
+                list(self.captions[start:stop]),
+                padding="max_length",
+                truncation=True,
+                max_length=tokenizer.model_max_length,
+                return_tensors="pt",
+            ).input_ids
+            self.encoder.module(ids.to(self.pipe.device))
+
+    def read(self) -> None:
+        """Return None: a pipeline's layers are ranked by their effect on their own outputs."""
+
+
+# The class of an image, and a question about it.
+LabelledQuestion = tuple[str, Question]
+
+
+@dataclass(slots=True)
+class Questions:
+    """Questions about images of a concept and of other classes; `images` has their keys."""
+
+    concept: list[LabelledQuestion] = field(default_factory=list)
+    others: list[LabelledQuestion] = field(default_factory=list)
+    images: list[list[str]] = field(default_factory=list)
+
+    @property
+    def digest(self) -> str:
+        """A digest of all images and questions."""
+        questions = [[label, question.text] for label, question in [*self.concept, *self.others]]
+        return digest([self.images, questions])
+
+    @classmethod
+    def about(
+        cls, store: Store, manifest: SetManifest, split: Split, budget: Budget
+    ) -> "Questions":
+        """Return questions about evaluation images of a split, drawn by the budget's seed.
+
+        If the validation split has too few images of the concept, images of the forget set are
+        added. If the concept is not split, both splits have the same images of it.
+        """
+        made, texts = cls(), budget.questions
+        draw = np.random.default_rng(budget.seed).permutation
+        for name in sorted(manifest.evals):
+            block, rows, _ = serving_rows(store, manifest, name, split)
+            labels = block.labels[rows]
+            concept = find_class(block.class_names, manifest.concept)
+            others = draw(rows[(labels >= 0) & (labels != concept)])
+            others = others[: -(-budget.others // len(manifest.evals))]
+            named = [block.class_names[label] for label in block.labels[others]]
+            made.others += made.asked(block, others, named, texts)
+        named = [manifest.concept] * budget.concept
+        shown = concept_rows(store, manifest, split)
+        if shown is not None:
+            block, rows, _ = shown
+            rows = draw(rows)[: budget.concept]
+            made.concept += made.asked(block, rows, named, texts)
+            named = named[len(rows) :]
+        if split is Split.VALIDATION and named and concept_is_split(store, manifest):
+            forget = DataBlock.open(store, manifest.forget)
+            made.concept += made.asked(forget, draw(forget.rows)[: len(named)], named, texts)
+        return made
+
+    def asked(
+        self, block: DataBlock, rows: Any, labels: Sequence[str], texts: Sequence[str]
+    ) -> list[LabelledQuestion]:
+        """Return each question about each of some rows."""
+        self.images.append([block.keys[row] for row in rows])
+        labelled = zip(_images(block, rows), labels, strict=False)
+        return [(label, Question(image, text)) for image, label in labelled for text in texts]
+
+
+# The judge of answers: whether an answer contains the name.
+ANSWERS = "its answers"
+
+
+@dataclass(slots=True, kw_only=True)
+class LlavaSubject(TargetSubject):
+    """A vision-language model, whose answers name the class of an image or do not."""
+
+    llava: Llava
+    name: str
+    forget: Sequence[Question]
+    retained: Sequence[Image.Image]
+    searched: Questions
+    to_report: Questions
+    judges: tuple[str, ...] = (ANSWERS,)
+
+    @classmethod
+    def load(
+        cls, store: Store, manifest: SetManifest, options: TargetSearchOptions
+    ) -> "LlavaSubject":
+        """Load a LLaVA and the set's images. Raises InputError if none are held out."""
+        if manifest.forget_eval is None:
+            raise InputError(
+                f"no evaluation set shows {manifest.concept!r}",
+                hint="build the set with --eval NAME=SOURCE that has labelled images of it",
+            )
+        llava = Llava.load(options.target, device=options.device)
+        forget = DataBlock.open(store, manifest.forget)
+        retain = DataBlock.open(store, manifest.retain)
+        text = options.budget.questions[0]
+        return cls(
+            llava=llava,
+            encoder=llava.encoder,
+            name=manifest.concept,
+            searched=Questions.about(store, manifest, Split.VALIDATION, options.budget),
+            to_report=Questions.about(store, manifest, Split.TEST, options.report_budget),
+            forget=[Question(image, text) for image in _images(forget, chosen_rows(forget.rows))],
+            retained=_images(retain, chosen_rows(retain.rows)),
+            unseen=concept_is_split(store, manifest),
+        )
+
+    def concept(self, goal: float | None = None) -> Share:
+        """Count the answers about images of the concept that name it."""
+        return self._named(self.searched.concept, goal)
+
+    def others(self) -> Share:
+        """Count the answers about other images that name their class."""
+        return self._named(self.searched.others)
+
+    def report(self) -> dict[str, Effect]:
+        """Return the effect on test images."""
+        concept, others = self.to_report.concept, self.to_report.others
+        return {ANSWERS: Effect(self._named(concept), self._named(others))}
+
+    def run_retained(self) -> None:
+        """Run the vision tower over the retain set's images."""
+        for start, stop in spans(len(self.retained), ROWS):
+            self._features(self.retained[start:stop])
+
+    def read(self) -> Tensor:
+        """Return the projected features of a few of the retain set's images, flattened."""
+        few = [self.retained[row] for row in spread(len(self.retained), ROWS)]
+        return torch.cat([features.float().flatten() for features in self._features(few)])
+
+    def forget_gradient(self, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Return the gradient of the negative log-odds of the concept's name in the answers.
+
+        The answers are the model's own, about images of the forget set.
+        """
+        with torch.no_grad():
+            answers = list(self.llava.answers(self.forget))
+        pairs = [
+            (question, answer)
+            for question, answer in zip(self.forget, answers, strict=True)
+            if class_in(answer, [self.name])
+        ]
+        if not pairs:
+            raise InputError(
+                f"no answer of the target names {self.name!r}, so there is nothing to forget"
+            )
+        return answer_gradient(self.llava, self.encoder, pairs, self.name, layers)
+
+    @torch.no_grad()
+    def _features(self, images: Sequence[Image.Image]) -> list[Tensor]:
+        """Return the inputs of the language model for each image."""
+        model = self.llava.model
+        made = self.llava.processor.image_processor(list(images), return_tensors="pt")
+        # Models that cut an image into tiles need its size.
+        sizes = {"image_sizes": made["image_sizes"]} if "image_sizes" in made else {}
+        features = model.get_image_features(
+            pixel_values=made["pixel_values"].to(model.device, model.dtype),
+            return_dict=True,
+            **sizes,
+        )
+        return list(features.pooler_output)
+
+    def _named(self, wanted: Sequence[LabelledQuestion], goal: float | None = None) -> Share:
+        answers = self.llava.answers([question for _, question in wanted])
+        hits = (
+            [class_in(answer, [label]) is not None]
+            for (label, _), answer in zip(wanted, answers, strict=True)
+        )
+        return counted(hits, len(wanted), goal)
+
+
+Subject = PipelineSubject | LlavaSubject
+
+
+def _images(block: DataBlock, rows: Any) -> list[Image.Image]:
+    return [Image.fromarray(pixels) for pixels in block.take(rows)]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetMove:
+    """A layer of a target, its original values, its direction, and its importance.
+
+    With a `goal`, a trial stops once it surely misses the goal.
+    """
+
+    subject: Subject
+    layer: str
+    weight: Tensor
+    along: Tensor
+    importance: float
+    direction: DirectionSpec = FALLBACK
+    goal: float | None = None
+
+    @property
+    def move(self) -> Move:
+        """The layer and the direction that it moves in."""
+        return self.layer, self.direction
+
+    @property
+    def first(self) -> float:
+        """The step that moves the layer by 10% of its norm."""
+        return 0.1 / self.share(1.0)
+
+    def share(self, step: float) -> float:
+        """Return the step's length over the layer's norm."""
+        return step * float(self.along.norm() / self.weight.norm())
+
+    def in_place(self, step: float) -> AbstractContextManager[None]:
+        """Apply a step within a block."""
+        values = torch.add(self.weight, self.along, alpha=step)
+        return self.subject.encoder.edited({self.layer: values})
+
+    def measure(self, step: float) -> TargetTrial:
+        """Count how often the target still shows the concept after a step."""
+        with self.in_place(step):
+            concept = self.subject.concept(self.goal)
+        tower = self.subject.encoder.tower_place.tower
+        return TargetTrial(self.layer, tower, step, self.share(step), concept, None)
+
+    def others(self, step: float) -> Share:
+        """Count how often the target still shows other classes after a step."""
+        with self.in_place(step):
+            return self.subject.others()
+
+    def report(self, step: float) -> dict[str, Effect]:
+        """Return the effect of a step in the test split, by each judge."""
+        with self.in_place(step):
+            return self.subject.report()
+
+
+def moves_of(
+    subject: Subject,
+    gradients: Mapping[str, Tensor],
+    *,
+    direction: DirectionSpec,
+) -> list[TargetMove]:
+    """Return a move for each layer that has a gradient and reaches the target, best first.
+
+    Input covariances are those of the target's own retained inputs: what its CLIP is applied to
+    when the target runs it, all positions included. Layers that lack what the direction needs
+    come last, along their gradient.
+    """
+    live = subject.encoder
+    reached = [
+        layer
+        for layer, gradient in gradients.items()
+        if is_candidate(layer)
+        and Layer.parse(layer).tower is live.tower_place.tower
+        and live.encoder.why_not(layer) is None
+        and gradient.count_nonzero()
+    ]
+    keys = sorted({place.key for layer in reached for place in live.places(layer)})
+    inputs = InputCovariances(live.module, keys)
+    if direction.needs_inputs:
+        with torch.no_grad(), inputs:
+            subject.run_retained()
+    moves = []
+    for layer in reached:
+        weight, gradient = live.value(layer).float(), gradients[layer].to(live.value(layer).device)
+        # Query, key and value are applied to the same inputs: the covariance of one is all's.
+        # There is none for a direction that needs none.
+        covariance = inputs.covariances.get(live.places(layer)[0].key)
+        known = None
+        if covariance is not None:
+            # The axis of inputs of a layer in open_clip's shape.
+            axis = 1 - covariance.axis if live.places(layer)[0].transposed else covariance.axis
+            mean = covariance.mean()
+            known = InputCovariance(mean, axis, mean_square_output(weight, mean, axis))
+        spec = FALLBACK if direction.needs_inputs and known is None else direction
+        chosen = implementation(spec)
+        metric = chosen.metric(LayerStatistics(float(weight.norm()), known))
+        along = chosen.along(gradient, metric).float()
+        size = metric.weight_norm()
+        gain = float(metric.scaled(gradient).norm())
+        moves.append(TargetMove(subject, layer, weight, along, gain / size if size else 0.0, spec))
+    return sorted(moves, key=lambda move: (move.direction != direction, *_by_importance(move)))
+
+
+def _by_importance(move: TargetMove) -> tuple[float, str]:
+    return -move.importance, move.layer
+
+
+# The relative change of the features at which a move is measured: above fp16 noise, but small.
+CHANGE = 0.03
+
+
+def by_gain(
+    subject: Subject, moves: Sequence[TargetMove], gradients: Mapping[str, Tensor]
+) -> list[TargetMove]:
+    """Return moves with the gain they promise for their importance, best first.
+
+    They stay as they are where the subject does not say what its target reads.
+    """
+    before = subject.read()
+    if before is None:
+        return list(moves)
+
+    def promised(move: TargetMove) -> TargetMove:
+        def change(step: float) -> float:
+            with move.in_place(step):
+                after = subject.read()
+            return 0.0 if after is None else float((after - before).norm() / before.norm())
+
+        gradient = gradients[move.layer].to(move.along.device)
+        slope = float((gradient.double() * move.along.double()).sum())
+        return replace(move, importance=gain_per_change(slope, change, move.first))
+
+    return sorted(map(promised, moves), key=_by_importance)
+
+
+def gain_per_change(slope: float, change: Callable[[float], float], first: float) -> float:
+    """Return a slope over the change of what is read for each unit of step.
+
+    `change` tells the change after a step: after `first`, to find a step that changes
+    about as much as CHANGE, and after that. Returns 0 where `first` changes nothing.
+    """
+    first_change = change(first)
+    if first_change == 0:
+        return 0.0
+    step = first * CHANGE / first_change
+    return slope * step / change(step)
