@@ -6,7 +6,6 @@ Within that, what enters stages of towers is kept. Prompts are packed by what th
 import ctypes
 import hashlib
 import io
-import os
 import struct
 import sys
 import zlib
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -149,31 +147,6 @@ def return_memory() -> None:
         sys.modules["pyarrow"].default_memory_pool().release_unused()
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def reset_peak(device: str) -> None:
-    """Have `peak_memory` tell of what is used from now on."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        # Where the system does not keep it, or let it be reset, nothing is known afterwards.
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device: str) -> int | None:
-    """Return the most bytes in use since `reset_peak`: of the GPU, else of this process.
-
-    None where the system does not tell: only Linux does so of a process.
-    """
-    if device.startswith("cuda"):
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    peak = status.partition("VmHWM:")[2].split()
-    return int(peak[0]) << 10 if peak and os.access("/proc/self/clear_refs", os.W_OK) else None
 
 
 # What PIL's format readers raise on data that is not what it says it is.

@@ -3,19 +3,17 @@
 import hashlib
 import shlex
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from slsgu_cli.checkpoints.apply import all_files
 from slsgu_cli.checkpoints.edits import Edit, by_layer, earlier_edits, moved_values, read_edit
 from slsgu_cli.checkpoints.tensor_file import PRECISION, layer_digest, narrow, widen
 from slsgu_cli.clip.models import fingerprint, resolve
-from slsgu_cli.errors import MissingError, SlsguError
+from slsgu_cli.errors import SlsguError
 from slsgu_cli.figures.html import Html, code, paragraph
-from slsgu_cli.method.edit import FoundEdit, Presence, find_edits
-from slsgu_cli.records.codec import digest
+from slsgu_cli.records.ledger import written_at
 from slsgu_cli.records.method import (
     Criterion,
     EditHeader,
@@ -31,17 +29,13 @@ from slsgu_cli.records.options import (
     PassOptions,
     RankOptions,
     SearchOptions,
-    StrengthOptions,
 )
-from slsgu_cli.records.recipe import written_at
 from slsgu_cli.records.sets import LOCAL, ModelSpec, SetManifest
 from slsgu_cli.records.studies import ClipComparison, JointSearch, Sweep
 from slsgu_cli.records.verification import Verification
 from slsgu_cli.records.words import command_line
 from slsgu_cli.store.artifacts import TABLE, Artifact, read_manifest
 from slsgu_cli.store.catalog import Catalog, Standing
-from slsgu_cli.store.files import file_sha256
-from slsgu_cli.store.store import Store
 
 T = TypeVar("T")
 
@@ -194,103 +188,12 @@ def edit_facts(edit: Edit, earlier: Sequence[Edit] = ()) -> EditFacts:
     return EditFacts(edit.header.digests, after, changed, int(delta.size))
 
 
-@dataclass(frozen=True, slots=True)
-class FileDigest:
-    """A file of a model by its name: its SHA-256 in the original, and in what was written."""
-
-    name: str
-    before: str | None
-    after: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenModel:
-    """A model that was written without something: its files, and which edits are in it.
-
-    `origin` is what it was made from. `troubles` say what could not be looked at, or is not as
-    it was written.
-    """
-
-    label: str
-    place: Path
-    origin: str
-    files: tuple[FileDigest, ...]
-    edits: tuple[FoundEdit, ...]
-    troubles: tuple[str, ...] = ()
-
-    @property
-    def root(self) -> Path:
-        """The folder that the names of its files are from."""
-        return self.place.parent if self.place.is_file() else self.place
-
-    def holds(self, name: str) -> Presence | None:
-        """Return whether an edit is in every copy of its layer; None where it was not found."""
-        presences = {edit.presence for edit in self.edits if edit.name == name}
-        return max(presences, key=list(Presence).index, default=None)
-
-    def sharing(self, names: Collection[str]) -> list[str]:
-        """Return these edits and those that move the same layers, which are told together."""
-        layers = {edit.layer for edit in self.edits if edit.name in names}
-        return sorted({*names, *(edit.name for edit in self.edits if edit.layer in layers)})
-
-
-def written_model(
-    store: Store,
-    label: str,
-    place: Path,
-    *,
-    origin: ModelSpec | Path,
-    names: Sequence[str],
-    made: str | None,
-) -> WrittenModel:
-    """Return digests of a model's files beside those of its origin, and what is in it.
-
-    `names` are the edits to look for; `made` is the digest that a run has of what it wrote.
-    """
-    troubles = []
-    before: dict[str, str] = {}
-    try:
-        before = _file_digests(_files_of(origin))
-    except (SlsguError, OSError) as error:
-        troubles.append(f"The original {origin} cannot be read: {error}.")
-    after: dict[str, str] = {}
-    edits: list[FoundEdit] = []
-    try:
-        after = _file_digests(_files_of(place))
-        if made is not None and made != digest(
-            after if place.is_dir() else {"": after[place.name]}
-        ):
-            troubles.append("Its files are others than those that the run wrote.")
-        edits = find_edits(store, names, place, StrengthOptions()) if names else []
-    except (SlsguError, OSError) as error:
-        troubles.append(f"{place} cannot be looked at: {error}.")
-    digests = tuple(
-        FileDigest(name, before.get(name), after.get(name)) for name in sorted({*before, *after})
-    )
-    return WrittenModel(label, place, str(origin), digests, tuple(edits), tuple(troubles))
-
-
 def written_fingerprint(model: ModelSpec, place: Path) -> str | None:
     """Return the fingerprint of a copy of a model as it is now; None where it is no CLIP."""
     try:
         return fingerprint(resolve(written_at(model, place)))
     except (SlsguError, OSError):
         return None
-
-
-def _files_of(model: ModelSpec | Path) -> dict[str, Path]:
-    """Return the files of a model by name. Raises MissingError, InputError."""
-    path = model
-    if isinstance(path, ModelSpec):
-        resolved = resolve(path)
-        path = resolved.folder or resolved.weights
-    if not path.exists():
-        raise MissingError(f"there is no {path}")
-    return all_files(path) if path.is_dir() else {path.name: path}
-
-
-def _file_digests(files: Mapping[str, Path]) -> dict[str, str]:
-    return {name: file_sha256(path) for name, path in files.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,22 +248,6 @@ def commands(records: SetRecords) -> list[str]:
         lines.append(["slsgu", "apply", *names, "--out", f"without-{name}"])
         lines.append(["slsgu", "eval", *names, "--model", f"{LOCAL}without-{name}"])
     return [shlex.join(words) for words in lines if words]
-
-
-def commands_again(
-    store: Store, gathered: Sequence[SetRecords], *, recipe: Path | str | None
-) -> Iterator[str]:
-    """Yield the commands that do it all again: the run of a recipe, or else each step."""
-    yield f"export SLSGU_STORE={shlex.quote(store.url)}"
-    if recipe is None:
-        yield from (line for records in gathered for line in commands(records))
-        return
-    yield f"slsgu run {shlex.quote(str(recipe))}"
-    for records in gathered:
-        verified = records.verification.record
-        for subject in verified.subjects[1:] if verified else ():
-            of_model = f" {subject.model.flags()}" if subject.edit is None else ""
-            yield f"slsgu verify {shlex.quote(records.name)}{of_model}"
 
 
 def _rank(ranking: Ranking) -> list[str]:

@@ -33,9 +33,9 @@ from slsgu_cli.figures.html import (
     table,
 )
 from slsgu_cli.records.figures import Accuracy, Share
+from slsgu_cli.records.ledger import StageKind
 from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.options import ReportRequest
-from slsgu_cli.records.recipe import Stage
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.report import edit_sections, study_sections
 from slsgu_cli.report.gather import (
@@ -110,7 +110,9 @@ def written_without(catalog: Catalog, names: Sequence[str]) -> dict[str, set[str
     for ledger in catalog.readable(Artifact.LEDGER).values():
         for each in ledger.stages:
             without = written.keys() & {*each.names}
-            if each.stage is not Stage.CHECKPOINT or not (each.made and each.place and without):
+            if each.kind is not StageKind.CHECKPOINT or not (
+                each.output and each.place and without
+            ):
                 continue
             if fingerprint := written_fingerprint(ledger.model, Path(each.place)):
                 for name in without:

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.cli.recipe import DATA, demo_request
+from slsgu_cli.cli.demo import DATA, demo_request
 from slsgu_cli.compare.closed_forms import ClosedForms
 from slsgu_cli.compare.comparison import ClipComparisonRun, tune
 from slsgu_cli.method.gradients import adversarial_prefixes, compute_gradients

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from unseen import enough_images
 
-from slsgu_cli.cli.recipe import demo_request
+from slsgu_cli.cli.demo import demo_request
 from slsgu_cli.downstream.search import TargetSearchResult, search_target
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.method.gradients import compute_gradients
