@@ -107,19 +107,18 @@ def evidence(session: Session, request: EvidenceRequest) -> None:
     """
     from slsgu_cli.cli.console import Column
     from slsgu_cli.removals.evidence import write_evidence
+    from slsgu_cli.removals.job import Job
 
-    console, written = session.console, write_evidence(session.store, request)
+    console = session.console
+    written = write_evidence(Job(request.recipe, session.store), request)
     rows = [
         (
             each["request"],
             each["state"],
             each["edit in model"],
             "run" if each["verification"] else "not run",
-            *(
-                [each["figures"][0][key] for key in ("before", "after")]
-                if each["figures"]
-                else (None, None)
-            ),
+            each["figures"][0]["before"],
+            each["figures"][0]["after"],
         )
         for each in written.content["requests"]
     ]

@@ -13,20 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import slsgu_cli as slsgu
-from slsgu_cli import Artifact, Catalog, Standing, Store
+from slsgu_cli import Artifact, Standing
 from slsgu_cli.errors import InputError, MissingError, UsageError, near
 from slsgu_cli.records.codec import by_name, document
 from slsgu_cli.records.figures import Accuracy, Share
-from slsgu_cli.records.ledger import Ledger, LedgerRow, RequestState, StageKind
-from slsgu_cli.records.method import EditHeader
+from slsgu_cli.records.ledger import Ledger, LedgerRow, RequestState
 from slsgu_cli.records.options import ReportRequest
-from slsgu_cli.records.sets import LOCAL, ModelSpec, SetManifest
+from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.verification import CHECKS, VerifiedModel
-from slsgu_cli.removals.reading import read_recipe
-from slsgu_cli.removals.recipe import EvidenceRequest, Recipe
-from slsgu_cli.removals.written import WrittenModel, written_model
+from slsgu_cli.removals.job import Job
+from slsgu_cli.removals.recipe import EvidenceRequest
+from slsgu_cli.removals.written import WrittenModel, written_models
 
-ALL = "all"
 PAGE, FIGURES, REPORT = "evidence.html", "evidence.json", "report.html"
 EDITS, SHEETS, SUMS = "edits", "sheets", ".sha256"
 # The files that an earlier evidence may have written to its folder.
@@ -49,73 +47,34 @@ class WrittenEvidence:
         return [trouble for model in self.content["models"] for trouble in model["troubles"]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """What the store has of one request. Stale or damaged records count as missing."""
-
-    name: str
-    manifest: SetManifest
-    row: LedgerRow | None
-    edit: EditHeader | None
-    edit_sha256: str | None
-    pair: Sequence[VerifiedModel]
-    sheet: str | None
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether the written model was measured, not only the edit."""
-        return self.row is not None and self.row.before is not None and self.row.after is not None
-
-
-def write_evidence(
-    store: Store, request: EvidenceRequest, recipe: Recipe | None = None
-) -> WrittenEvidence:
+def write_evidence(job: Job, request: EvidenceRequest) -> WrittenEvidence:
     """Write the evidence of the requests. Raises UsageError, MissingError, InputError."""
     _require_place(request)
-    if recipe is None and request.recipe is not None:
-        recipe = read_recipe(request.recipe)
-    catalog = Catalog(store)
-    ledger = _ledger(catalog, request, recipe)
-    names = _names(catalog, request, ledger)
-    manifests = [store.read_record(Artifact.SET.path(name), SetManifest) for name in names]
-    original = ledger.model if ledger else manifests[0].model
-    models = _models(store, request, ledger, names=names, original=original)
-    prints = [key for each in models if (key := slsgu.written_fingerprint(original, each.place))]
-    requests = [_request(catalog, manifest, ledger, prints) for manifest in manifests]
-    edits = sorted({*names, *(name for model in models for name in model.sharing(names))})
+    rows = _rows(job, request)
+    store, names = job.store, [row.name for row in rows]
+    models = written_models(store, job.ledger)
+    pairs = {name: pair for name in names if (pair := _verified(job, name, models))}
+    versions = {name: version(name) for name in PACKAGES}
     content: dict[str, Any] = document(
         {
             "slsgu": slsgu.__version__,
-            "versions": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in PACKAGES},
-            },
-            "model": str(original),
-            "requests": [_content(each, ledger, models) for each in requests],
-            "models": [
-                {
-                    "label": model.label,
-                    "place": str(model.place),
-                    "origin": model.origin,
-                    "files": model.files,
-                    "edits": model.edits,
-                    "troubles": model.troubles,
-                }
-                for model in models
-            ],
-            "checks": [line for model in models for line in _checks(request, model, names)],
-            "commands": [*_commands(store, request, ledger, requests)],
+            "versions": {"python": platform.python_version(), **versions},
+            "model": str(job.ledger.model),
+            "requests": [_content(job, row, models, pairs.get(row.name, ())) for row in rows],
+            "models": models,
+            "checks": [line for model in models for line in _checks(request, model)],
+            "commands": [*_commands(job, request, pairs)],
         }
     )
     with slsgu.replacing(request.out) as folder:
         (folder / EDITS).mkdir(parents=True)
         (folder / SHEETS).mkdir()
-        for each in requests:
-            if each.sheet:
-                (folder / SHEETS / f"{each.name}.png").write_bytes(store.read_bytes(each.sheet))
-        for name in edits:
-            if store.exists(path := Artifact.EDIT.path(name)):
-                (folder / EDITS / f"{name}.safetensors").write_bytes(store.read_bytes(path))
+        for name in names:
+            if sheet := slsgu.inspect_set(store, name).sheet:
+                (folder / SHEETS / f"{name}.png").write_bytes(store.read_bytes(sheet))
+        for name in sorted({*names, *(name for model in models for name in model.names)}):
+            edit = store.read_bytes(Artifact.EDIT.path(name))
+            (folder / EDITS / f"{name}.safetensors").write_bytes(edit)
         for model in models:
             sums = "".join(f"{file.after}  {file.name}\n" for file in model.files if file.after)
             (folder / f"{model.label}{SUMS}").write_text(sums)
@@ -147,145 +106,80 @@ def _require_place(request: EvidenceRequest) -> None:
         raise InputError(f"{out} contains {others[0]}, which would be lost", hint="another --out")
 
 
-def _ledger(catalog: Catalog, request: EvidenceRequest, recipe: Recipe | None) -> Ledger | None:
-    """Return the ledger of the recipe, or else the only one with these requests, if any."""
-    if recipe is not None:
-        ledger: Ledger | None = catalog.get(Artifact.LEDGER, recipe.name)
-        if ledger is None:
-            raise MissingError(
-                f"{catalog.store.url} has no ledger of {recipe.name}",
-                hint=f"slsgu run {request.recipe or f'{recipe.name}.toml'}",
-            )
-        return ledger
-    ledgers = [
-        each
-        for each in catalog.readable(Artifact.LEDGER).values()
-        if list(request.names) == [ALL] or {row.name for row in each.rows} & {*request.names}
-    ]
-    if len(ledgers) > 1:
-        names = ", ".join(each.name for each in ledgers)
-        raise UsageError(f"several recipes have such requests: {names}", hint="--recipe FILE")
-    return ledgers[0] if ledgers else None
-
-
-def _names(catalog: Catalog, request: EvidenceRequest, ledger: Ledger | None) -> list[str]:
-    """Return the names of the requests. Raises UsageError, and MissingError without any."""
+def _rows(job: Job, request: EvidenceRequest) -> list[LedgerRow]:
+    """Return the ledger's rows of the requests. Raises UsageError, MissingError."""
+    rows = {row.name: row for row in job.ledger.rows}
     names = list(request.names)
-    rows = ledger.rows if ledger else ()
-    if names == [ALL]:
-        names = [row.name for row in rows if row.state is not RequestState.WITHDRAWN]
-        if ledger is None:
-            edits = catalog.readable(Artifact.EDIT)
-            names = [name for name, header in edits.items() if header.target is None]
-        if not names:
-            raise MissingError("there is no request in the store", hint="slsgu run RECIPE")
+    if names == ["all"]:
+        names = [name for name, row in rows.items() if row.state is not RequestState.WITHDRAWN]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"{twice[0]} is named twice")
-    known = [row.name for row in rows]
-    if ledger and (unknown := [name for name in names if name not in known]):
+    run = f"slsgu run {request.recipe}"
+    if not rows or not names:
+        raise MissingError(f"{job.store.url} has no requests of {job.recipe.name}", hint=run)
+    if unknown := [name for name in names if name not in rows]:
         raise UsageError(
-            f"the recipe {ledger.name} never had a request {unknown[0]}",
-            hint=near(unknown[0], known) or f"its requests: {', '.join(known)}",
+            f"the recipe {job.recipe.name} never had a request {unknown[0]}",
+            hint=near(unknown[0], rows) or f"its requests: {', '.join(rows)}",
         )
-    return names
+    if unmeasured := [name for name in names if not (rows[name].before and rows[name].after)]:
+        raise MissingError(f"{unmeasured[0]} has not been measured yet", hint=run)
+    return [rows[name] for name in names]
 
 
-def _models(
-    store: Store,
-    request: EvidenceRequest,
-    ledger: Ledger | None,
-    *,
-    names: Sequence[str],
-    original: ModelSpec,
-) -> list[WrittenModel]:
-    """Return the models of `--model`, or else those that the recipe's runs wrote."""
-    places: list[tuple[Path, ModelSpec | Path, Sequence[str], str | None]] = [
-        (Path(str(place).removeprefix(LOCAL)), original, names, None) for place in request.models
-    ]
-    if ledger and not places:
-        places = [
-            (
-                Path(each.place),
-                Path(each.origin) if each.origin else original,
-                each.names,
-                each.output,
-            )
-            for each in ledger.stages
-            if each.place and each.output and each.kind in (StageKind.CHECKPOINT, StageKind.TARGET)
-        ]
-    models: list[WrittenModel] = []
-    for place, origin, edits, output in places:
-        label = place.resolve().name
-        if label in [each.label for each in models]:
-            label = f"{label}-{len(models) + 1}"
-        models.append(written_model(store, label, place, origin=origin, names=edits, output=output))
-    return models
-
-
-def _request(
-    catalog: Catalog, manifest: SetManifest, ledger: Ledger | None, prints: Sequence[str]
-) -> _Request:
-    name = manifest.name
-    edit = _usable(catalog, Artifact.EDIT, name)
-    verification = _usable(catalog, Artifact.VERIFICATION, name)
-    path = Artifact.EDIT.path(name)
-    is_usable = _usable(catalog, Artifact.SET, name) is not None
-    return _Request(
-        name,
-        manifest,
-        row=ledger.row(name) if ledger else None,
-        edit=edit,
-        edit_sha256=sha256(catalog.store.read_bytes(path)).hexdigest() if edit else None,
-        pair=slsgu.verified_pair(verification, edit, prints) if verification else (),
-        sheet=slsgu.inspect_set(catalog.store, name).sheet if is_usable else None,
-    )
-
-
-def _usable(catalog: Catalog, kind: Artifact, name: str) -> Any:
+def _usable(job: Job, kind: Artifact, name: str) -> Any:
     """Return a record of the store; None if it is missing, stale or damaged."""
-    record = catalog.get(kind, name)
-    if record is None or catalog.standing(kind, name, record)[0] is not Standing.OK:
+    record = job.catalog.get(kind, name)
+    if record is None or job.catalog.standing(kind, name, record)[0] is not Standing.OK:
         return None
     return record
 
 
+def _verified(job: Job, name: str, models: Sequence[WrittenModel]) -> Sequence[VerifiedModel]:
+    """Return the original and the verified model: one of these, or the one with the edit alone."""
+    record = _usable(job, Artifact.VERIFICATION, name)
+    if record is None:
+        return ()
+    prints = [slsgu.written_fingerprint(job.ledger.model, Path(each.place)) for each in models]
+    edit = _usable(job, Artifact.EDIT, name)
+    return slsgu.verified_pair(record, edit, [key for key in prints if key])
+
+
 def _content(
-    each: _Request, ledger: Ledger | None, models: Sequence[WrittenModel]
+    job: Job, row: LedgerRow, models: Sequence[WrittenModel], pair: Sequence[VerifiedModel]
 ) -> dict[str, Any]:
     """Return what the evidence says about a request."""
-    row, manifest = each.row, each.manifest
-    presences = {model.presence(each.name) for model in models} - {None}
+    manifest = job.store.read_record(Artifact.SET.path(row.name), SetManifest)
+    edit = job.store.read_bytes(Artifact.EDIT.path(row.name))
+    presences = {model.presence(row.name) for model in models} - {None}
     return {
-        "request": each.name,
-        "concept": manifest.concept,
-        "id": row and row.id,
-        "received": row and row.received,
-        "reference": row and row.reference,
-        "note": row and row.note,
-        "state": row and row.state,
-        "events": row.events if row else (),
+        "request": row.name,
+        "concept": row.concept,
+        "id": row.id,
+        "received": row.received,
+        "reference": row.reference,
+        "note": row.note,
+        "state": row.state,
+        "events": row.events,
         "captions with": manifest.patterns,
         "captions without": manifest.exclusions,
         "rows": by_name(manifest.blocks()),
-        "sheet": f"{SHEETS}/{each.name}.png" if each.sheet else None,
-        "layer": each.edit and each.edit.layer,
-        "edit": each.edit,
-        "edit sha256": each.edit_sha256,
+        "layer": row.layer,
+        "edit": _usable(job, Artifact.EDIT, row.name),
+        "edit sha256": sha256(edit).hexdigest(),
         "edit in model": ", ".join(sorted(str(presence) for presence in presences)) or None,
-        "measured on": "the written model" if each.is_measured else "the edit",
-        "figures": [*_figures(each, ledger)],
-        "bounds": row.checks if row else (),
-        "verification": _verification(each) if each.pair else None,
+        "figures": [*_figures(row, job.ledger)],
+        "bounds": row.checks,
+        "verification": _verification(row, pair) if pair else None,
     }
 
 
-def _figures(each: _Request, ledger: Ledger | None) -> Iterator[dict[str, Any]]:
-    """Yield figures with exact 95% intervals: of the written model, or else of the edit."""
-    for figure, before, after in _accuracies(each, ledger):
+def _figures(row: LedgerRow, ledger: Ledger) -> Iterator[dict[str, Any]]:
+    """Yield the figures of the written model with exact 95% intervals."""
+    for kind, name, before, after in _accuracies(row, ledger):
         for k, field in ((1, "top1"), (5, "top5")):
             value = getattr(after, field)
             low, high = Share.of(value, after.rows).interval
-            kind, _, name = figure.partition(" ")
             yield {
                 "figure": f"{kind}@{k} {name}".strip(),
                 "before": getattr(before, field),
@@ -297,53 +191,46 @@ def _figures(each: _Request, ledger: Ledger | None) -> Iterator[dict[str, Any]]:
             }
 
 
-def _accuracies(each: _Request, ledger: Ledger | None) -> Iterator[tuple[str, Accuracy, Accuracy]]:
-    """Yield FA, and the TA of each evaluation set, with the accuracy before and after."""
-    edit, row = each.edit, each.row
-    forget = (edit.baseline_forget, edit.forget) if edit else (None, None)
-    before, after = (edit.baseline_utility or {}, edit.utility or {}) if edit else ({}, {})
-    if row and row.before and row.after:
-        forget = (row.before, row.after)
-        if ledger and ledger.original and ledger.written:
-            before, after = ledger.original.utility, ledger.written.utility
-    if forget[0] and forget[1]:
-        yield "FA", forget[0], forget[1]
-    for name in sorted(before.keys() & after.keys()):
-        yield f"TA {name}", before[name], after[name]
+def _accuracies(row: LedgerRow, ledger: Ledger) -> Iterator[tuple[str, str, Accuracy, Accuracy]]:
+    """Yield FA, and TA by evaluation set: the accuracy before and after."""
+    if row.before and row.after:
+        yield "FA", "", row.before, row.after
+    if ledger.original and ledger.written:
+        for name, before in sorted(ledger.original.utility.items()):
+            yield "TA", name, before, ledger.written.utility[name]
 
 
-def _verification(each: _Request) -> dict[str, Any]:
+def _verification(row: LedgerRow, pair: Sequence[VerifiedModel]) -> dict[str, Any]:
     """Return what verification found, in figures and in words, and which checks did not run."""
-    original, other = each.pair
+    original, other = pair
     ran = {finding.check for finding in other.findings if not finding.left_out}
     return {
         "model": other.label,
         "edit alone": other.edit is not None,
-        "checks": [row for row in slsgu.verdict_rows(original, other) if not row.detail],
-        "conclusion": slsgu.conclusion(each.manifest.concept, original, other).sentences,
+        "checks": [each for each in slsgu.verdict_rows(original, other) if not each.detail],
+        "conclusion": slsgu.conclusion(row.concept, original, other).sentences,
         "not run": [check for check in CHECKS if check not in ran],
     }
 
 
-def _checks(request: EvidenceRequest, model: WrittenModel, names: Sequence[str]) -> Iterator[str]:
+def _checks(request: EvidenceRequest, model: WrittenModel) -> Iterator[str]:
     """Yield the two commands that check a model: for its edits, and for its files' digests."""
-    words = ["slsgu", "check", str(model.place)]
-    for name in model.sharing(names):
+    words = ["slsgu", "check", model.place]
+    for name in model.names:
         words += ["--edit", f"{request.out / EDITS / name}.safetensors"]
     yield shlex.join(words)
     sums = shlex.quote(str(request.out / f"{model.label}{SUMS}"))
-    yield f"(cd {shlex.quote(str(model.root))} && sha256sum -c -) < {sums}"
+    place = Path(model.place)
+    folder = place.parent if place.is_file() else place
+    yield f"(cd {shlex.quote(str(folder))} && sha256sum -c -) < {sums}"
 
 
 def _commands(
-    store: Store, request: EvidenceRequest, ledger: Ledger | None, requests: Sequence[_Request]
+    job: Job, request: EvidenceRequest, pairs: dict[str, Sequence[VerifiedModel]]
 ) -> Iterator[str]:
-    """Yield the commands that repeat the removal. Without a recipe, the report has them."""
-    if ledger is None:
-        return
-    yield f"export SLSGU_STORE={shlex.quote(store.url)}"
-    yield f"slsgu run {shlex.quote(str(request.recipe or f'{ledger.name}.toml'))}"
-    for each in requests:
-        for verified in each.pair[1:]:
-            model = f" {verified.model.flags()}" if verified.edit is None else ""
-            yield f"slsgu verify {shlex.quote(each.name)}{model}"
+    """Yield the commands that repeat the removal."""
+    yield f"export SLSGU_STORE={shlex.quote(job.store.url)}"
+    yield f"slsgu run {shlex.quote(str(request.recipe))}"
+    for name, (_, verified) in pairs.items():
+        model = f" {verified.model.flags()}" if verified.edit is None else ""
+        yield f"slsgu verify {shlex.quote(name)}{model}"

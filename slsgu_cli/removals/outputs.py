@@ -11,7 +11,7 @@ from slsgu_cli.records.codec import digest
 from slsgu_cli.records.ledger import RequestState, StageKind
 from slsgu_cli.records.method import LoraLayout
 from slsgu_cli.records.options import ApplyOptions, ApplyRequest, ExportRequest, ReportRequest
-from slsgu_cli.removals import evidence
+from slsgu_cli.removals.evidence import write_evidence
 from slsgu_cli.removals.job import Job
 from slsgu_cli.removals.recipe import EvidenceRequest
 from slsgu_cli.removals.requests import settle
@@ -160,5 +160,6 @@ class EvidenceStage(ReportStage):
     def run(self, job: Job) -> None:
         """Write the evidence, with the state of each request by now."""
         settle(job)
-        request = EvidenceRequest(names=self.names, out=self.path, overwrite=True)
-        evidence.write_evidence(job.store, request, job.recipe)
+        recipe = Path(f"{job.recipe.name}.toml")
+        request = EvidenceRequest(names=self.names, out=self.path, recipe=recipe, overwrite=True)
+        write_evidence(job, request)

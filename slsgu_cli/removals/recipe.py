@@ -110,26 +110,14 @@ class Outputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvidenceRequest:
-    """The arguments of `evidence`: the requests, and the models that were written."""
+    """The arguments of `evidence`."""
 
     names: Sequence[str] = option(
         ..., metavar="NAME...|all", help="Names of requests, or `all`.", completes="set"
     )
     out: Path = option(..., "--out", "-o", help="Folder for the evidence.", panel=OUTPUT)
-    recipe: Path | None = option(
-        None,
-        "--recipe",
-        metavar="FILE",
-        help="Recipe with these requests.",
-        without="the only one in the store that has them",
-    )
-    models: Sequence[Path] = option(
-        (),
-        "--model",
-        "-m",
-        help="A written model without the concepts.",
-        metavar="MODEL",
-        without="the recipe's outputs",
+    recipe: Path = option(
+        ..., "--recipe", metavar="FILE", help="Recipe of these requests, once it has been run."
     )
     overwrite: bool = OVERWRITE()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from processes import inside, rows
 
-from slsgu_cli.errors import InputError, UsageError
+from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.records.ledger import StageKind
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import BuildRequest, RankOptions, SearchOptions
@@ -19,6 +19,7 @@ from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.verification import Check, Settings, VerifyRequest
 from slsgu_cli.removals import running
 from slsgu_cli.removals.evidence import write_evidence
+from slsgu_cli.removals.job import Job
 from slsgu_cli.removals.recipe import EvidenceRequest, Outputs, Recipe, RemovalRequest
 from slsgu_cli.store.store import Store
 from slsgu_cli.verification.verify import verify
@@ -56,6 +57,21 @@ def recipe_of(world, **changes):
     return replace(usual, **changes)
 
 
+# Enough of the recipe to find its ledger.
+COLOURS = """\
+model = "local-dir:clip"
+sets.sources = ["pairs"]
+evaluation.first.source = "first"
+request = [{name = "blue"}, {name = "red"}]
+"""
+RECIPE = Path("colours.toml")
+
+
+def write(job, recipe, **changes):
+    request = EvidenceRequest(**{"names": ["all"], "out": job / "new", "recipe": RECIPE, **changes})
+    return write_evidence(Job(recipe, "store"), request)
+
+
 @pytest.fixture(scope="module")
 def filed(shared_world, tmp_path_factory):
     """A folder in which the recipe was run."""
@@ -63,6 +79,7 @@ def filed(shared_world, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         running.run(recipe_of(shared_world), store="store")
+    (folder / "colours.toml").write_text(COLOURS)
     return folder
 
 
@@ -116,7 +133,6 @@ def test_the_page_has_the_request_and_names_what_was_not_done(filed):
     assert 0 < figures["FA@1"]["to"] < 100
     assert figures["FA@1"]["test"] is True
     assert "TA@1 first" in figures
-    assert first["measured on"] == "the written model"
     assert [each["state"] for each in (first, second)] == ["forgotten within bounds"] * 2
 
 
@@ -130,22 +146,25 @@ def test_two_commands_check_a_model_and_tell_one_that_was_changed(job):
     data[-1] ^= 1
     weights.write_bytes(data)
     assert subprocess.run(by_digest, shell=True, capture_output=True, check=False).returncode != 0
-    again = inside("evidence", "all", "--out", "filed", "--overwrite", store=job / "store")
+    options = "--recipe", RECIPE
+    again = inside(
+        "evidence", "all", *options, "--out", "filed", "--overwrite", store=job / "store"
+    )
     assert "have changed since the run wrote them" in again.stderr
     shutil.copy(weights, job / "kept")
     original = ModelSpec(evidence_in(job / "filed")["model"])
     shutil.copy(original.name.removeprefix("local-dir:") + f"/{WEIGHTS}", weights)
     assert inside(*by_edit.split()[1:], store=job / "elsewhere").exit_code == 5
-    done = inside("evidence", "blue", "--out", "one", store=job / "store")
+    done = inside("evidence", "blue", *options, "--out", "one", store=job / "store")
     assert rows(done.stdout)[0][1][:4] == ["blue", "forgotten within bounds", "absent", "not run"]
 
 
-def test_the_evidence_has_the_conclusion_of_the_verification(job):
+def test_the_evidence_has_the_conclusion_of_the_verification(job, shared_world):
     request = VerifyRequest(
         model=ModelSpec("local-dir:clip"), checks=[Check.PARAPHRASE], settings=Settings(rows=20)
     )
     verify(Store("store"), "blue", request)
-    write_evidence(Store("store"), EvidenceRequest(names=["all"], out=job / "new"))
+    write(job, recipe_of(shared_world))
     blue, red = evidence_in(job / "new")["requests"]
     assert red["verification"] is None
     page = (job / "new" / "evidence.html").read_text()
@@ -169,33 +188,28 @@ def test_a_run_writes_it_again_if_it_would_change(job, shared_world):
     assert texts(job / "filed") == before
 
 
-def test_without_a_recipe_it_covers_sets_and_named_models(job):
-    shutil.rmtree(job / "store" / "ledgers")
-    done = inside("evidence", "blue", "--out", "plain", "--json", store=job / "store")
-    assert done.exit_code == 0, done.stderr
-    (row,) = json.loads(done.stdout)["evidence"]
-    assert (row["state"], row["verification"], row["FA@1 after"]) == (None, "not run", 0)
-    assert [path.name for path in (job / "plain" / "edits").iterdir()] == ["blue.safetensors"]
-    assert evidence_in(job / "plain")["models"] == []
-    assert "made without a recipe" in (job / "plain" / "evidence.html").read_text()
-    assert "slsgu build-sets blue" in (job / "plain" / "report.html").read_text()
-    named = inside("evidence", "blue", "red", "--out", "named", "-m", "clip", store=job / "store")
-    assert named.exit_code == 0, named.stderr
-    (model,) = evidence_in(job / "named")["models"]
-    assert WEIGHTS in [each["name"] for each in model["files"]]
-    assert {each["presence"] for each in model["edits"]} == {"in it"}
-    assert inside("evidence", "green", "--out", "no", store=job / "store").exit_code == 3
-
-
-def test_files_of_others_are_not_replaced(job):
-    request = EvidenceRequest(names=["blue"], out=job / "filed")
+def test_files_of_others_are_not_replaced(job, shared_world):
+    recipe, place = recipe_of(shared_world), {"names": ["blue"], "out": job / "filed"}
     with pytest.raises(InputError, match="exists already"):
-        write_evidence(Store("store"), request)
+        write(job, recipe, **place)
     (job / "filed" / "letter.txt").write_text("mine")
     with pytest.raises(InputError, match=r"letter.txt, which would be lost"):
-        write_evidence(Store("store"), replace(request, overwrite=True))
+        write(job, recipe, **place, overwrite=True)
     (job / "filed" / "letter.txt").unlink()
-    write_evidence(Store("store"), replace(request, overwrite=True))
+    write(job, recipe, **place, overwrite=True)
     assert not (job / "filed" / "sheets" / "red.png").exists()
+
+
+def test_requests_without_figures_have_no_evidence(job, shared_world):
+    recipe = recipe_of(shared_world)
     with pytest.raises(UsageError, match="never had a request"):
-        write_evidence(Store("store"), replace(request, names=["blue", "mauve"], overwrite=True))
+        write(job, recipe, names=["blue", "mauve"])
+    with pytest.raises(UsageError, match="named twice"):
+        write(job, recipe, names=["blue", "blue"])
+    with pytest.raises(MissingError, match="has no requests of others"):
+        write(job, replace(recipe, name="others"))
+    unmeasured = Job(recipe, "store")
+    unmeasured.save(unmeasured.ledger.with_rows([replace(unmeasured.row("red"), after=None)]))
+    with pytest.raises(MissingError, match="red has not been measured yet"):
+        write(job, recipe)
+    assert not (job / "new").exists()
