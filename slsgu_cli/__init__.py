@@ -69,10 +69,8 @@ if TYPE_CHECKING:
     from slsgu_cli.store.store import Store as Store
     from slsgu_cli.study.joint import joint_search as joint_search
     from slsgu_cli.verification.verdicts import conclusion as conclusion
-    from slsgu_cli.verification.verdicts import rows as _rows
+    from slsgu_cli.verification.verdicts import verdict_rows as verdict_rows
     from slsgu_cli.verification.verify import verify as verify
-
-    verdict_rows = _rows
 
 __version__ = "0.1.0"
 
@@ -112,25 +110,20 @@ _FACE = {
     "store.sharing": ("held",),
     "store.store": ("Store",),
     "study.joint": ("joint_search",),
-    "verification.verdicts": ("conclusion", "rows as verdict_rows"),
+    "verification.verdicts": ("conclusion", "verdict_rows"),
     "verification.verify": ("verify",),
 }
-_PLACES = {
-    name.rpartition(" as ")[2]: (module, name.partition(" as ")[0])
-    for module, names in _FACE.items()
-    for name in names
-}
+_ROOMS = {name: room for room, names in _FACE.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
-    if name not in _PLACES:
+    if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _PLACES[name]
-    value = getattr(import_module(f"{__name__}.{module}"), attribute)
+    value = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PLACES})
+    return sorted({*globals(), *_ROOMS})

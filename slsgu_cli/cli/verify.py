@@ -24,10 +24,10 @@ WIDTH, SHORT = 79, 5
 
 def show_verified(console: "Console", result: "Verified") -> None:
     """Print what each check found, a table for each kind, and what all of it comes to."""
-    from slsgu_cli.verification.verdicts import Verdict, conclusion, rows
+    from slsgu_cli.verification.verdicts import Verdict, conclusion, verdict_rows
 
     original, *others = result.models
-    verdicts = [(subject, row) for subject in others for row in rows(original, subject)]
+    verdicts = [(subject, row) for subject in others for row in verdict_rows(original, subject)]
     _verdicts(console, verdicts, several=len(others) > 1)
     _became(console, result.models)
     _losses(console, original, others)

@@ -75,10 +75,10 @@ def verified_pair(
 
 
 def _verification(record: Verification, original: VerifiedModel, edited: VerifiedModel) -> Html:
-    from slsgu_cli.verification.verdicts import Verdict, conclusion, rows
+    from slsgu_cli.verification.verdicts import Verdict, conclusion, verdict_rows
 
     found = conclusion(record.concept, original, edited)
-    probes = [row for row in rows(original, edited) if not row.detail]
+    probes = [row for row in verdict_rows(original, edited) if not row.detail]
     cells: list[tuple[Child, ...]] = [
         (
             row.probe,

@@ -49,7 +49,7 @@ from slsgu_cli.store.store import Store
 from slsgu_cli.study.joint import joint_search
 from slsgu_cli.verification import verify as verification
 from slsgu_cli.verification.model import LeftOut
-from slsgu_cli.verification.verdicts import rows as verdicts
+from slsgu_cli.verification.verdicts import verdict_rows as verdicts
 
 RANK = RankOptions(direction=Direction.GRADIENT)
 SEARCH = SearchOptions(steps=4, layers=["visual.proj"])
