@@ -17,8 +17,10 @@ def options_for(command: str, recipe: Recipe, names: Sequence[str]) -> list[str]
             return command_line(built, fields=[f.name for f in fields(built) if f.name != "name"])
         case "eval":
             return [word for bound in _bounds(recipe, names) for word in ("--assert", bound)]
-        case "apply" | "report":
-            out = recipe.outputs.checkpoint if command == "apply" else recipe.outputs.report
+        case "apply" | "report" | "evidence":
+            outputs = recipe.outputs
+            places = {"apply": outputs.checkpoint, "report": outputs.report}
+            out = places.get(command, outputs.evidence)
             return ["--out", str(out)] if out else []
         case "verify":
             request = recipe.verification_of(first)
