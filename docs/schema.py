@@ -23,12 +23,13 @@ from slsgu_cli.checkpoints.model_copy import AppliedResult
 from slsgu_cli.cli.console import SCHEMA
 from slsgu_cli.engine.find_edits import FoundEdit
 from slsgu_cli.records.figures import BaseEdits, ClassLoss, TargetFigures
+from slsgu_cli.records.ledger import LedgerRow
 from slsgu_cli.records.method import Ranking, Trial, Trials
-from slsgu_cli.records.recipe import TABLES, TOP, LedgerRow, Table
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import JointSearch, PipelineComparison, Sweep
 from slsgu_cli.records.targets import Answers, AnswerSet, Generation, TargetTrial, TargetTrials
 from slsgu_cli.records.words import Place
+from slsgu_cli.removals.tables import HEAD, TABLES, Table
 from slsgu_cli.store.catalog import Entry
 from slsgu_cli.store.check import Finding
 from slsgu_cli.verification.verdicts import Conclusion
@@ -279,11 +280,7 @@ def documents() -> dict[str, list[dict[str, Any]]]:
         "sweep": [{"sweep": Sweep, "files": PATHS}],
         "init": [{"files": PATHS}],
         "run": [
-            {
-                "plan": table(
-                    "stage", "requests", "for", "state", "seconds", "memory", "disk", "why"
-                )
-            },
+            {"plan": table("stage", "requests", "for", "state", "seconds", "why")},
             {
                 "figures": table("figure", "original", "now", "change"),
                 "bounds?": table("request", "bound", "figure", "result"),
@@ -411,8 +408,8 @@ def schema() -> Schema:
 
 
 def recipe_schema() -> Schema:
-    """Return the schema of a recipe: what editors check and complete its keys by."""
-    whole = _recipe_table(TOP)
+    """Return the schema of a recipe, for editors."""
+    whole = _recipe_table(HEAD)
     for key, table in TABLES.items():
         each = _recipe_table(table)
         if key == "request":
@@ -437,7 +434,7 @@ def _recipe_table(table: Table) -> Schema:
 
 
 def _recipe_value(place: Place) -> Schema:
-    """Return the schema of a key: what its option takes, in the types of TOML."""
+    """Return the schema of a key, in the types of TOML."""
     said, kind = place.option, place.metavar
     (item,) = typing.get_args(place.kind)[:1] or (place.kind,)
     one: Schema = {"type": "string"}

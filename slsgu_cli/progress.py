@@ -6,7 +6,7 @@ sink, which is silent until a program sets another one; the command line sets it
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 
@@ -17,18 +17,6 @@ class Ticker:
 
     def advance(self, count: int = 1) -> None:
         """Count `count` more items as done."""
-
-
-class Board:
-    """Shows how far a run of several stages is; this one shows nothing."""
-
-    __slots__ = ()
-
-    def begin(self, stage: str, about: str, *, left: float, at_least: bool) -> None:
-        """Show what is begun, and how many seconds are left: `left`, or more than that."""
-
-    def end(self, stage: str, *, requests: int) -> None:
-        """Count a step of a stage as done, and show how many requests are."""
 
 
 class Sink:
@@ -49,13 +37,6 @@ class Sink:
         """Show how far a loop over `total` items is; yield what advances it."""
         del label, total
         return nullcontext(Ticker())
-
-    def board(
-        self, stages: Mapping[str, tuple[int, int]], requests: int
-    ) -> AbstractContextManager[Board]:
-        """Show a run's stages, each with how many steps are done and how many there are."""
-        del stages, requests
-        return nullcontext(Board())
 
 
 _sink = Sink()
@@ -119,11 +100,6 @@ def warn(text: str) -> None:
 def bar(label: str, total: int | None) -> AbstractContextManager[Ticker]:
     """Show how far a loop over `total` items is; yield what advances it."""
     return _sink.bar(label, total)
-
-
-def board(stages: Mapping[str, tuple[int, int]], requests: int) -> AbstractContextManager[Board]:
-    """Show a run's stages, each with how many steps are done and how many there are."""
-    return _sink.board(stages, requests)
 
 
 @contextmanager

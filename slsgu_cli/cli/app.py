@@ -59,17 +59,17 @@ GROUPS = {
         "sweep": ("study", "Forget each class of a list, one at a time."),
     },
     "A whole job, from request to proof": {
-        "init": ("recipe", "Write a recipe to begin from."),
-        "run": ("recipe", "Do what is not done yet of a recipe: forget, write, measure, gate."),
-        "requests": ("recipe", "List the removal requests of a recipe and what became of them."),
-        "evidence": ("verify", "Write what is filed of a removal: page, figures, digests."),
+        "init": ("removals", "Write a recipe to fill in, or a demonstration."),
+        "run": ("removals", "Run the remaining stages of a recipe: forget, write, measure, gate."),
+        "requests": ("removals", "List the removal requests of a recipe and their states."),
+        "evidence": ("removals", "Write evidence of a removal: page, figures, digests."),
     },
     "The store, and a demonstration": {
         "ls": ("steps", "List what the store holds and what each thing was made from."),
         "check": ("steps", "Read a store and say what is damaged; tell if an edit is in a model."),
         "gc": ("steps", "List what nothing in the store refers to, and remove it."),
-        "env": ("recipe", "Say what slsgu runs on: versions, devices, extras."),
-        "demo": ("recipe", "Make the embedded CLIP forget a brand, command by command."),
+        "env": ("env", "Show versions, devices and extras."),
+        "demo": ("demo", "Make the embedded CLIP forget a brand, command by command."),
     },
 }
 # The commands that a launcher may start in several processes.

@@ -3,18 +3,14 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from io import StringIO
-from time import monotonic
 from typing import Any, Literal, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console as RichConsole
-from rich.console import Group
-from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -23,9 +19,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.progress_bar import ProgressBar
 from rich.table import Table
-from rich.text import Text
 
 from slsgu_cli import progress
 from slsgu_cli.errors import InputError, SlsguError
@@ -141,7 +135,6 @@ class Console(progress.Sink):
     _results: dict[str, Any] = field(default_factory=dict)
     _parts: int = 0
     _flushed: bool = False
-    _board: "_Board | None" = None
 
     @classmethod
     def writing_to(cls, file: TextIO) -> "Console":
@@ -252,30 +245,11 @@ class Console(progress.Sink):
 
     @contextmanager
     def bar(self, label: str, total: int | None) -> Iterator[progress.Ticker]:
-        """Show a progress bar on a terminal, below the board if there is one; yield its ticker."""
-        bars = self._bars() if self._board is None else self._board.bars
+        """Show a progress bar on a terminal; yield its ticker."""
+        bars = self._bars()
         task = bars.add_task(terminal_safe(label), total=total)
-        with nullcontext() if self._board else bars:
-            try:
-                yield _Ticker(bars, task)
-            finally:
-                if self._board:
-                    bars.remove_task(task)
-
-    @contextmanager
-    def board(
-        self, stages: Mapping[str, tuple[int, int]], requests: int
-    ) -> Iterator[progress.Board]:
-        """Show the stages of a run on a terminal, and below them what it is at."""
-        if not self._moves:
-            yield progress.Board()
-            return
-        self._board = _Board(dict(stages), requests, self._bars())
-        try:
-            with Live(self._board, console=self._stderr, transient=True):
-                yield self._board
-        finally:
-            self._board = None
+        with bars:
+            yield _Ticker(bars, task)
 
     @property
     def _moves(self) -> bool:
@@ -339,48 +313,6 @@ def _named(columns: Sequence[Column], row: Sequence[Any]) -> dict[str, Any]:
             named.setdefault(key, []).append(lists[key, name])
         lists[key, name][field] = value
     return named
-
-
-@dataclass(slots=True)
-class _Board(progress.Board):
-    """The stages of a run on the terminal, and below them the bars of what it is at."""
-
-    stages: dict[str, tuple[int, int]]
-    requests: int
-    bars: Progress
-    done: int = 0
-    _at: tuple[str, str] = ("", "")
-    _left: tuple[float, bool] = (0.0, True)
-    _started: float = field(default_factory=monotonic)
-    _begun: float = field(default_factory=monotonic)
-
-    def begin(self, stage: str, about: str, *, left: float, at_least: bool) -> None:
-        """Show what is begun, and how many seconds are left: `left`, or more than that."""
-        self._at, self._left, self._begun = (stage, about), (left, at_least), monotonic()
-
-    def end(self, stage: str, *, requests: int) -> None:
-        """Count a step of a stage as done, and show how many requests are."""
-        done, total = self.stages[stage]
-        self.stages[stage] = done + 1, total
-        self.done = requests
-
-    def __rich__(self) -> Group:
-        """Return how far it is now."""
-        table = Table.grid(padding=(0, 2))
-        for stage, (done, total) in self.stages.items():
-            about = self._at[1] if stage == self._at[0] else ""
-            bar = ProgressBar(total=total, completed=done, width=24)
-            table.add_row(stage, bar, f"{done}/{total}", Text(terminal_safe(about)))
-        now, (left, at_least) = monotonic(), self._left
-        parts = [f"{self.done} of {self.requests} requests done", f"{_clock(now - self._started)}"]
-        left -= now - self._begun
-        if left > 0:
-            parts.append(f"{'more than' if at_least else 'about'} {_clock(left)} left")
-        return Group(table, Text(", ".join(parts)), self.bars)
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 @dataclass(slots=True)

@@ -124,14 +124,15 @@ class FromEnvironment:
         values, _, given = parser.parse_args(args=[*self.words, *words])
         if "--recipe" not in flags or not values.get("recipe"):
             return self
-        from slsgu_cli.records.recipe import read_recipe
+        from slsgu_cli.removals.overlay import options_for
+        from slsgu_cli.removals.reading import read_recipe
 
         recipe = read_recipe(Path(values["recipe"]))
         named = values.get("names", values.get("name")) or ()
         names = [named] if isinstance(named, str) else list(named)
         found = list(self.words)
         variables = dict(self.variables)
-        said = iter(recipe.words(ctx.info_name, names))
+        said = iter(options_for(ctx.info_name, recipe, names))
         for word in said:
             flag, tied, _ = word.partition("=")
             param = flags.get(flag)

@@ -1,4 +1,4 @@
-"""`verify`, `report` and `evidence`, and their results as tables."""
+"""`verify` and `report`, and their results as tables."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 from slsgu_cli.cli.app import Name, Session, command
 from slsgu_cli.figures.numbers import roughly
 from slsgu_cli.records.options import ReportRequest
-from slsgu_cli.records.recipe import EvidenceRequest
 from slsgu_cli.records.verification import Check, VerifiedModel, VerifyRequest
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
-    from slsgu_cli.report.evidence import WrittenEvidence
     from slsgu_cli.verification.verdicts import VerdictRow
     from slsgu_cli.verification.verify import Verified
 
@@ -26,10 +24,10 @@ WIDTH, SHORT = 79, 5
 
 def show_verified(console: "Console", result: "Verified") -> None:
     """Print what each check found, a table for each kind, and what all of it comes to."""
-    from slsgu_cli.verification.verdicts import Verdict, conclusion, rows
+    from slsgu_cli.verification.verdicts import Verdict, conclusion, verdict_rows
 
     original, *others = result.models
-    verdicts = [(subject, row) for subject in others for row in rows(original, subject)]
+    verdicts = [(subject, row) for subject in others for row in verdict_rows(original, subject)]
     _verdicts(console, verdicts, several=len(others) > 1)
     _became(console, result.models)
     _losses(console, original, others)
@@ -422,50 +420,3 @@ def report(session: Session, request: ReportRequest) -> None:
     columns = ("name", "section", "state", Column("run", label="to add it"))
     session.console.table("sections", columns, rows, title=f"report: {written.out}")
     session.console.paths("files", [written.out])
-
-
-@command("evidence")
-def evidence(session: Session, request: EvidenceRequest) -> None:
-    """What the store knows of removal requests, and of the models that were written without them:
-    a page to print, the same as JSON, an in-toto statement, digests, contact sheets, edits.
-
-    Example: slsgu evidence all --recipe brands.toml --out evidence
-    """
-    from slsgu_cli.report.evidence import write_evidence
-
-    show_evidence(session.console, write_evidence(session.store, request))
-
-
-def show_evidence(console: "Console", written: "WrittenEvidence") -> None:
-    """Print what evidence says of each request, and warn of what it lacks."""
-    from slsgu_cli.cli import tables
-    from slsgu_cli.cli.console import Column
-
-    evidence = written.evidence
-    rows = []
-    for one in evidence.requests:
-        held = sorted({each.holds(one.name) or "" for each in evidence.models} - {""})
-        was, now = (each.top1 for each in one.forget) if one.forget else (None, None)
-        rows.append(
-            (
-                one.name,
-                one.row.state if one.row else None,
-                ", ".join(held) or None,
-                "run" if one.pair else "not run",
-                was,
-                now,
-            )
-        )
-    columns = (
-        "request",
-        Column("state", shown=tables.brief_state),
-        Column("edit", label="its edit"),
-        "verification",
-        Column("FA@1 before", shown=roughly, on_terminal=False),
-        Column("FA@1 after", shown=roughly, label="FA@1 now"),
-    )
-    console.table("evidence", columns, rows, title=f"evidence: {written.out}")
-    for model in evidence.models:
-        for trouble in model.troubles:
-            console.warn(trouble)
-    console.paths("files", [written.out])

@@ -7,9 +7,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from enum import StrEnum
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from slsgu_cli.errors import FormatError, StaleError
@@ -94,26 +92,6 @@ def _without_maps(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_maps(each) for each in value]
     return document(value)
-
-
-def with_texts(record: T, change: Callable[[str], str]) -> T:
-    """Return a record with all its texts, keys and paths as `change` makes them."""
-    return typing.cast(T, _changed(record, change))
-
-
-def _changed(value: Any, change: Callable[[str], str]) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
-        return dataclasses.replace(
-            value, **{name: _changed(getattr(value, name), change) for name in names}
-        )
-    if isinstance(value, Mapping):
-        return {_changed(key, change): _changed(each, change) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_changed(each, change) for each in value)
-    if isinstance(value, Path):
-        return Path(change(str(value)))
-    return change(value) if isinstance(value, str) and not isinstance(value, StrEnum) else value
 
 
 def _is_usual(record: Any, field: "dataclasses.Field[Any]") -> bool:

@@ -2,9 +2,8 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 from slsgu_cli.records.directions import DAMPING, Direction, DirectionSpec
 from slsgu_cli.records.method import Criterion, Precision, Ranking, Trials
@@ -12,7 +11,6 @@ from slsgu_cli.records.options import MARGIN, PassOptions, RankOptions, SearchOp
 from slsgu_cli.records.sets import LOCAL
 from slsgu_cli.records.words import command_line
 from slsgu_cli.report.gather import SetRecords
-from slsgu_cli.store.store import Store
 
 
 def commands(records: SetRecords) -> list[str]:
@@ -39,22 +37,6 @@ def commands(records: SetRecords) -> list[str]:
         lines.append(["slsgu", "apply", *names, "--out", f"without-{name}"])
         lines.append(["slsgu", "eval", *names, "--model", f"{LOCAL}without-{name}"])
     return [shlex.join(words) for words in lines if words]
-
-
-def commands_again(
-    store: Store, gathered: Sequence[SetRecords], *, recipe: Path | str | None
-) -> Iterator[str]:
-    """Yield the commands that repeat it all: one run of the recipe, or else each step."""
-    yield f"export SLSGU_STORE={shlex.quote(store.url)}"
-    if recipe is None:
-        yield from (line for records in gathered for line in commands(records))
-        return
-    yield f"slsgu run {shlex.quote(str(recipe))}"
-    for records in gathered:
-        verified = records.verification.record
-        for subject in verified.subjects[1:] if verified else ():
-            of_model = f" {subject.model.flags()}" if subject.edit is None else ""
-            yield f"slsgu verify {shlex.quote(records.name)}{of_model}"
 
 
 def _rank(ranking: Ranking) -> list[str]:

@@ -12,8 +12,8 @@ from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.errors import InputError, SlsguError, UsageError
 from slsgu_cli.figures.numbers import change, percent
+from slsgu_cli.records.ledger import StageKind
 from slsgu_cli.records.options import ReportRequest
-from slsgu_cli.records.recipe import Stage
 from slsgu_cli.report import edit_sections, study_sections
 from slsgu_cli.report.gather import SetRecords, gather
 from slsgu_cli.report.image_sections import cosines, examples, no_images
@@ -79,7 +79,9 @@ def written_without(catalog: Catalog, names: Sequence[str]) -> dict[str, set[str
     for ledger in catalog.readable(Artifact.LEDGER).values():
         for each in ledger.stages:
             without = written.keys() & {*each.names}
-            if each.stage is not Stage.CHECKPOINT or not (each.made and each.place and without):
+            if each.kind is not StageKind.CHECKPOINT or not (
+                each.output and each.place and without
+            ):
                 continue
             if fingerprint := written_fingerprint(ledger.model, Path(each.place)):
                 for name in without:

@@ -57,9 +57,9 @@ def verified_pair(
 
 
 def _verification(record: Verification, original: VerifiedModel, edited: VerifiedModel) -> Markup:
-    from slsgu_cli.verification.verdicts import Verdict, conclusion, rows
+    from slsgu_cli.verification.verdicts import Verdict, conclusion, verdict_rows
 
-    probes = [row for row in rows(original, edited) if not row.detail]
+    probes = [row for row in verdict_rows(original, edited) if not row.detail]
     cells: list[tuple[Cell, ...]] = [
         (
             row.probe,

@@ -260,7 +260,7 @@ TABLE: dict[Artifact, Row] = {
     ),
     Artifact.GENERATED: Row("generated", "targets.GeneratedSource", has_folder=True),
     Artifact.GENERATION: Row("generations", "targets.Generation", has_folder=True, digests=SHOWN),
-    Artifact.LEDGER: Row("ledgers", "recipe.Ledger", "ledger", "run {}.toml"),
+    Artifact.LEDGER: Row("ledgers", "ledger.Ledger", "ledger", "run {}.toml"),
     Artifact.ANSWERS: Row("answers", "targets.Answers", has_folder=True, digests=SHOWN),
 }
 

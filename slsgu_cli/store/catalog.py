@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from statistics import median
 from typing import Any
 
 from slsgu_cli.errors import FormatError, InputError, MissingError, SlsguError, once
 from slsgu_cli.records.codec import digest, parse_json, require_seal
 from slsgu_cli.records.method import EditHeader, GradientPointer
-from slsgu_cli.records.sets import Collection, ModelSpec, SetManifest
+from slsgu_cli.records.sets import Collection, SetManifest
 from slsgu_cli.records.studies import Sweep
 from slsgu_cli.records.verification import Verification
 from slsgu_cli.store.artifacts import FOLDERS, SWEPT, TABLE, Artifact, changed, digests_of
@@ -359,35 +358,6 @@ def _unfinished(store: Store) -> Iterator[Entry]:
 def _unfinished_entry(store: Store, path: str, reason: str) -> Entry:
     name, size = path.partition("/")[2], _size(store, path)
     return Entry(Artifact.UNFINISHED, name, path, size, {}, Standing.UNREFERENCED, reason)
-
-
-def typical_sizes(catalog: Catalog, model: ModelSpec) -> dict[Artifact, int]:
-    """Return the median bytes that sets of a model take by kind; of rows, those to forget and keep.
-
-    What several sets share counts for each of them.
-    """
-    sizes: dict[Artifact, list[int]] = {}
-    for name, manifest in catalog.readable(Artifact.SET).items():
-        if manifest.model != model:
-            continue
-        paths = {Artifact.DATA: [manifest.forget.path, manifest.retain.path]}
-        by_name = (
-            Artifact.SET,
-            Artifact.RANKING,
-            Artifact.TRIALS,
-            Artifact.EDIT,
-            Artifact.VERIFICATION,
-        )
-        paths |= {kind: [kind.path(name)] for kind in by_name if catalog.get(kind, name)}
-        if pointer := catalog.get(Artifact.POINTER, name):
-            addresses = (pointer.forget, pointer.retain)
-            covariances = catalog.readable(Artifact.COVARIANCE).items()
-            seen = [address for address, header in covariances if header.is_of(pointer)]
-            paths[Artifact.GRADIENT] = [Artifact.GRADIENT.path(each) for each in addresses]
-            paths[Artifact.COVARIANCE] = [Artifact.COVARIANCE.path(each) for each in seen]
-        for kind, places in paths.items():
-            sizes.setdefault(kind, []).append(sum(_size(catalog.store, at) for at in places))
-    return {kind: round(median(of_sets)) for kind, of_sets in sizes.items()}
 
 
 def _size(store: Store, path: str) -> int:

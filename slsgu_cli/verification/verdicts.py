@@ -153,7 +153,7 @@ def steps_to(curve: Curve, goal: float) -> int | None:
     return next((point.step for point in curve.points if point.forget.top1 >= goal), None)
 
 
-def rows(original: VerifiedModel, other: VerifiedModel) -> list[VerdictRow]:
+def verdict_rows(original: VerifiedModel, other: VerifiedModel) -> list[VerdictRow]:
     """Return a line for each probe that both models went through."""
     lines: list[VerdictRow] = []
     for check in Check:
@@ -324,7 +324,7 @@ class Conclusion:
 
 def conclusion(concept: str, original: VerifiedModel, other: VerifiedModel) -> Conclusion:
     """Say what brings a concept back at what cost, what else is left of it, and whom it cost."""
-    tried = [_widest(row, original, other) for row in rows(original, other)]
+    tried = [_widest(row, original, other) for row in verdict_rows(original, other)]
     back = [row for row in tried if row.brings_back]
     strongest = max(back, key=lambda row: row.gain, default=None)
     sentences = (

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.cli.recipe import DATA, demo_request
+from slsgu_cli.cli.demo import DATA, demo_request
 from slsgu_cli.compare.closed_forms import ClosedForms
 from slsgu_cli.compare.comparison import ClipComparisonRun, tune
 from slsgu_cli.engine.gradients import adversarial_prefixes, compute_gradients
@@ -44,7 +44,7 @@ from slsgu_cli.records.studies import CLOSED_FORMS, CompareOptions, Method
 from slsgu_cli.records.verification import Check, VerifiedModel, VerifyRequest
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
-from slsgu_cli.verification.verdicts import rows
+from slsgu_cli.verification.verdicts import verdict_rows
 from slsgu_cli.verification.verify import verify
 
 OURS = {"ours": "default", "paper": "paper"}
@@ -143,7 +143,7 @@ def figures(original: VerifiedModel, model: VerifiedModel) -> Iterator[tuple[str
     yield "FA@5", after.forget.top5, none
     for name in sorted(after.utility):
         yield f"{name} lost", before.utility[name].top1 - after.utility[name].top1, none
-    for row in rows(original, model):
+    for row in verdict_rows(original, model):
         if row.check is Check.SPELLING:
             kind = "mean" if row.probe.endswith("mean") else "" if row.detail else "worst"
             if kind:

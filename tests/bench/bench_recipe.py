@@ -24,7 +24,7 @@ from urllib.parse import quote
 
 import unseen
 
-from slsgu_cli.cli.recipe import DATA
+from slsgu_cli.cli.demo import DATA
 
 RECIPE = f"""\
 model = "local-dir:{DATA / "clip"}"

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 import torch
 from synthetic import random_model, synthetic_set
 
-from slsgu_cli.cli.recipe import DATA, demo_request
+from slsgu_cli.cli.demo import DATA, demo_request
 from slsgu_cli.clip.batches import pixel_normalizer, spans, to_tokens
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import resolve

@@ -32,7 +32,7 @@ import torch
 from unseen import draw, enough_images
 
 from slsgu_cli.checkpoints.edits import load_edit
-from slsgu_cli.cli.recipe import demo_request
+from slsgu_cli.cli.demo import demo_request
 from slsgu_cli.clip.evaluation import SharedEvaluation, prepare_shared
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import resolve

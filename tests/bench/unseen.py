@@ -30,7 +30,7 @@ from statistics import median
 import pyarrow.parquet as pq
 
 from slsgu_cli.checkpoints.edits import load_edit
-from slsgu_cli.cli.recipe import DATA, demo_request
+from slsgu_cli.cli.demo import DATA, demo_request
 from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from unseen import enough_images
 
-from slsgu_cli.cli.recipe import demo_request
+from slsgu_cli.cli.demo import demo_request
 from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.records.directions import Direction

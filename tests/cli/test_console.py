@@ -257,48 +257,15 @@ def with_stderr_on(screen, **options):
     return Console(_stderr=stderr, **options)
 
 
-def test_a_run_is_shown_in_one_view():
-    console = with_stderr_on(Screen())
-    with console.board({"grad": (1, 3), "rank": (0, 3)}, 3) as board:
-        board.begin("grad", "blue \x1b[2J", left=90.4, at_least=False)
-        with console.bar("forget gradient", 6) as ticker:
-            ticker.advance(2)
-            lines = shown_on(console, board)
-        assert [line.split()[0] for line in lines] == ["grad", "rank", "0", "forget"]
-        assert lines[0].endswith("1/3  blue  [2J")
-        assert lines[2] == "0 of 3 requests done, 0:00:00, about 0:01:30 left"
-        assert "2/6" in lines[3]
-        board.end("grad", requests=0)
-        board.begin("rank", "blue", left=20.4, at_least=True)
-        console.note("noted")
-        first, second, third = shown_on(console, board)
-        assert "2/3" in first
-        assert second.endswith("0/3  blue")
-        assert third.endswith("more than 0:00:20 left")
-    # Notes stay above it, and nothing of it is left.
-    screen = console._stderr.file.getvalue()
-    assert "noted" in screen
-    assert screen.rstrip().endswith("\x1b[2K")
-
-
-def shown_on(console, board):
-    """Return the lines that a board shows now."""
-    drawing = RichConsole(file=StringIO(), width=100)
-    drawing.print(board)
-    return [line.rstrip() for line in drawing.file.getvalue().splitlines()]
-
-
-def test_a_view_is_for_terminals_where_nothing_else_is_written():
+def test_bars_are_for_terminals_where_nothing_else_is_written():
     quiet = with_stderr_on(Screen(), verbosity=-1)
     piped = with_stderr_on(StringIO())
     lines = with_stderr_on(Screen(), streams=True, _stdout=Screen())
     for console in (quiet, piped, lines):
-        with console.board({"grad": (0, 1)}, 1) as board, console.bar("pairs", 2) as ticker:
-            board.begin("grad", "blue", left=0, at_least=True)
+        with console.bar("pairs", 2) as ticker:
             ticker.advance()
-            board.end("grad", requests=1)
         assert console._stderr.file.getvalue() == ""
     shown = with_stderr_on(Screen(), streams=True, _stdout=StringIO())
-    with shown.board({"grad": (0, 1)}, 1):
-        pass
-    assert "grad" in shown._stderr.file.getvalue()
+    with shown.bar("pairs", 2) as ticker:
+        ticker.advance()
+    assert "pairs" in shown._stderr.file.getvalue()

@@ -16,8 +16,8 @@ from icons import write_few
 from processes import inside, slsgu
 from safetensors.numpy import load_file
 
-from slsgu_cli.cli import recipe
-from slsgu_cli.cli.recipe import DATA
+from slsgu_cli.cli import demo
+from slsgu_cli.cli.demo import DATA
 
 pytestmark = pytest.mark.slow
 WEIGHTS = "open_clip_model.safetensors"
@@ -90,8 +90,8 @@ def castle(tmp_path_factory):
     folder = write_few(tmp_path_factory.mktemp("few icons"), "castle")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(recipe, "DATA", folder)
-        patch.setattr(recipe, "RETAIN_SAMPLES", 64)
+        patch.setattr(demo, "DATA", folder)
+        patch.setattr(demo, "RETAIN_SAMPLES", 64)
         done = inside("demo", "castle", "--criterion", "fa5", store="a store")
     assert done.exit_code == 0, done.stderr
     return done.stdout, folder

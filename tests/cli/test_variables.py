@@ -8,6 +8,7 @@ from processes import inside
 
 from slsgu_cli.cli import app, usage
 from slsgu_cli.cli.app import COMMANDS
+from slsgu_cli.removals.template import recipe_text
 
 GROUP = typer.main.get_command(app)
 
@@ -27,12 +28,16 @@ def params(command, words, monkeypatch, **variables):
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_every_option_of_every_command_has_a_variable(command, monkeypatch):
+def test_every_option_of_every_command_has_a_variable(command, monkeypatch, tmp_path):
     known = {}
     arguments = []
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(recipe_text(recipe, demo=True))
     for param in GROUP.get_command(None, command).params:
         if param.param_type_name == "argument":
             arguments.append("x")
+        elif param.name == "recipe" and param.required:
+            arguments.append(f"--recipe {recipe}")
         elif not (param.hidden or param.is_eager or param.name == "recipe"):
             (variable, *_) = usage.variables_of(param.opts)
             known[param.name] = param

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import typing
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +13,7 @@ from places import ROOT
 
 from slsgu_cli.errors import StaleError
 from slsgu_cli.records import method, sets, studies
-from slsgu_cli.records.codec import ADDED, canonical_json, decode, digest, encode, with_texts
+from slsgu_cli.records.codec import ADDED, canonical_json, decode, digest, encode
 from slsgu_cli.records.directions import FALLBACK
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import EditHeader, LayerScore, ParameterNorm, Ranking, Tower, Trial
@@ -272,13 +271,3 @@ def test_the_documentation_names_every_field_of_every_record(kind):
     section = ARTIFACTS.partition(f"\n## {kind.__name__}\n")[2].partition("\n## ")[0]
     fields = [field.name for field in dataclasses.fields(kind)]
     assert [name for name in fields if f"`{name}`" not in section] == []
-
-
-def test_texts_are_changed_wherever_they_stand_and_words_of_ours_are_not():
-    accuracies = {"text": ACCURACY}
-    trials = (dataclasses.replace(TRIAL, layer="text", utility=accuracies), TRIAL)
-    changed = with_texts(trials, lambda text: f"<{text}>")
-    assert [trial.layer for trial in changed] == ["<text>", "<l>"]
-    assert changed[0].utility == {"<text>": ACCURACY}
-    assert changed[0].tower is Tower.TEXT
-    assert with_texts({"at": [Path("a")]}, str.upper) == {"AT": [Path("A")]}

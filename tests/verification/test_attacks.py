@@ -47,7 +47,7 @@ from slsgu_cli.verification.attacks import (
     ring_a_bell,
 )
 from slsgu_cli.verification.model import LeftOut
-from slsgu_cli.verification.verdicts import rows as verdict_rows
+from slsgu_cli.verification.verdicts import verdict_rows
 
 FEW = Settings(
     attack_tokens=2,

@@ -33,7 +33,8 @@ from slsgu_cli.verification.image_probes import (
 )
 from slsgu_cli.verification.probes import losses, most_harmed, nearest_names
 from slsgu_cli.verification.training import CHANCE, OWN, Exposure, exposure
-from slsgu_cli.verification.verdicts import Verdict, conclusion, rows, verdict
+from slsgu_cli.verification.verdicts import Verdict, conclusion, verdict
+from slsgu_cli.verification.verdicts import verdict_rows as rows
 
 
 def accuracy(top1):

@@ -1,10 +1,9 @@
-"""`slsgu run`: what is done, what is done again, what comes of requests that come and go."""
+"""`slsgu run`: which stages run, run again, and what added and withdrawn requests change."""
 
 import hashlib
 import json
 import shutil
 import statistics
-import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,9 +14,7 @@ from processes import inside, rows
 from worlds import World
 
 import slsgu_cli
-from slsgu_cli import progress, recipes
-from slsgu_cli.clip.loading import load
-from slsgu_cli.clip.models import resolve
+from slsgu_cli import progress
 from slsgu_cli.engine.evaluate import evaluate
 from slsgu_cli.engine.export import export
 from slsgu_cli.engine.gradients import compute_gradients
@@ -26,26 +23,20 @@ from slsgu_cli.errors import AssertionsError, InputError, UsageError
 from slsgu_cli.records.codec import decode
 from slsgu_cli.records.directions import FALLBACK, Direction
 from slsgu_cli.records.figures import Assertion
+from slsgu_cli.records.ledger import Ledger, RequestState, StageKind
 from slsgu_cli.records.options import (
     BuildRequest,
     ExportRequest,
-    PassOptions,
     RankOptions,
     ReportRequest,
     SearchOptions,
 )
-from slsgu_cli.records.recipe import (
-    Ledger,
-    Outputs,
-    Recipe,
-    RemovalRequest,
-    RequestState,
-    Stage,
-    Together,
-    read_recipe,
-)
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.verification import Check, Settings, VerifyRequest
+from slsgu_cli.removals import planning, running
+from slsgu_cli.removals.job import Job
+from slsgu_cli.removals.reading import read_recipe
+from slsgu_cli.removals.recipe import Outputs, Recipe, RemovalRequest, Together
 from slsgu_cli.report.page import write_report
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.sets.dropped_rows import drop_from_set
@@ -56,10 +47,9 @@ from slsgu_cli.store.artifacts import Artifact, read_manifest
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
 from slsgu_cli.study.joint import joint_search
-from slsgu_cli.study.recipe import RecipePlan
 from slsgu_cli.verification import verify as verification
 from slsgu_cli.verification.model import LeftOut
-from slsgu_cli.verification.verdicts import rows as verdicts
+from slsgu_cli.verification.verdicts import verdict_rows as verdicts
 
 RANK = RankOptions(direction=Direction.GRADIENT)
 SEARCH = SearchOptions(steps=4, layers=["visual.proj"])
@@ -97,7 +87,7 @@ def digests(folder):
 
 
 def stages(result):
-    return [(step.stage, *step.names) for step in result.done]
+    return [(stage.kind, *stage.names) for stage in result.done]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +95,7 @@ def finished(shared_world, made_once):
     """A folder with the store and the outputs of a recipe for blue and red."""
 
     def make(folder):
-        recipes.run(recipe_of(shared_world, folder, "blue", "red"), store=str(folder / "store"))
+        running.run(recipe_of(shared_world, folder, "blue", "red"), store=str(folder / "store"))
         return folder
 
     return made_once("recipe", make)
@@ -126,17 +116,18 @@ def job(finished, shared_world, tmp_path):
     )
     store.write_record("ledgers/colours.json", replace(record, stages=stages))
 
-    def again(*names, **changes):
-        return recipes.run(recipe_of(shared_world, folder, *names, **changes), store=store)
+    def again(*names, on_event=lambda event: None, **changes):
+        recipe = recipe_of(shared_world, folder, *names, **changes)
+        return running.run(recipe, store=store, on_event=on_event)
 
     again.folder, again.store = folder, store
-    again.plan = lambda *names, **changes: recipes.plan(
+    again.plan = lambda *names, **changes: running.plan(
         recipe_of(shared_world, folder, *names, **changes), store=store
     )
     return again
 
 
-def test_a_run_makes_what_the_commands_make(finished, shared_world, tmp_path):
+def test_a_run_makes_the_same_as_the_commands(finished, shared_world, tmp_path):
     store, recipe = Store(str(tmp_path / "store")), recipe_of(shared_world, tmp_path, "blue", "red")
     for request in recipe.requests:
         build_sets(store, recipe.set_of(request))
@@ -150,20 +141,20 @@ def test_a_run_makes_what_the_commands_make(finished, shared_world, tmp_path):
         assert made == (finished / "edits" / f"{name}.safetensors").read_bytes()
     measured = evaluate(store, ["blue", "red"], model=ModelSpec(f"local-dir:{finished / 'clip'}"))
     ledger = Store(str(finished / "store")).read_record("ledgers/colours.json", Ledger)
-    assert ledger.figures == measured.figures()
+    assert ledger.written.figures == measured.figures()
     assert [row.after.top1 for row in ledger.rows] == [0.0, 0.0]
     assert {row.state for row in ledger.rows} == {RequestState.FORGOTTEN}
 
 
-def test_what_is_done_is_not_done_again(job):
+def test_finished_stages_do_not_run_again(job):
     job("blue", "red")
     before = digests(job.folder)
     assert stages(job("blue", "red")) == []
     assert digests(job.folder) == before
-    assert {each.why for each in job.plan("blue", "red")} == {None}
+    assert {each.reason for each in job.plan("blue", "red")} == {None}
 
 
-def test_what_requests_share_is_looked_at_once(job, shared_world, monkeypatch):
+def test_shared_inputs_are_read_once(job, shared_world, monkeypatch):
     looked = Counter()
 
     def counting(owner, name):
@@ -182,72 +173,54 @@ def test_what_requests_share_is_looked_at_once(job, shared_world, monkeypatch):
     sets = [read_manifest(job.store, name) for name in ("blue", "red")]
     blocks = {ref.path for manifest in sets for ref in manifest.blocks().values()}
     recipe = recipe_of(shared_world, job.folder, "blue", "red")
-    plan = RecipePlan(job.store, recipe)
-    counting(plan.store, "read_record")
-    assert set(plan.whys().values()) == {None}
+    counted_job = Job(recipe, job.store)
+    counting(job.store, "read_record")
+    assert set(planning.reasons(counted_job).values()) == {None}
     assert len([key for key in looked if key[0] == "attributes"]) == len(blocks) < 6
     assert len([key for key in looked if key[0] == "identity"]) == len(readers)
     assert set(looked.values()) == {1}
-    # Another plan looks anew.
-    assert set(plan.whys().values()) == {None}
+    # Another plan looks at them again.
+    assert set(planning.reasons(counted_job).values()) == {None}
     assert {looked[key] for key in looked if key[0] == "identity"} == {2}
 
 
-class Told(progress.Sink):
-    """What a run tells of how far it is."""
+class Sink(progress.Sink):
+    """Keeps notes and the labels of bars."""
 
     def __init__(self):
-        self.boards, self.bars, self.said = [], [], []
+        self.bars, self.notes = [], []
 
     def note(self, text):
-        self.said.append(("note", text))
+        self.notes.append(text)
 
     @contextmanager
     def bar(self, label, total):
         self.bars.append(label)
         yield progress.Ticker()
 
-    @contextmanager
-    def board(self, stages, requests):
-        self.boards.append((dict(stages), requests))
-        yield self
 
-    def begin(self, stage, about, *, left, at_least):
-        self.said.append(("begin", stage, about, left, at_least))
-
-    def end(self, stage, *, requests):
-        self.said.append(("end", stage, requests))
-
-
-def test_a_request_that_is_added_costs_only_itself(job):
-    told = Told()
-    with progress.using(told):
-        done = stages(job("blue", "red", "green"))
-    # What a terminal shows: nothing is over its total, and all of it is done at the end.
-    counts, requests = told.boards[0]
-    assert counts["build-sets"] == (2, 3)
-    assert counts["search"] == (0, 1)
-    assert requests == 3
-    begun = [said for said in told.said if said[0] == "begin"]
-    ended = [said[1:] for said in told.said if said[0] == "end"]
-    assert [stage for _, stage, *_ in begun] == [stage for stage, *_ in done]
-    assert len(ended) == sum(total - done for done, total in counts.values())
-    # The search is for all of them, so none is done before the last step is.
-    assert [requests for _, requests in ended] == [0] * (len(ended) - 1) + [3]
-    lefts = [(left, at_least) for *_, left, at_least in begun]
+def test_an_added_request_costs_only_itself(job):
+    events, sink = [], Sink()
+    with progress.using(sink):
+        done = stages(job("blue", "red", "green", on_event=events.append))
+    begun = [each for each in events if each.event == "begin"]
+    assert [each.stage for each in begun] == [kind for kind, *_ in done]
+    lefts = [each.left for each in begun]
     assert lefts == sorted(lefts, reverse=True)
-    assert all(left > 0 and not at_least for left, at_least in lefts)
-    own = [(stage, "green") for stage in (Stage.SET, Stage.GRADIENTS, Stage.RANKING)]
+    assert all(left > 0 for left in lefts)
+    (first, *_) = [note for note in sink.notes if note.startswith("[1/")]
+    assert first.startswith(f"[1/{len(done)}] build-sets green (about ")
+    own = [(stage, "green") for stage in (StageKind.SET, StageKind.GRADIENTS, StageKind.RANKING)]
     assert [each for each in done if len(each) == 2] == own
-    assert (Stage.SEARCH, "blue", "red", "green") in done
+    assert (StageKind.SEARCH, "blue", "red", "green") in done
 
 
-def test_a_request_that_is_withdrawn_is_in_no_output(job, shared_world, tmp_path):
+def test_a_withdrawn_request_is_in_no_output(job, shared_world, tmp_path):
     result = job("blue")
     rest = ["search", "apply", "edits", "eval"]
     assert [stage for stage, *_ in stages(result)] == rest
     alone = recipe_of(shared_world, tmp_path / "alone", "blue")
-    recipes.run(alone, store=str(tmp_path / "store"))
+    running.run(alone, store=str(tmp_path / "store"))
     for output in ("clip", "edits"):
         assert digests(job.folder / output) == digests(tmp_path / "alone" / output)
     blue, red = result.ledger.rows
@@ -263,17 +236,17 @@ def test_a_request_that_is_withdrawn_is_in_no_output(job, shared_world, tmp_path
     assert not list((job.folder / "edits").iterdir())
 
 
-def test_copies_of_targets_hold_the_edits_of_those_who_name_them(job, shared_world):
+def test_copies_of_targets_have_the_edits_of_requests_that_name_them(job, shared_world):
     outputs = Outputs(checkpoint=job.folder / "clip", targets=job.folder / "targets")
     red = RemovalRequest(name="red", targets=[shared_world.folder])
     requests = (RemovalRequest(name="blue"), red)
     done = stages(job(requests=requests, outputs=outputs))
-    assert done == [(Stage.TARGET, "red")]
+    assert done == [(StageKind.TARGET, "red")]
     copy = job.folder / "targets" / shared_world.folder.name
     held = inside("check", copy, "--edit", "red", store=job.store.root)
     assert held.exit_code == 0, held.stderr
     done = stages(job("blue", "red", outputs=outputs))
-    assert done == [(Stage.TARGET,)]
+    assert done == [(StageKind.TARGET,)]
     assert digests(copy) == digests(shared_world.folder)
     assert job("blue", "red", outputs=outputs).done == ()
 
@@ -283,84 +256,67 @@ def test_a_lora_is_of_all_requests_and_of_text_layers(shared_world, tmp_path):
         out = Outputs(lora=tmp_path / "out" / "colours.safetensors")
         options = replace(SEARCH, layers=[layer] if layer else [], steps=6)
         recipe = recipe_of(shared_world, tmp_path, *names, search=options, outputs=out, **changes)
-        return recipes.run(recipe, store=str(tmp_path / "store"))
+        return running.run(recipe, store=str(tmp_path / "store"))
 
     result = run("blue")
     place, store = result.recipe.outputs.lora, Store(str(tmp_path / "store"))
-    assert (Stage.LORA, "blue") in stages(result)
+    assert (StageKind.LORA, "blue") in stages(result)
     export(store, ExportRequest(names=["blue"], out=tmp_path / "l.safetensors"))
     assert place.read_bytes() == (tmp_path / "l.safetensors").read_bytes()
     assert run("blue").done == ()
-    assert stages(run()) == [(Stage.LORA,)]
+    assert stages(run()) == [(StageKind.LORA,)]
     assert not place.exists()
     assert run().done == ()
-    with pytest.raises(UsageError, match="other layers are ranked too"):
+    with pytest.raises(UsageError, match="but other layers are ranked too"):
         run("blue", layer=None)
 
 
-def test_what_no_lora_can_be_of_is_told_before_anything_is_begun(job):
+def test_a_lora_of_other_layers_is_refused(job):
     outputs = Outputs(lora=job.folder / "l.safetensors")
     with pytest.raises(InputError, match=r"no client has a LoRA of visual\.proj"):
         job("blue", "red", outputs=outputs)
+    assert not outputs.lora.exists()
 
 
-def test_a_plan_estimates_by_what_the_store_has(job, shared_world, tmp_path):
+def test_a_plan_estimates_seconds_from_earlier_runs(job, shared_world, tmp_path):
     ledger = job.store.read_record("ledgers/colours.json", Ledger)
-    peaks = {each.stage: each.memory for each in ledger.stages}
-    options = PassOptions(memory_budget=1 << 30)
-    planned = {each.step.stage: each for each in job.plan("green", grad=options)}
-    if sys.platform == "linux":
-        # PyTorch itself takes more than this.
-        assert all(peak > 50e6 for peak in peaks.values())
-        assert planned[Stage.SEARCH].memory == peaks[Stage.SEARCH]
-    catalog = Catalog(job.store)
-    manifests = [catalog.get(Artifact.SET, name) for name in ("blue", "red")]
-    paths = [[Artifact.SET.path(m.name), m.forget.path, m.retain.path] for m in manifests]
-    sizes = [sum(bytes_in(job.folder / "store" / path) for path in each) for each in paths]
-    assert planned[Stage.SET].disk == round(statistics.median(sizes))
-    assert planned[Stage.CHECKPOINT].disk == bytes_in(shared_world.folder)
-    assert planned[Stage.FIGURES].disk is None
-    elsewhere = recipe_of(shared_world, tmp_path, "green", grad=options)
-    fresh = {each.step.stage: each for each in recipes.plan(elsewhere, store=str(tmp_path / "new"))}
-    assert {stage for stage, each in fresh.items() if each.disk} == {Stage.CHECKPOINT}
-    state = load(resolve(shared_world.model)).state_dict()
-    weights = sum(tensor.numel() for tensor in state.values())
-    assert {stage: each.memory for stage, each in fresh.items() if each.memory} == {
-        Stage.GRADIENTS: (1 << 30) + 12 * weights
-    }
+    planned = {each.stage.kind: each.seconds for each in job.plan("green")}
+    for kind in (StageKind.SET, StageKind.GRADIENTS, StageKind.RANKING):
+        took = [each.took.seconds for each in ledger.stages if each.kind is kind]
+        assert planned[kind] == pytest.approx(statistics.median(took))
+    # The search was for two requests.
+    (joint,) = (each.took.seconds for each in ledger.stages if each.kind is StageKind.SEARCH)
+    assert planned[StageKind.SEARCH] == pytest.approx(joint / 2)
+    elsewhere = recipe_of(shared_world, tmp_path, "green")
+    fresh = running.plan(elsewhere, store=str(tmp_path / "new"))
+    assert {each.seconds for each in fresh} == {None}
 
 
-def bytes_in(path):
-    """Return the bytes of a file or of all below a folder."""
-    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
-    return sum(each.stat().st_size for each in files)
-
-
-def test_other_options_cost_what_is_made_with_them(job):
+def test_changed_options_rerun_the_stages_that_use_them(job):
     changed = job.plan("blue", "red", search=replace(SEARCH, steps=5))
-    assert [str(each.step.stage) for each in changed if each.why] == [
+    assert [str(each.stage.kind) for each in changed if each.reason] == [
         "search",
         "apply",
         "edits",
         "eval",
     ]
-    assert "options" in next(each.why for each in changed if each.why)
+    assert "options" in next(each.reason for each in changed if each.reason)
     ranked = job.plan("blue", "red", rank=replace(RANK, exclude=["text"]))
-    assert {str(each.step.stage) for each in ranked if not each.why} == {"build-sets", "grad"}
+    assert {str(each.stage.kind) for each in ranked if not each.reason} == {"build-sets", "grad"}
 
 
-def test_what_was_damaged_or_made_otherwise_since_is_made_again(job, finished):
+def test_damaged_or_changed_outputs_are_made_again(job, finished):
     weights = job.folder / "clip" / "open_clip_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert stages(job("blue", "red")) == [(Stage.CHECKPOINT, "blue", "red")]
+    assert stages(job("blue", "red")) == [(StageKind.CHECKPOINT, "blue", "red")]
     assert digests(job.folder / "clip") == digests(finished / "clip")
     rank(job.store, "red", options=RankOptions(direction=Direction.GRADIENT, tower="text"))
-    assert stages(job("blue", "red"))[0] == (Stage.RANKING, "red")
+    assert stages(job("blue", "red"))[0] == (StageKind.RANKING, "red")
 
 
-def test_rows_that_a_person_took_out_stay_out(job, tmp_path):
+def test_rows_dropped_by_hand_stay_out(job, tmp_path):
     manifest = read_manifest(job.store, "blue")
     block = Catalog(job.store)
     assert block.get(Artifact.SET, "blue") == manifest
@@ -368,8 +324,8 @@ def test_rows_that_a_person_took_out_stay_out(job, tmp_path):
     first = json.loads(key.stdout)["rows"][0]["hash"]
     drop_from_set(job.store, "blue", [first], part="forget")
     done = stages(job("blue", "red"))
-    assert done[0] == (Stage.GRADIENTS, "blue")
-    assert (Stage.SET, "blue") not in done
+    assert done[0] == (StageKind.GRADIENTS, "blue")
+    assert (StageKind.SET, "blue") not in done
     job("blue", "red", sets=replace(recipe_sets(job), max_forget=12))
     assert read_manifest(job.store, "blue").request["dropped"]["forget"] == [first]
 
@@ -386,17 +342,17 @@ def test_bounds_are_a_gate(job, shared_world):
     assert result.done == ()
     assert {row.state for row in result.rows} == {RequestState.OUT_OF_BOUNDS}
     with pytest.raises(AssertionsError, match=r"2 bounds are not met: ta1.first>=101 of blue"):
-        recipes.require_met(result)
+        running.require_met(result)
     checks = [(c.bound, c.holds) for c in result.rows[0].checks]
     assert checks == [("fa1<=0", True), ("ta1.first>=101", False)]
 
 
-def test_bounds_on_attacks_run_what_they_need_on_what_was_written(job, shared_world, monkeypatch):
+def test_bounds_on_attacks_verify_the_written_model(job, shared_world, monkeypatch):
     few = Settings(attack_tokens=1, attack_steps=2, attack_starts=1, rows=20)
     asked = VerifyRequest(checks=[], settings=few)
     changes = {"bounds": (Assertion("attack.prefix", "<=", 100.0),), "verify": asked}
     result = job("blue", "red", **changes)
-    assert stages(result) == [(Stage.VERIFICATION, "blue"), (Stage.VERIFICATION, "red")]
+    assert stages(result) == [(StageKind.VERIFICATION, "blue"), (StageKind.VERIFICATION, "red")]
     record = Catalog(job.store).get(Artifact.VERIFICATION, "blue")
     original, written = record.subjects
     assert written.edit is None
@@ -407,8 +363,8 @@ def test_bounds_on_attacks_run_what_they_need_on_what_was_written(job, shared_wo
     page = job.folder / "page.html"
     asked_for = ReportRequest(names=["blue"], out=page, examples=False)
     write_report(job.store, asked_for)
-    told = "Tried on the model that was written, with all that was taken out of it: "
-    assert f"{told}<code>{written.label}</code>" in page.read_text()
+    tried_on = "Tried on the model that was written, with all that was taken out of it: "
+    assert f"{tried_on}<code>{written.label}</code>" in page.read_text()
     assert job("blue", "red", **changes).done == ()
     failed = job("blue", "red", **changes | {"bounds": (Assertion("attack.prefix", "<", -100.0),)})
     assert failed.done == ()
@@ -421,35 +377,33 @@ def test_bounds_on_attacks_run_what_they_need_on_what_was_written(job, shared_wo
     more = replace(asked, settings=replace(few, attack_steps=3))
     untried = job("blue", "red", **changes | {"verify": more})
     assert [(each.figure, each.holds) for each in untried.rows[0].checks] == [(None, False)]
-    with pytest.raises(AssertionsError, match="could not be tried"):
-        recipes.require_met(untried)
-    # What was verified is not told of a model that is another since.
-    recipes.run(recipe_of(shared_world, job.folder, "red"), store=job.store)
+    with pytest.raises(AssertionsError, match="its check could not run"):
+        running.require_met(untried)
+    # The verification of an earlier checkpoint is not shown for the new one.
+    running.run(recipe_of(shared_world, job.folder, "red"), store=job.store)
     write_report(job.store, replace(asked_for, overwrite=True))
-    assert told not in page.read_text()
+    assert tried_on not in page.read_text()
 
 
-def test_recipes_in_one_store_do_not_make_each_others_sets_anew(job, shared_world):
+def test_recipes_in_one_store_do_not_replace_each_others_sets(job, shared_world):
     own = Outputs()
     with pytest.raises(InputError, match="red is a request of the recipe colours") as refused:
         job("red", name="others", outputs=own)
-    assert refused.value.message.count('name, and concept = "red"') == 1
+    assert refused.value.message.count('another name and concept = "red"') == 1
     green = RemovalRequest(name="other-red", concept="red")
     assert job(requests=(green,), name="others", outputs=own).done
     assert job("blue", "red").done == ()
-    # What the first one does not ask for any more is anybody's.
+    # A withdrawn request is free for other recipes.
     job("blue")
     assert job("red", name="third", outputs=own).done
 
 
-@pytest.mark.parametrize(("owner", "call"), [("Job._rank", 2), ("apply", 1)])
-def test_a_run_that_is_killed_ends_with_the_same_bytes(
-    finished, shared_world, tmp_path, monkeypatch, owner, call
+@pytest.mark.parametrize(("name", "call"), [("rank", 2), ("apply", 1)])
+def test_a_killed_run_resumes_to_the_same_bytes(
+    finished, shared_world, tmp_path, monkeypatch, name, call
 ):
-    """It ends before, or in between a step and the ledger, where `owner` is called."""
-    place, _, name = owner.rpartition(".")
-    holder = getattr(recipes, place) if place else recipes
-    plain, calls = getattr(holder, name), []
+    """It is killed between a stage and the ledger, after `name` is called."""
+    plain, calls = getattr(slsgu_cli, name), []
 
     def killed(*arguments, **options):
         calls.append(1)
@@ -460,12 +414,10 @@ def test_a_run_that_is_killed_ends_with_the_same_bytes(
 
     recipe = recipe_of(shared_world, tmp_path, "blue", "red")
     with monkeypatch.context() as patch:
-        patch.setattr(holder, name, killed)
-        if place:
-            patch.setitem(recipes._DO, Stage.RANKING, killed)
+        patch.setattr(slsgu_cli, name, killed)
         with pytest.raises(KeyboardInterrupt):
-            recipes.run(recipe, store=str(tmp_path / "store"))
-    assert recipes.run(recipe, store=str(tmp_path / "store")).done
+            running.run(recipe, store=str(tmp_path / "store"))
+    assert running.run(recipe, store=str(tmp_path / "store")).done
     for part in ("clip", "edits", "store/edits", "store/rankings", "store/gradients"):
         assert digests(tmp_path / part) == digests(finished / part)
 
@@ -474,15 +426,15 @@ def test_a_run_that_is_killed_ends_with_the_same_bytes(
 def test_edits_that_are_searched_one_by_one(shared_world, tmp_path, together):
     recipe = recipe_of(shared_world, tmp_path, "blue", "red", together=together)
     store = Store(str(tmp_path / "store"))
-    result = recipes.run(recipe, store=store)
+    result = running.run(recipe, store=store)
     blue, red = (Catalog(store).get(Artifact.EDIT, name) for name in ("blue", "red"))
     assert (blue.joint, red.joint) == (None, None)
     assert list(red.after) == (["blue"] if together is Together.AFTER else [])
     both = evaluate(store, ["blue", "red"])
     assert result.figures == pytest.approx(both.figures(), abs=1e-4)
-    assert recipes.run(recipe, store=store).done == ()
-    alone = recipes.run(replace(recipe, requests=recipe.requests[1:]), store=store)
-    assert ((Stage.SEARCH, "red") in stages(alone)) == (together is Together.AFTER)
+    assert running.run(recipe, store=store).done == ()
+    alone = running.run(replace(recipe, requests=recipe.requests[1:]), store=store)
+    assert ((StageKind.SEARCH, "red") in stages(alone)) == (together is Together.AFTER)
 
 
 @pytest.mark.parametrize(
@@ -493,7 +445,7 @@ def test_edits_that_are_searched_one_by_one(shared_world, tmp_path, together):
         ({"evals": {"first": "{first}x"}}, "colourx"),
     ],
 )
-def test_what_cannot_end_is_not_begun(shared_world, tmp_path, changes, said):
+def test_a_run_that_cannot_succeed_does_not_start(shared_world, tmp_path, changes, said):
     filled = json.loads(
         json.dumps(changes)
         .replace("{pairs}", shared_world.sources["pairs"])
@@ -503,28 +455,28 @@ def test_what_cannot_end_is_not_begun(shared_world, tmp_path, changes, said):
     recipe = recipe_of(shared_world, tmp_path, "blue")
     sets = replace(recipe.sets, **filled)
     bad = replace(recipe, sets=sets, requests=(RemovalRequest(name=name),))
-    with pytest.raises(InputError, match="nothing was begun") as refused:
-        recipes.run(bad, store=str(tmp_path / "store"))
+    with pytest.raises(InputError, match="nothing was started") as refused:
+        running.run(bad, store=str(tmp_path / "store"))
     assert said in refused.value.message
     assert not list(tmp_path.rglob("data/*"))
 
 
-def test_a_plan_tells_of_each_request_what_a_plan_of_it_alone_does(shared_world, tmp_path):
+def test_requests_are_planned_as_if_each_were_alone(shared_world, tmp_path):
     names = ("blue", "mauve", "red", "beige")
-    store, told = Store(str(tmp_path / "store")), Told()
-    with progress.using(told):
-        planned = recipes.plan(recipe_of(shared_world, tmp_path, *names), store=store)
-    sets = [each for each in planned if each.step.stage is Stage.SET]
+    store, sink = Store(str(tmp_path / "store")), Sink()
+    with progress.using(sink):
+        planned = running.plan(recipe_of(shared_world, tmp_path, *names), store=store)
+    sets = [each for each in planned if each.stage.kind is StageKind.SET]
     alone = [
-        recipes.plan(recipe_of(shared_world, tmp_path, name), store=store)[0] for name in names
+        running.plan(recipe_of(shared_world, tmp_path, name), store=store)[0] for name in names
     ]
     assert sets == alone
     assert [each.trouble is None for each in sets] == [True, False, True, False]
-    assert told.bars == ["looking at what is done", "reading captions", "reading labels"]
-    assert told.said == []
+    assert sink.bars == ["checking what is done", "reading captions", "reading labels"]
+    assert sink.notes == []
 
 
-def test_weights_that_cannot_be_loaded_are_told_first(shared_world, tmp_path):
+def test_weights_that_cannot_be_loaded_stop_a_run_at_the_start(shared_world, tmp_path):
     shutil.copytree(shared_world.folder, tmp_path / "model")
     config = tmp_path / "model" / "open_clip_config.json"
     content = json.loads(config.read_text())
@@ -532,16 +484,16 @@ def test_weights_that_cannot_be_loaded_are_told_first(shared_world, tmp_path):
     config.write_text(json.dumps(content))
     model = ModelSpec(f"local-dir:{tmp_path / 'model'}")
     recipe = recipe_of(shared_world, tmp_path, "blue", model=model)
-    with pytest.raises(InputError, match="nothing was begun"):
-        recipes.run(recipe, store=str(tmp_path / "store"))
+    with pytest.raises(InputError, match="nothing was started"):
+        running.run(recipe, store=str(tmp_path / "store"))
 
 
-def test_a_folder_of_others_is_left_alone(shared_world, tmp_path):
+def test_files_of_others_are_not_replaced(shared_world, tmp_path):
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "notes.txt").write_text("mine")
     recipe = recipe_of(shared_world, tmp_path, "blue")
-    with pytest.raises(InputError, match="is there already, and not of this recipe"):
-        recipes.run(recipe, store=str(tmp_path / "store"))
+    with pytest.raises(InputError, match="exists already, and this recipe did not write it"):
+        running.run(recipe, store=str(tmp_path / "store"))
     assert (tmp_path / "clip" / "notes.txt").read_text() == "mine"
 
 
@@ -596,10 +548,10 @@ def test_the_command_is_a_gate_and_the_ledger_is_listed(written, tmp_path):
     lines = inside("run", written(), "--json-lines", store=store)
     assert lines.exit_code == 0, lines.stderr
     events = [json.loads(line) for line in lines.stdout.splitlines()]
-    told = [(each["event"], each.get("stage")) for each in events]
+    seen = [(each["event"], each.get("stage")) for each in events]
     done = ["build-sets", "grad", "rank", "search", "apply", "eval", "report"]
-    assert told[:-2] == [(kind, stage) for stage in done for kind in ("begin", "end")]
-    assert [kind for kind, _ in told[-2:]] == ["finished", "result"]
+    assert seen[:-2] == [(kind, stage) for stage in done for kind in ("begin", "end")]
+    assert [kind for kind, _ in seen[-2:]] == ["finished", "result"]
     assert all(each["holds"] for each in events[-1]["bounds"])
     assert (tmp_path / "page.html").is_file()
     failed = inside("run", written(101), store=store)
@@ -631,8 +583,8 @@ def test_commands_take_their_options_from_a_recipe(written, shared_world, tmp_pa
     assert json.loads(ranked.stdout)["ranking"]["direction"] == "whitened"
     gate = inside("eval", "blue", *options, "--json", store=store)
     assert gate.exit_code == 5
-    told = {each["assertion"]: each["result"] for each in json.loads(gate.stdout)["assertions"]}
-    assert told == {"fa1<=0": "holds", "ta1.first>=101": "fails"}
+    results = {each["assertion"]: each["result"] for each in json.loads(gate.stdout)["assertions"]}
+    assert results == {"fa1<=0": "holds", "ta1.first>=101": "fails"}
     monkeypatch.setenv("SLSGU_RECIPE", str(written()))
     assert inside("apply", "blue", store=store).exit_code == 0
     assert (tmp_path / "clip" / "open_clip_config.json").is_file()
@@ -651,14 +603,6 @@ def test_init_writes_once(tmp_path, monkeypatch):
     assert inside("init").exit_code == 3
     assert inside("init", "--demo", "--overwrite").exit_code == 0
     assert "embedded" not in inside("run", "recipe.toml", "--plan", "-q").stderr
-
-
-def test_env_tells_what_bug_reports_need():
-    said = json.loads(inside("env", "--json").stdout)
-    versions = {each["package"]: each["version"] for each in said["versions"]}
-    assert versions["slsgu"] == slsgu_cli.__version__
-    assert "missing" not in versions.values()
-    assert {each["extra"] for each in said["extras"]} == {"targets", "s3", "download"}
 
 
 def test_forget_is_the_whole_job(shared_world, tmp_path):

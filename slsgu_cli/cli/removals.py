@@ -1,0 +1,233 @@
+"""`init`, `run`, `requests` and `evidence`: removal jobs, and their results as tables."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, astuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from slsgu_cli.checkpoints.layers import known_as
+from slsgu_cli.cli import tables
+from slsgu_cli.cli.app import Session, command
+from slsgu_cli.errors import InputError, UsageError
+from slsgu_cli.figures.numbers import percent, roughly
+from slsgu_cli.records.words import OUTPUT, Option
+from slsgu_cli.removals.recipe import EvidenceRequest
+
+if TYPE_CHECKING:
+    from slsgu_cli.cli.console import Console
+    from slsgu_cli.records.ledger import LedgerRow
+    from slsgu_cli.removals.planning import PlannedStage
+    from slsgu_cli.removals.running import RunEvent, RunResult
+
+RecipeFile = Annotated[Path, Option(metavar="RECIPE", help="Recipe, a TOML file.")]
+
+
+@command("init")
+def init(
+    session: Session,
+    path: Annotated[
+        Path, Option(metavar="FILE", help="The recipe to write: recipe.toml by default.")
+    ] = Path("recipe.toml"),
+    demo: Annotated[
+        bool, Option(("--demo",), "Three brands and the embedded CLIP, ready to run.", OUTPUT)
+    ] = False,
+    overwrite: Annotated[bool, Option(("--overwrite",), "Replace FILE.", OUTPUT)] = False,
+) -> None:
+    """Example: slsgu init brands.toml --demo && slsgu run brands.toml"""
+    from slsgu_cli.removals.template import recipe_text
+    from slsgu_cli.store.atomic import replacing, require_regular
+
+    require_regular(path)
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists already", hint="another FILE, or --overwrite")
+    with replacing(path) as partial:
+        partial.write_text(recipe_text(path, demo=demo), encoding="utf-8")
+    session.console.paths("files", [str(path)])
+    session.console.note(f"now: slsgu run {shlex.quote(str(path))} --plan")
+
+
+@command("run")
+def run(
+    session: Session,
+    recipe: RecipeFile,
+    plan: Annotated[
+        bool, Option(("--plan",), "Show which stages are done and which have to run.", OUTPUT)
+    ] = False,
+    json_lines: Annotated[
+        bool, Option(("--json-lines",), "Print one event a line, as JSON.", OUTPUT)
+    ] = False,
+) -> None:
+    """Run the command again to resume after an interruption, or after you changed the recipe.
+    Only stages whose options or inputs changed run again. Exit code 5 if a bound does not hold.
+
+    Example: slsgu run brands.toml --plan
+    """
+    from slsgu_cli.removals import running
+
+    console = session.console
+    console.streams = json_lines
+    if json_lines and (console.as_json or plan):
+        raise UsageError(
+            "--json-lines cannot be combined with --json or --plan", hint="leave one of them out"
+        )
+    if plan:
+        show_plan(console, running.plan(recipe, store=session.store))
+        return
+
+    def on_event(event: "RunEvent") -> None:
+        if json_lines:
+            console.value("event", json.dumps(asdict(event)))
+
+    result = running.run(recipe, store=session.store, on_event=on_event)
+    if json_lines:
+        bounds = [{"request": row.name, **asdict(c)} for row in result.rows for c in row.checks]
+        last = {"event": "result", "figures": result.figures, "bounds": bounds}
+        console.value("event", json.dumps(last))
+    else:
+        show_run(console, result)
+    running.require_met(result)
+
+
+@command("requests")
+def requests(session: Session, recipe: RecipeFile) -> None:
+    """Example: slsgu requests brands.toml --json"""
+    from slsgu_cli.removals.running import requests_of
+
+    show_requests(session.console, requests_of(recipe, store=session.store))
+
+
+@command("evidence")
+def evidence(session: Session, request: EvidenceRequest) -> None:
+    """The folder has a page to print, the same as JSON, the report, digests of the files of the
+    written models, the edits, and contact sheets.
+
+    Example: slsgu evidence all --recipe brands.toml --out evidence
+    """
+    from slsgu_cli.cli.console import Column
+    from slsgu_cli.removals.evidence import write_evidence
+    from slsgu_cli.removals.job import Job
+
+    console = session.console
+    written = write_evidence(Job(request.recipe, session.store), request)
+    rows = [
+        (
+            each["request"],
+            each["state"],
+            each["edit in model"],
+            "run" if each["verification"] else "not run",
+            each["figures"][0]["before"],
+            each["figures"][0]["after"],
+        )
+        for each in written.content["requests"]
+    ]
+    columns = (
+        "request",
+        Column("state", shown=tables.brief_state),
+        Column("edit", label="its edit"),
+        "verification",
+        Column("FA@1 before", shown=roughly, on_terminal=False),
+        Column("FA@1 after", shown=roughly, label="FA@1 now"),
+    )
+    console.table("evidence", columns, rows, title=f"evidence: {written.out}")
+    for trouble in written.troubles:
+        console.warn(trouble)
+    console.paths("files", [written.out])
+
+
+def show_plan(console: "Console", planned: "Sequence[PlannedStage]") -> None:
+    """Print all stages of a recipe: which are done, which have to run and why."""
+    from slsgu_cli.cli.console import Column
+
+    rows = [
+        (
+            each.stage.kind,
+            ",".join(each.stage.names),
+            each.stage.about,
+            "cannot" if each.trouble else "to do" if each.reason else "done",
+            each.seconds,
+            each.trouble or each.reason,
+        )
+        for each in planned
+    ]
+    columns = (
+        "stage",
+        Column("requests", on_terminal=False),
+        "for",
+        "state",
+        Column("seconds", shown=lambda s: f"{s:.0f}" if s else "", label="~ s"),
+        "why",
+    )
+    to_do = [each for each in planned if each.reason]
+    title = f"{len(planned) - len(to_do)} of {len(planned)} stages are done"
+    console.table("plan", columns, rows, title=title)
+    if seconds := sum(each.seconds or 0.0 for each in to_do):
+        console.note(f"estimate from earlier runs in this store: {seconds:.0f} s")
+
+
+def show_run(console: "Console", result: "RunResult") -> None:
+    """Print the figures, bounds and requests of a recipe after a run."""
+    from slsgu_cli.cli.console import Column
+
+    original = result.ledger.original.figures if result.ledger.original else {}
+    rows = [
+        (name, original[name], value, round(value - original[name], 6))
+        for name, value in result.figures.items()
+        if name not in ("fa1", "fa5") and not name.startswith("loss.")
+    ]
+    columns = (
+        Column("figure"),
+        *(Column(name, shown=percent) for name in ("original", "now", "change")),
+    )
+    console.table("figures", columns, rows, title="figures on test images")
+    checks = [
+        (row.name, check.bound, check.figure, "holds" if check.holds else "fails")
+        for row in result.rows
+        for check in row.checks
+    ]
+    if checks:
+        head = ("request", "bound", Column("figure", shown=percent), "result")
+        console.table("bounds", head, checks, title="bounds")
+    show_requests(console, result.ledger.rows)
+    places = astuple(result.recipe.outputs)
+    if result.done or console.as_json:
+        console.paths("files", [str(place) for place in places if place is not None])
+    else:
+        console.note("everything was done already")
+
+
+def show_requests(console: "Console", rows: "Sequence[LedgerRow]") -> None:
+    """Print the requests of a ledger with their states."""
+    from slsgu_cli.cli.console import Column
+
+    cells = [
+        (
+            row.name,
+            row.id,
+            row.received,
+            row.reference,
+            row.state,
+            row.events[-1].day if row.events else None,
+            row.layer,
+            row.before.top1 if row.before else None,
+            row.after.top1 if row.after else None,
+            row.events[-1].digests.get("edit") if row.events else None,
+            row.note,
+        )
+        for row in rows
+    ]
+    columns = (
+        "request",
+        "id",
+        "received",
+        "reference",
+        Column("state", shown=tables.brief_state),
+        "since",
+        Column("layer", shown=known_as),
+        Column("FA@1 before", shown=roughly, on_terminal=False),
+        Column("FA@1 after", shown=roughly, label="FA@1 now"),
+        Column("edit", on_terminal=False),
+        Column("note", on_terminal=False),
+    )
+    console.table("requests", columns, cells, title="requests", data=list(rows))

@@ -1,0 +1,237 @@
+"""Evidence of a removal in one folder: a page, the same as JSON, the report, digests, edits."""
+
+import json
+import platform
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import slsgu_cli as slsgu
+from slsgu_cli import Artifact, Standing
+from slsgu_cli.errors import InputError, MissingError, UsageError
+from slsgu_cli.records.codec import by_name, document
+from slsgu_cli.records.figures import Accuracy, Share
+from slsgu_cli.records.ledger import Ledger, LedgerRow, RequestState
+from slsgu_cli.records.options import ReportRequest
+from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.records.verification import CHECKS, VerifiedModel
+from slsgu_cli.removals.job import Job
+from slsgu_cli.removals.recipe import EvidenceRequest
+from slsgu_cli.removals.written import WrittenModel, written_models
+from slsgu_cli.text import near
+
+PAGE, FIGURES, REPORT = "evidence.html", "evidence.json", "report.html"
+EDITS, SHEETS, SUMS = "edits", "sheets", ".sha256"
+# The files that an earlier evidence may have written to its folder.
+OURS = re.compile(
+    rf"({PAGE}|{FIGURES}|{REPORT}|[^/]+\{SUMS}|{SHEETS}/[^/]+\.png|{EDITS}/[^/]+\.safetensors)"
+)
+PACKAGES = ("torch", "open_clip_torch", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenEvidence:
+    """Evidence that was written: its folder, and the content of its JSON file."""
+
+    out: str
+    content: dict[str, Any]
+
+    @property
+    def troubles(self) -> list[str]:
+        """What could not be read, or differs from what was written."""
+        return [trouble for model in self.content["models"] for trouble in model["troubles"]]
+
+
+def write_evidence(job: Job, request: EvidenceRequest) -> WrittenEvidence:
+    """Write the evidence of the requests. Raises UsageError, MissingError, InputError."""
+    _require_place(request)
+    rows = _rows(job, request)
+    store, names = job.store, [row.name for row in rows]
+    models = written_models(store, job.ledger)
+    pairs = {name: pair for name in names if (pair := _verified(job, name, models))}
+    versions = {name: version(name) for name in PACKAGES}
+    content: dict[str, Any] = document(
+        {
+            "slsgu": slsgu.__version__,
+            "versions": {"python": platform.python_version(), **versions},
+            "model": str(job.ledger.model),
+            "requests": [_content(job, row, models, pairs.get(row.name, ())) for row in rows],
+            "models": models,
+            "checks": [line for model in models for line in _checks(request, model)],
+            "commands": [*_commands(job, request, pairs)],
+        }
+    )
+    with slsgu.replacing(request.out) as folder:
+        (folder / EDITS).mkdir(parents=True)
+        (folder / SHEETS).mkdir()
+        for name in names:
+            if sheet := slsgu.inspect_set(store, name).sheet:
+                (folder / SHEETS / f"{name}.png").write_bytes(store.read_bytes(sheet))
+        for name in sorted({*names, *(name for model in models for name in model.names)}):
+            edit = store.read_bytes(Artifact.EDIT.path(name))
+            (folder / EDITS / f"{name}.safetensors").write_bytes(edit)
+        for model in models:
+            sums = "".join(f"{file.after}  {file.name}\n" for file in model.files if file.after)
+            (folder / f"{model.label}{SUMS}").write_text(sums)
+        slsgu.write_report(store, ReportRequest(names=names, out=folder / REPORT, examples=False))
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        (folder / FIGURES).write_text(f"{text}\n", encoding="utf-8")
+        (folder / PAGE).write_text(evidence_page(content), encoding="utf-8")
+    return WrittenEvidence(str(request.out), content)
+
+
+def evidence_page(content: dict[str, Any]) -> str:
+    """Return the page that shows the content of the JSON file."""
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = files("slsgu_cli.removals").joinpath(PAGE).read_text("utf-8")
+    return environment.from_string(template).render(content)
+
+
+def _require_place(request: EvidenceRequest) -> None:
+    out = request.out
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is not a folder", hint="--out names a folder")
+    present = [path for path in out.rglob("*") if not path.is_dir()]
+    if present and not request.overwrite:
+        raise InputError(f"{out} exists already", hint="another --out, or --overwrite")
+    others = [name for p in present if not OURS.fullmatch(name := str(p.relative_to(out)))]
+    if others:
+        raise InputError(f"{out} contains {others[0]}, which would be lost", hint="another --out")
+
+
+def _rows(job: Job, request: EvidenceRequest) -> list[LedgerRow]:
+    """Return the ledger's rows of the requests. Raises UsageError, MissingError."""
+    rows = {row.name: row for row in job.ledger.rows}
+    names = list(request.names)
+    if names == ["all"]:
+        names = [name for name, row in rows.items() if row.state is not RequestState.WITHDRAWN]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"{twice[0]} is named twice")
+    run = f"slsgu run {request.recipe}"
+    if not rows or not names:
+        raise MissingError(f"{job.store.url} has no requests of {job.recipe.name}", hint=run)
+    if unknown := [name for name in names if name not in rows]:
+        raise UsageError(
+            f"the recipe {job.recipe.name} never had a request {unknown[0]}",
+            hint=near(unknown[0], rows) or f"its requests: {', '.join(rows)}",
+        )
+    if unmeasured := [name for name in names if not (rows[name].before and rows[name].after)]:
+        raise MissingError(f"{unmeasured[0]} has not been measured yet", hint=run)
+    return [rows[name] for name in names]
+
+
+def _usable(job: Job, kind: Artifact, name: str) -> Any:
+    """Return a record of the store; None if it is missing, stale or damaged."""
+    record = job.catalog.get(kind, name)
+    if record is None or job.catalog.standing(kind, name, record)[0] is not Standing.OK:
+        return None
+    return record
+
+
+def _verified(job: Job, name: str, models: Sequence[WrittenModel]) -> Sequence[VerifiedModel]:
+    """Return the original and the verified model: one of these, or the one with the edit alone."""
+    record = _usable(job, Artifact.VERIFICATION, name)
+    if record is None:
+        return ()
+    prints = [slsgu.written_fingerprint(job.ledger.model, Path(each.place)) for each in models]
+    edit = _usable(job, Artifact.EDIT, name)
+    return slsgu.verified_pair(record, edit, [key for key in prints if key])
+
+
+def _content(
+    job: Job, row: LedgerRow, models: Sequence[WrittenModel], pair: Sequence[VerifiedModel]
+) -> dict[str, Any]:
+    """Return what the evidence says about a request."""
+    manifest = job.store.read_record(Artifact.SET.path(row.name), SetManifest)
+    edit = job.store.read_bytes(Artifact.EDIT.path(row.name))
+    presences = {model.presence(row.name) for model in models} - {None}
+    return {
+        "request": row.name,
+        "concept": row.concept,
+        "id": row.id,
+        "received": row.received,
+        "reference": row.reference,
+        "note": row.note,
+        "state": row.state,
+        "events": row.events,
+        "captions with": manifest.patterns,
+        "captions without": manifest.exclusions,
+        "rows": by_name(manifest.blocks()),
+        "layer": row.layer,
+        "edit": _usable(job, Artifact.EDIT, row.name),
+        "edit sha256": sha256(edit).hexdigest(),
+        "edit in model": ", ".join(sorted(str(presence) for presence in presences)) or None,
+        "figures": [*_figures(row, job.ledger)],
+        "bounds": row.checks,
+        "verification": _verification(row, pair) if pair else None,
+    }
+
+
+def _figures(row: LedgerRow, ledger: Ledger) -> Iterator[dict[str, Any]]:
+    """Yield the figures of the written model with exact 95% intervals."""
+    for kind, name, before, after in _accuracies(row, ledger):
+        for k, field in ((1, "top1"), (5, "top5")):
+            value = getattr(after, field)
+            low, high = Share.of(value, after.rows).interval
+            yield {
+                "figure": f"{kind}@{k} {name}".strip(),
+                "before": getattr(before, field),
+                "after": value,
+                "images": after.rows,
+                "test": after.unseen,
+                "from": round(low, 4),
+                "to": round(high, 4),
+            }
+
+
+def _accuracies(row: LedgerRow, ledger: Ledger) -> Iterator[tuple[str, str, Accuracy, Accuracy]]:
+    """Yield FA, and TA by evaluation set: the accuracy before and after."""
+    if row.before and row.after:
+        yield "FA", "", row.before, row.after
+    if ledger.original and ledger.written:
+        for name, before in sorted(ledger.original.utility.items()):
+            yield "TA", name, before, ledger.written.utility[name]
+
+
+def _verification(row: LedgerRow, pair: Sequence[VerifiedModel]) -> dict[str, Any]:
+    """Return what verification found, in figures and in words, and which checks did not run."""
+    original, other = pair
+    ran = {finding.check for finding in other.findings if not finding.left_out}
+    return {
+        "model": other.label,
+        "edit alone": other.edit is not None,
+        "checks": [each for each in slsgu.verdict_rows(original, other) if not each.detail],
+        "conclusion": slsgu.conclusion(row.concept, original, other).sentences,
+        "not run": [check for check in CHECKS if check not in ran],
+    }
+
+
+def _checks(request: EvidenceRequest, model: WrittenModel) -> Iterator[str]:
+    """Yield the two commands that check a model: for its edits, and for its files' digests."""
+    words = ["slsgu", "check", model.place]
+    for name in model.names:
+        words += ["--edit", f"{request.out / EDITS / name}.safetensors"]
+    yield shlex.join(words)
+    sums = shlex.quote(str(request.out / f"{model.label}{SUMS}"))
+    place = Path(model.place)
+    folder = place.parent if place.is_file() else place
+    yield f"(cd {shlex.quote(str(folder))} && sha256sum -c -) < {sums}"
+
+
+def _commands(
+    job: Job, request: EvidenceRequest, pairs: dict[str, Sequence[VerifiedModel]]
+) -> Iterator[str]:
+    """Yield the commands that repeat the removal."""
+    yield f"export SLSGU_STORE={shlex.quote(job.store.url)}"
+    yield f"slsgu run {shlex.quote(str(request.recipe))}"
+    for name, (_, verified) in pairs.items():
+        model = f" {verified.model.flags()}" if verified.edit is None else ""
+        yield f"slsgu verify {shlex.quote(name)}{model}"

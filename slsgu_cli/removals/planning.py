@@ -1,0 +1,219 @@
+"""The plan of a job: its stages, which of them have to run, and which cannot."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import slsgu_cli as slsgu
+from slsgu_cli import Artifact, progress
+from slsgu_cli.errors import InputError, SlsguError
+from slsgu_cli.records.ledger import RequestState, StageKind
+from slsgu_cli.removals.job import Job, NotYetError
+from slsgu_cli.removals.outputs import (
+    CheckpointStage,
+    EditsStage,
+    EvidenceStage,
+    LoraStage,
+    ReportStage,
+    TargetStage,
+)
+from slsgu_cli.removals.recipe import Together
+from slsgu_cli.removals.stage import Stage
+from slsgu_cli.removals.stages import (
+    EvaluationStage,
+    GradientStage,
+    RankingStage,
+    SearchStage,
+    SetStage,
+    VerificationStage,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStage:
+    """A stage and why it has to run: None if it is done.
+
+    `trouble` says why it cannot succeed. `seconds` is the median time of such stages in this
+    store, None if there was none.
+    """
+
+    stage: Stage
+    reason: str | None
+    trouble: str | None = None
+    seconds: float | None = None
+
+
+def stages_of(job: Job) -> list[Stage]:
+    """Return all stages of a job in the order of a run."""
+    recipe, names, out = job.recipe, job.recipe.names, job.recipe.outputs
+    stages: list[Stage] = [SetStage((name,)) for name in names]
+    for name in names:
+        stages += [GradientStage((name,)), RankingStage((name,))]
+    searches = [names] if recipe.together is Together.JOINT else [(name,) for name in names]
+    stages += [SearchStage(each) for each in searches if each]
+    if out.checkpoint:
+        stages.append(CheckpointStage(names, out.checkpoint))
+    stages += _target_stages(job)
+    if out.edits:
+        stages.append(EditsStage(names, out.edits))
+    if out.lora and (names or job.ledger.stage(LoraStage((), out.lora).key)):
+        stages.append(LoraStage(names, out.lora))
+    if not names:
+        return stages
+    stages.append(EvaluationStage(names))
+    stages += [VerificationStage((r.name,)) for r in recipe.requests if recipe.checks_of(r)]
+    if out.report:
+        stages.append(ReportStage(names, out.report))
+    if out.evidence:
+        stages.append(EvidenceStage(names, out.evidence))
+    return stages
+
+
+def _target_stages(job: Job) -> list[Stage]:
+    """Return the copies of targets, those that an earlier run wrote included."""
+    copies = {
+        Path(each.place): TargetStage((), Path(each.place), Path(each.origin))
+        for each in job.ledger.stages
+        if each.origin and each.place
+    }
+    for target in job.recipe.targets():
+        place = (job.recipe.outputs.targets or Path()) / target.resolve().name
+        names = tuple(each.name for each in job.recipe.requests if target in each.targets)
+        copies[place] = TargetStage(names, place, target)
+    return [copies[place] for place in sorted(copies)]
+
+
+def reason_to_run(job: Job, stage: Stage) -> str | None:
+    """Return why a stage has to run; None if its output is there and up to date."""
+    record = job.ledger.stage(stage.key)
+    try:
+        inputs = stage.inputs(job)
+        if record is None or not record.output:
+            return "not done yet"
+        if changed := [what for what, now in inputs.items() if record.inputs.get(what) != now]:
+            return f"changed: {', '.join(changed)}"
+        if fault := stage.fault(job):
+            return fault
+        if stage.output(job) != record.output:
+            return "the output has changed since the last run"
+    except NotYetError as missing:
+        return f"waits for the {missing}" if record is None else f"no {missing}"
+    except SlsguError as error:
+        return error.message
+    except OSError as error:
+        return f"cannot read the output: {error.strerror or error}"
+    return None
+
+
+def reasons(job: Job) -> dict[Stage, str | None]:
+    """Return all stages with why they have to run. Each source file is looked at once."""
+    stages = stages_of(job)
+    found: dict[Stage, str | None] = {}
+    job.identities = {}
+    try:
+        with progress.bar("checking what is done", len(stages)) as ticker:
+            for stage in stages:
+                found[stage] = reason_to_run(job, stage)
+                ticker.advance()
+    finally:
+        job.identities = None
+    return found
+
+
+def plan(job: Job) -> list[PlannedStage]:
+    """Return all stages with why they have to run, what prevents it, and the time they take."""
+    to_run = reasons(job)
+    set_errors = _set_errors(job, [stage for stage, reason in to_run.items() if reason])
+    others, took = _requests_of_others(job), _seconds(job)
+    planned = []
+    pending: dict[str, str] = {}
+    for stage, reason in to_run.items():
+        earlier = [f"after {pending[name]} of {name}" for name in stage.names if name in pending]
+        trouble = _trouble(job, stage, set_errors, others) if reason else None
+        reason = reason or next(iter(earlier), None)
+        if reason and stage.place is None:
+            pending |= {name: stage.kind for name in stage.names if name not in pending}
+        seconds = _typical_seconds(took, stage) if reason else 0.0
+        planned.append(PlannedStage(stage, reason, trouble, seconds))
+    return planned
+
+
+def require_possible(job: Job, planned: Sequence[PlannedStage]) -> None:
+    """Raise InputError if a stage cannot succeed. The same trouble is named once."""
+    troubles: dict[str, str] = {}
+    for each in planned:
+        if each.trouble:
+            message = f"{each.stage.kind} {each.stage.about}: {each.trouble}"
+            troubles.setdefault(each.trouble, message)
+    if troubles:
+        raise InputError(
+            "nothing was started, because these stages cannot succeed: "
+            + "; ".join(troubles.values()),
+            hint=f"correct the recipe {job.recipe.name}; --plan shows every stage",
+        )
+
+
+def _trouble(
+    job: Job, stage: Stage, set_errors: Mapping[str, SlsguError], others: Mapping[str, str]
+) -> str | None:
+    """Return why a stage cannot succeed; None as far as can be known."""
+    for name in stage.names:
+        if name in others:
+            return (
+                f"{name} is a request of the recipe {others[name]} in this store; give it another "
+                f'name and concept = "{job.recipe.request(name).concept}", use another --store, '
+                f'or set name = "{others[name]}" if the recipe is the same'
+            )
+    try:
+        if isinstance(stage, SetStage) and stage.names[0] in set_errors:
+            raise set_errors[stage.names[0]]
+        stage.require_possible(job)
+    except SlsguError as error:
+        return error.message
+    return None
+
+
+def _set_errors(job: Job, stages: Sequence[Stage]) -> dict[str, SlsguError]:
+    """Return what prevents sets from being built, by name. Captions and labels are read."""
+    requests = [stage.request(job) for stage in stages if isinstance(stage, SetStage)]
+    if not requests:
+        return {}
+    try:
+        slsgu.require_weights(slsgu.resolve(job.recipe.model))
+    except SlsguError as error:
+        return {request.name: error for request in requests}
+    with progress.bars_only():
+        return slsgu.Preview(job.store, requests).errors()
+
+
+def _requests_of_others(job: Job) -> dict[str, str]:
+    """Return the requests of other recipes in the store, each with its recipe.
+
+    Two recipes with the same request would replace each other's set and edit.
+    """
+    return {
+        row.name: recipe
+        for recipe, ledger in job.catalog.readable(Artifact.LEDGER).items()
+        for row in ledger.rows
+        if recipe != job.recipe.name and row.state is not RequestState.WITHDRAWN
+    }
+
+
+def _seconds(job: Job) -> dict[StageKind, list[float]]:
+    """Return the seconds that stages took in this store and on this device; searches by request."""
+    took: dict[StageKind, list[float]] = {}
+    for ledger in job.catalog.readable(Artifact.LEDGER).values():
+        for each in ledger.stages:
+            if each.output and each.took.where == job.device:
+                requests = len(each.names) if each.kind is StageKind.SEARCH else 1
+                took.setdefault(each.kind, []).append(each.took.seconds / requests)
+    return took
+
+
+def _typical_seconds(took: Mapping[StageKind, Sequence[float]], stage: Stage) -> float | None:
+    """Return the median seconds of such a stage; None if none ran before."""
+    if stage.kind not in took:
+        return None
+    requests = len(stage.names) if stage.kind is StageKind.SEARCH else 1
+    return median(took[stage.kind]) * requests
