@@ -23,11 +23,12 @@ from slsgu_cli.checkpoints.apply import AppliedResult
 from slsgu_cli.cli.console import SCHEMA
 from slsgu_cli.downstream.search import TargetFigures
 from slsgu_cli.method.edit import FoundEdit
+from slsgu_cli.records.comparison import PipelineComparison
 from slsgu_cli.records.figures import ClassLoss, Ground
 from slsgu_cli.records.method import Ranking, Trial, Trials
 from slsgu_cli.records.recipe import TABLES, TOP, LedgerRow, Table
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.records.studies import JointSearch, PipelineComparison, Sweep
+from slsgu_cli.records.studies import JointSearch, Sweep
 from slsgu_cli.records.targets import (
     Answers,
     AnswerSet,
@@ -38,7 +39,7 @@ from slsgu_cli.records.targets import (
 from slsgu_cli.records.words import Place
 from slsgu_cli.store.catalog import Entry
 from slsgu_cli.store.check import Finding
-from slsgu_cli.verification.verdicts import Conclusion
+from slsgu_cli.verification.results import Conclusion
 
 FILE = Path(__file__).parent / "artifacts" / "documents.schema.json"
 RECIPE = FILE.with_name("recipe.schema.json")
@@ -167,7 +168,7 @@ def documents() -> dict[str, list[dict[str, Any]]]:
             {
                 "verification": table(
                     "check",
-                    "probe",
+                    "variant",
                     "model",
                     "original FA@1",
                     "FA@1",
@@ -183,7 +184,7 @@ def documents() -> dict[str, list[dict[str, Any]]]:
                     "note",
                     utility=("original TA@1", "TA@1"),
                 ),
-                "became?": table("model", "what", "place", "name", "figure"),
+                "neighbourhood?": table("model", "what", "place", "name", "figure"),
                 "classes?": table(
                     "what",
                     "set",
@@ -195,9 +196,9 @@ def documents() -> dict[str, list[dict[str, Any]]]:
                     "TA@1",
                     "change",
                 ),
-                "told?": table(
+                "classifiers?": table(
                     "classifier",
-                    "tells",
+                    "looks for",
                     "model",
                     "images",
                     "original accuracy",
@@ -235,7 +236,7 @@ def documents() -> dict[str, list[dict[str, Any]]]:
                     "others",
                     "verdict",
                 ),
-                "attempts?": table("check", "model", "made with", "text", "loss", "FA@1", "FA@5"),
+                "attempts?": table("check", "model", "looked for", "text", "loss", "FA@1", "FA@5"),
                 "curves?": table("check", "model", "trained name", "step", "FA@1", "FA@5"),
                 "verdicts": sentences,
                 "notes?": sentences,

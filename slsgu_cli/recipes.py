@@ -64,7 +64,7 @@ from slsgu_cli.store.sharing import held
 from slsgu_cli.store.store import Store
 from slsgu_cli.study.joint import joint_search
 from slsgu_cli.study.recipe import PlannedStep, RecipePlan, Step
-from slsgu_cli.verification.verdicts import rows as verdicts
+from slsgu_cli.verification.results import rows as verdicts
 from slsgu_cli.verification.verify import verify
 
 

@@ -16,6 +16,7 @@ from slsgu_cli.errors import MissingError, SlsguError
 from slsgu_cli.figures.html import Html, code, paragraph
 from slsgu_cli.method.edit import FoundEdit, Presence, find_edits
 from slsgu_cli.records.codec import digest
+from slsgu_cli.records.comparison import ClipComparison
 from slsgu_cli.records.method import (
     Criterion,
     EditHeader,
@@ -35,7 +36,7 @@ from slsgu_cli.records.options import (
 )
 from slsgu_cli.records.recipe import written_at
 from slsgu_cli.records.sets import LOCAL, ModelSpec, SetManifest
-from slsgu_cli.records.studies import ClipComparison, JointSearch, Sweep
+from slsgu_cli.records.studies import JointSearch, Sweep
 from slsgu_cli.records.verification import Verification
 from slsgu_cli.records.words import command_line
 from slsgu_cli.store.artifacts import TABLE, Artifact, read_manifest

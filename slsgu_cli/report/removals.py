@@ -289,14 +289,16 @@ def _without_words(record: Verification) -> Verification:
     for subject in record.subjects:
         findings = []
         for finding in subject.findings:
-            probes = tuple(
-                replace(probe, name=f"{probe.name.partition(KIND)[0]} {number}")
-                if finding.check is Check.SPELLING
-                else probe
-                for number, probe in enumerate(finding.probes, 1)
+            variants = tuple(
+                replace(variant, name=f"{variant.name.partition(KIND)[0]} {number}")
+                if finding.check is Check.TYPOS
+                else variant
+                for number, variant in enumerate(finding.variants, 1)
             )
             attempts = tuple(replace(each, text="–", tried=()) for each in finding.attempts)
-            less = replace(finding, probes=probes, attempts=attempts, became=None, classes=None)
+            less = replace(
+                finding, variants=variants, attempts=attempts, neighbourhood=None, classes=None
+            )
             findings.append(less)
         edit = subject.edit and replace(subject.edit, harmed=(), nearest=())
         subjects.append(replace(subject, edit=edit, findings=tuple(findings)))
@@ -391,10 +393,10 @@ def content_of(one: RemovedRequest) -> dict[str, Any]:
 
 def verified(one: RemovedRequest) -> dict[str, Any]:
     """Return what verification found, in rows and in words, and what it did not try."""
-    from slsgu_cli.verification.verdicts import conclusion, rows
+    from slsgu_cli.verification.results import conclusion, rows
 
     original, other = one.pair
-    tried = {finding.check for finding in other.findings if not finding.left_out}
+    tried = {finding.check for finding in other.findings if not finding.skipped}
     return {
         "model": other.label,
         "checks": [row for row in rows(original, other) if not row.detail],

@@ -4,7 +4,8 @@ from collections.abc import Collection
 from itertools import zip_longest
 
 from slsgu_cli.checkpoints.layers import known_as
-from slsgu_cli.compare.comparison import LABELS, TableRow, better, mean_rows
+from slsgu_cli.compare.registry import label_of
+from slsgu_cli.compare.tables import TableRow, better, mean_rows
 from slsgu_cli.figures.html import (
     Child,
     Html,
@@ -26,12 +27,11 @@ from slsgu_cli.figures.html import (
     share,
     table,
 )
+from slsgu_cli.records.comparison import ClipComparison, Method
 from slsgu_cli.records.figures import Share
 from slsgu_cli.records.method import EditHeader, Trials
 from slsgu_cli.records.studies import (
-    ClipComparison,
     JointSearch,
-    Method,
     Sweep,
     SweepRow,
     Trajectory,
@@ -75,13 +75,14 @@ def verified_pair(
 
 
 def _verification(record: Verification, original: VerifiedModel, edited: VerifiedModel) -> Html:
-    from slsgu_cli.verification.verdicts import Verdict, conclusion, rows
+    from slsgu_cli.verification.results import conclusion, rows
+    from slsgu_cli.verification.verdicts import Verdict
 
     found = conclusion(record.concept, original, edited)
-    probes = [row for row in rows(original, edited) if not row.detail]
+    lines = [row for row in rows(original, edited) if not row.detail]
     cells: list[tuple[Child, ...]] = [
         (
-            row.probe,
+            row.variant,
             str(row.check),
             percent(row.before.top1),
             percent(row.after.top1),
@@ -90,15 +91,15 @@ def _verification(record: Verification, original: VerifiedModel, edited: Verifie
             str(row.verdict),
             row.note,
         )
-        for row in probes
+        for row in lines
     ]
     figures = numeric("FA@1, original", "FA@1, edited", "FA@1, control", "TA@1, change in points")
-    heads = ("probe", "kind", *figures, "verdict", "note")
-    counts = [(word, sum(row.verdict is word for row in probes)) for word in Verdict]
+    heads = ("variant", "check", *figures, "verdict", "note")
+    counts = [(word, sum(row.verdict is word for row in lines)) for word in Verdict]
     verdict_counts = ", ".join(f"{word} {count}" for word, count in counts if count)
     lead = paragraph(
-        f"{len(probes)} probes: {verdict_counts}. A verdict compares the edited model with the "
-        "original under the same probe; a control is the same effort without the concept."
+        f"{len(lines)} variants: {verdict_counts}. A verdict compares the edited model with the "
+        "original under the same variant; a control is the same effort without the concept."
     )
     whole = None
     if edited.edit is None:
@@ -111,12 +112,12 @@ def _verification(record: Verification, original: VerifiedModel, edited: Verifie
             lead,
             whole,
             verdicts,
-            _left_out(edited),
+            _skipped(edited),
             _curves(original, edited),
             _attempts(original, edited),
             _became(original, edited),
             _losses(original, edited),
-            _told(original, edited),
+            _classifiers(original, edited),
             _retrieved(original, edited),
             _membership(original, edited),
         )
@@ -142,12 +143,12 @@ def _curves(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
     return element("div", *charts, class_="charts") if charts else None
 
 
-def _left_out(edited: VerifiedModel) -> Html | None:
-    """Tell which checks could not be made, and why."""
+def _skipped(edited: VerifiedModel) -> Html | None:
+    """Show which checks cannot run on the model, and why."""
     reasons = [
-        f"{finding.check}: {finding.left_out}." for finding in edited.findings if finding.left_out
+        f"{finding.check}: {finding.skipped}." for finding in edited.findings if finding.skipped
     ]
-    return paragraph("Left out: " + " ".join(reasons)) if reasons else None
+    return paragraph("Skipped: " + " ".join(reasons)) if reasons else None
 
 
 def _attempts(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
@@ -167,12 +168,12 @@ def _attempts(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
 def _became(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
     """Tell the names next to the forgotten one, and what its images are taken for."""
     findings = (model.finding(Check.NEIGHBOURS) for model in (original, edited))
-    sides = [finding.became for finding in findings if finding and finding.became]
+    sides = [finding.neighbourhood for finding in findings if finding and finding.neighbourhood]
     if len(sides) < 2:
         return None
     columns = [[f"{near.name} {cosine(near.cosine)}" for near in side.nearest] for side in sides]
     columns += [
-        [f"{guess.name} {100 * guess.rows / side.rows:.0f}%" for guess in side.taken_for]
+        [f"{guess.name} {100 * guess.rows / side.rows:.0f}%" for guess in side.guesses]
         for side in sides
     ]
     cells = [(str(n), *row) for n, row in enumerate(zip_longest(*columns), start=1)]
@@ -189,7 +190,7 @@ def _became(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
 def _losses(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
     """Tell what it cost the nearest names, and the classes that it cost most."""
     from slsgu_cli.method.trial import LEAST_ROWS
-    from slsgu_cli.verification.probes import losses, most_harmed, nearest_names
+    from slsgu_cli.verification.checks.nearest import losses, most_harmed, nearest_names
 
     known = losses(original, edited)
     captions = {
@@ -227,9 +228,9 @@ def _losses(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
     return joined(tables) if tables else None
 
 
-def _told(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
-    """Tell how well classifiers on image features tell the concept's images from others."""
-    from slsgu_cli.verification.image_probes import pairs_of
+def _classifiers(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
+    """Show how well classifiers on image features find the concept's images."""
+    from slsgu_cli.verification.checks.probe import score_pairs
 
     cells: list[tuple[Child, ...]] = [
         (
@@ -240,7 +241,7 @@ def _told(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
             percent(was.recall),
             percent(now.recall),
         )
-        for was, now in pairs_of(original, edited)
+        for was, now in score_pairs(original, edited)
     ]
     figures = numeric(
         "learnt from images",
@@ -258,7 +259,7 @@ def _told(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
 
 def _retrieved(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
     """Tell what its images and its name find, and whether an index still stands."""
-    from slsgu_cli.verification.image_probes import retrievals
+    from slsgu_cli.verification.checks.retrieval import retrievals
 
     found = retrievals(original, edited)
     if found is None:
@@ -283,7 +284,7 @@ def _retrieved(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
             number(side.mean),
             number(side.largest),
         )
-        for side in found[1].moved
+        for side in found[1].shifts
     ]
     figures = numeric(
         "mAP, original",
@@ -302,7 +303,7 @@ def _retrieved(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
 
 
 def _membership(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
-    from slsgu_cli.verification.training import exposure
+    from slsgu_cli.verification.checks.membership import exposure
 
     before, after = original.finding(Check.MEMBERSHIP), edited.finding(Check.MEMBERSHIP)
     if before is None or after is None:
@@ -314,7 +315,7 @@ def _membership(original: VerifiedModel, edited: VerifiedModel) -> Html | None:
             f"{now.mean:.1f} ± {now.deviation:.1f}%",
             str(exposure(was, now)),
         )
-        for was, now in zip(before.attacks, after.attacks, strict=True)
+        for was, now in zip(before.membership, after.membership, strict=True)
     ]
     heads = ("told by", *numeric("original", "edited"), "verdict")
     caption = "Membership inference: how often forget pairs are told from others; 50% is chance"
@@ -442,7 +443,7 @@ def _comparison(record: ClipComparison) -> Html:
     sets = sorted({name for row in rows for name in row.utility})
     cells: list[tuple[Child, ...]] = [
         (
-            LABELS[row.method],
+            label_of(row.method),
             row.words,
             percent(row.forget.top1),
             percent(row.forget.top5),
@@ -462,7 +463,7 @@ def _comparison(record: ClipComparison) -> Html:
 
 
 def _verdict(rows: list[TableRow]) -> Html:
-    beaten = ", ".join(f"{LABELS[row.method]} ({row.words})" for row in better(rows))
+    beaten = ", ".join(f"{label_of(row.method)} ({row.words})" for row in better(rows))
     verdict = (
         f"No worse on FA@1 and on mean TA@1, and better on one of them: {beaten}. "
         if beaten

@@ -229,7 +229,7 @@ TABLE: dict[Artifact, Row] = {
     ),
     Artifact.COMPARISON: Row(
         "comparisons",
-        "studies.ClipComparison",
+        "comparison.ClipComparison",
         "comparison",
         "compare {}",
         digests=MEASURED,
@@ -249,7 +249,7 @@ TABLE: dict[Artifact, Row] = {
     ),
     Artifact.TARGET_COMPARISON: Row(
         "target-comparisons",
-        "studies.PipelineComparison",
+        "comparison.PipelineComparison",
         has_folder=True,
         digests=TARGET,
         needs=Artifact.POINTER,

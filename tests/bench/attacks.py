@@ -28,19 +28,19 @@ import numpy as np
 import torch
 import unseen
 from safetensors.torch import load_file, save_file
+from slsgu_cli.compare.closed_forms import ClosedForms
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.cli.recipe import DATA, demo_request
-from slsgu_cli.compare.closed_forms import ClosedForms
 from slsgu_cli.compare.comparison import ClipComparisonRun, tune
 from slsgu_cli.method.gradients import adversarial_prefixes, compute_gradients
 from slsgu_cli.method.ranking import rank
 from slsgu_cli.method.search import search
+from slsgu_cli.records.comparison import CLOSED_FORMS, CompareOptions, Method
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import LOCAL, ModelSpec
-from slsgu_cli.records.studies import CLOSED_FORMS, CompareOptions, Method
 from slsgu_cli.records.verification import Check, VerifiedModel, VerifyRequest
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store

@@ -22,10 +22,10 @@ from slsgu_cli.downstream.search import PARTS, search_target
 from slsgu_cli.downstream.subjects import AskedSubject, Questions
 from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.records.codec import decode, encode
+from slsgu_cli.records.comparison import PipelineCompareOptions
 from slsgu_cli.records.figures import Share, TargetFigures
 from slsgu_cli.records.method import Direction
 from slsgu_cli.records.sets import ModelSpec, Split
-from slsgu_cli.records.studies import PipelineCompareOptions
 from slsgu_cli.records.targets import Budget, GradientOf, ReportBudget, TargetSearchOptions
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock

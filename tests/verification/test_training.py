@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from slsgu_cli.method.gradient_pass import contrastive, sigmoid
+from slsgu_cli.verification.checks.relearn import new_name
 from slsgu_cli.verification.model import altered
-from slsgu_cli.verification.training import contrastive_of, cycled, new_name, schedule
+from slsgu_cli.verification.training import contrastive_of, cycled, schedule
 
 SCALE, BIAS = torch.tensor(12.0), torch.tensor(-3.0)
 
