@@ -4,20 +4,18 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from slsgu_cli.records.comparison import ClipPlan, Method, PipelinePlan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slsgu_cli.compare.layer_edits import LayerEdits
-    from slsgu_cli.compare.runner import BaselineRunner
-    from slsgu_cli.compare.unet import UnetTraining
-
-Epochs = Callable[["BaselineRunner", float], Iterator[int]]
-Change = Callable[["LayerEdits", str, float], "Tensor"]
-OnUnet = Callable[["UnetTraining", PipelinePlan], None]
+# The first argument is a BaselineRunner, LayerEdits and UnetTraining, whose modules import
+# this one.
+Epochs = Callable[[Any, float], Iterator[int]]
+Change = Callable[[Any, str, float], "Tensor"]
+OnUnet = Callable[[Any, PipelinePlan], None]
 EpochsT = TypeVar("EpochsT", bound=Epochs)
 ChangeT = TypeVar("ChangeT", bound=Change)
 OnUnetT = TypeVar("OnUnetT", bound=OnUnet)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from places import ROOT
 
 from slsgu_cli.errors import StaleError
-from slsgu_cli.records import method, sets, studies
+from slsgu_cli.records import comparison, method, sets, studies
 from slsgu_cli.records.codec import ADDED, canonical_json, decode, digest, encode, with_texts
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import (
@@ -36,8 +36,8 @@ KINDS = sorted(
             *(ModelSpec, sets.InputSpec, sets.DataRef, sets.SetManifest),
             *(studies.JointMove, studies.JointTrial, studies.JointSearch),
             *(studies.SweepRow, studies.Sweep),
-            *(studies.ClipComparison, studies.ClipOutcome),
-            *(studies.PipelineComparison, studies.PipelineOutcome),
+            *(comparison.ClipComparison, comparison.ClipOutcome),
+            *(comparison.PipelineComparison, comparison.PipelineOutcome),
         )
         if dataclasses.is_dataclass(kind) and isinstance(kind, type)
     },
@@ -225,7 +225,7 @@ def test_an_edit_without_figures_survives():
 def test_a_field_that_was_added_later_has_its_default():
     finding = Finding(Check.NEAREST, "k", {})
     written = through_json(finding)
-    for added in ("classes", "told", "retrieval", "attempts", "left_out"):
+    for added in ("classes", "classifiers", "retrieval", "attempts", "skipped"):
         del written[added]
     assert decode(Finding, written) == finding
     assert digest(written) == digest(finding)
