@@ -1,4 +1,4 @@
-"""The registry of baselines: what each declares beside its code, loaded when it is needed."""
+"""The registry of baselines: the declarations next to their code, imported on demand."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -168,8 +168,8 @@ def label_of(method: Method) -> str:
     """Return the label of a method in tables."""
     if method in _LABELS:
         return _LABELS[method]
-    found = baseline(method)
-    return found.label if found else _UNET[method][0]
+    spec = baseline(method)
+    return spec.label if spec else _UNET[method][0]
 
 
 def _load(method: Method) -> None:

@@ -30,7 +30,7 @@ from slsgu_cli.records.words import (
 class Method(StrEnum):
     """The rows of a comparison, in order: the original model, baselines and our edit.
 
-    A baseline is declared beside its code, in the module of `compare/baselines` that its name
+    A baseline is declared next to its code, in the module of `compare/baselines` that its name
     begins with.
     """
 

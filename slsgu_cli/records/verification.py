@@ -34,7 +34,7 @@ IMAGES, MADE_UP = "its images", "a made-up class"
 class Check(StrEnum):
     """The checks of `verify`, in the order they run; the first measures the model as it is.
 
-    Each is declared beside its code, in the module of `verification/checks` with its name.
+    Each is declared next to its code, in the module of `verification/checks` with its name.
     `is_attack` marks those that search for inputs and compare them with a control.
     """
 

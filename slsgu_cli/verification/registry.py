@@ -1,4 +1,4 @@
-"""The registry of checks: what each check declares beside its code, loaded when it is needed."""
+"""The registry of checks: the declarations next to their code, imported on demand."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -141,7 +141,7 @@ def variant_rows(before: Finding, after: Finding) -> Iterator[VerdictRow]:
 def attack_rows(
     subject: str, control: str, *, variant: str, adds: str
 ) -> Callable[[Finding, Finding], Iterator[VerdictRow]]:
-    """Return a function that yields the line of an attack on `subject` beside its control.
+    """Return a function that yields the line of an attack on `subject` and its control.
 
     `variant` describes the attack, with the finding's settings filled in; `adds` begins the
     note about what the concept adds to the control.

@@ -261,7 +261,7 @@ def test_a_comparison_on_a_pipeline_is_read_as_it_was_first_written():
         "outcomes": [trained, ours],
         "version": "0.1.0",
     }
-    record = decode(studies.PipelineComparison, written)
+    record = decode(comparison.PipelineComparison, written)
     assert through_json(record) == written | {"asked": ""}
     first, second = record.outcomes
     assert (first.label, second.label) == ("esd 1e-05", "ours")

@@ -141,7 +141,7 @@ def test_two_commands_check_a_model_and_tell_one_that_was_changed(job):
 
 def test_where_names_are_confidential_no_file_has_them(job, shared_world):
     store = Store("store")
-    checks = (Check.SPELLING, Check.NEIGHBOURS, Check.NEAREST, Check.PARAPHRASE)
+    checks = (Check.TYPOS, Check.NEIGHBOURS, Check.NEAREST, Check.PARAPHRASE)
     request = VerifyRequest(
         model=ModelSpec("local-dir:clip"), checks=checks, settings=Settings(rows=20)
     )

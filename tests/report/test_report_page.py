@@ -193,7 +193,7 @@ def test_verification_and_comparison_are_shown_with_their_verdicts(store, tmp_pa
         "Taught the concept again",
         "No other method is at least as good",
         "lr 1e-06",
-        "beyond chance; the most is",
+        "beyond chance. Strongest: ",
         "Who lost most",
         "&lt;i&gt;ubuntu&lt;/i&gt;",
         "The names nearest to the concept's, on brands &lt;b&gt;".replace("'", "&#x27;"),
@@ -203,7 +203,7 @@ def test_verification_and_comparison_are_shown_with_their_verdicts(store, tmp_pa
         "its meaning adds +0.0 points",
         "What was found in place of the name",
         "<code>wool</code>",
-        "Left out: prefix: its text tower is run as a whole.",
+        "Skipped: prefix: its text tower is run as a whole.",
     ):
         assert word in page, word
     assert "a worse text" not in page

@@ -101,7 +101,7 @@ def forget_mask(
         if parameter.grad is not None
     }
     unet.zero_grad()
-    return {name: kept.to(denoiser.device) for name, kept in saliency_mask(gradient).items()}
+    return {name: values.to(denoiser.device) for name, values in saliency_mask(gradient).items()}
 
 
 def relabelled(denoiser: Denoiser, data: SalunData, generator: torch.Generator) -> Tensor:
