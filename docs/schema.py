@@ -22,17 +22,18 @@ from typing import Any
 from slsgu_cli.checkpoints.model_copy import AppliedResult
 from slsgu_cli.cli.console import SCHEMA
 from slsgu_cli.engine.find_edits import FoundEdit
+from slsgu_cli.records.comparison import PipelineComparison
 from slsgu_cli.records.figures import BaseEdits, ClassLoss, TargetFigures
 from slsgu_cli.records.ledger import LedgerRow
 from slsgu_cli.records.method import Ranking, Trial, Trials
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.records.studies import JointSearch, PipelineComparison, Sweep
+from slsgu_cli.records.studies import JointSearch, Sweep
 from slsgu_cli.records.targets import Answers, AnswerSet, Generation, TargetTrial, TargetTrials
 from slsgu_cli.records.words import Place
 from slsgu_cli.removals.tables import HEAD, TABLES, Table
 from slsgu_cli.store.catalog import Entry
 from slsgu_cli.store.check import Finding
-from slsgu_cli.verification.verdicts import Conclusion
+from slsgu_cli.verification.results import Conclusion
 
 FILE = Path(__file__).parent / "artifacts" / "documents.schema.json"
 RECIPE = FILE.with_name("recipe.schema.json")
@@ -161,7 +162,7 @@ def documents() -> dict[str, list[dict[str, Any]]]:
             {
                 "verification": table(
                     "check",
-                    "probe",
+                    "variant",
                     "model",
                     "original FA@1",
                     "FA@1",
@@ -177,7 +178,7 @@ def documents() -> dict[str, list[dict[str, Any]]]:
                     "note",
                     utility=("original TA@1", "TA@1"),
                 ),
-                "became?": table("model", "what", "place", "name", "figure"),
+                "neighbourhood?": table("model", "what", "place", "name", "figure"),
                 "classes?": table(
                     "what",
                     "set",
@@ -189,9 +190,9 @@ def documents() -> dict[str, list[dict[str, Any]]]:
                     "TA@1",
                     "change",
                 ),
-                "told?": table(
+                "classifiers?": table(
                     "classifier",
-                    "tells",
+                    "looks for",
                     "model",
                     "images",
                     "original accuracy",
@@ -229,7 +230,7 @@ def documents() -> dict[str, list[dict[str, Any]]]:
                     "others",
                     "verdict",
                 ),
-                "attempts?": table("check", "model", "made with", "text", "loss", "FA@1", "FA@5"),
+                "attempts?": table("check", "model", "looked for", "text", "loss", "FA@1", "FA@5"),
                 "curves?": table("check", "model", "trained name", "step", "FA@1", "FA@5"),
                 "verdicts": sentences,
                 "notes?": sentences,

@@ -74,8 +74,8 @@ if TYPE_CHECKING:
     from slsgu_cli.store.locks import held as held
     from slsgu_cli.store.store import Store as Store
     from slsgu_cli.study.joint import joint_search as joint_search
-    from slsgu_cli.verification.verdicts import conclusion as conclusion
-    from slsgu_cli.verification.verdicts import verdict_rows as verdict_rows
+    from slsgu_cli.verification.results import conclusion as conclusion
+    from slsgu_cli.verification.results import verdict_rows as verdict_rows
     from slsgu_cli.verification.verify import verify as verify
 
 __version__ = "0.1.0"

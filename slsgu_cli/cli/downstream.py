@@ -9,9 +9,9 @@ from slsgu_cli.cli.app import NEEDED, Session, command
 from slsgu_cli.cli.usage import Asked
 from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.figures.numbers import interval, roughly
+from slsgu_cli.records.comparison import PipelineCompareOptions, PipelineComparison
 from slsgu_cli.records.figures import JudgeFigures, meets
 from slsgu_cli.records.options import ExportRequest
-from slsgu_cli.records.studies import PipelineCompareOptions, PipelineComparison
 from slsgu_cli.records.targets import (
     Answers,
     AnswerSet,
@@ -308,10 +308,10 @@ def show_pipeline_comparison(
 ) -> None:
     """Print a row for each method and learning rate."""
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.compare.comparison import LABELS
+    from slsgu_cli.compare.registry import label_of
 
     columns: list[str | Column] = [
-        Column("method", shown=lambda method: LABELS[method]),
+        Column("method", shown=label_of),
         Column("lr", shown=lambda rate: f"{rate:g}"),
         Column("iterations", on_terminal=False),
         Column("UA", shown=roughly),

@@ -11,23 +11,17 @@ from slsgu_cli.cli.app import Name, Names, Session, command
 from slsgu_cli.cli.usage import Asked
 from slsgu_cli.errors import NotForgottenError
 from slsgu_cli.figures.numbers import roughly
+from slsgu_cli.records.comparison import CompareOptions, Method, PipelineCompareOptions
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.options import SearchOptions
-from slsgu_cli.records.studies import (
-    CompareOptions,
-    Method,
-    PipelineCompareOptions,
-    SweepRequest,
-    Trajectory,
-    TrajectoryOptions,
-)
+from slsgu_cli.records.studies import SweepRequest, Trajectory, TrajectoryOptions
 from slsgu_cli.records.words import ROWS, Option
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from slsgu_cli.cli.console import Console
-    from slsgu_cli.compare.comparison import TableRow
+    from slsgu_cli.compare.tables import TableRow
     from slsgu_cli.store.store import Store
     from slsgu_cli.study.joint import JointResult
     from slsgu_cli.study.series import SweepResult
@@ -292,12 +286,13 @@ def show_comparison(
 ) -> None:
     """Print a row for each method and setting, and say which baselines beat ours."""
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.compare.comparison import LABELS, PARAMETERS, better
+    from slsgu_cli.compare.registry import label_of
+    from slsgu_cli.compare.tables import better, hyperparameter_of
 
     sets = sorted(rows[0].utility)
     tenths = "{:.1f}".format
     columns: list[str | Column] = [
-        Column("method", shown=lambda method: LABELS[method]),
+        Column("method", shown=label_of),
         "setting",
         Column("lr", on_terminal=False),
         Column("value", on_terminal=False),
@@ -319,8 +314,8 @@ def show_comparison(
         (
             row.method,
             row.words + "*" * (row.chosen and len(names) == 1),
-            None if row.method in PARAMETERS else row.setting,
-            row.setting if row.method in PARAMETERS else None,
+            None if hyperparameter_of(row.method) else row.setting,
+            row.setting if hyperparameter_of(row.method) else None,
             row.layer,
             row.epoch,
             row.forget.top1,
@@ -341,8 +336,8 @@ def show_comparison(
         console.note("* the setting of the best trade-off between 100 - FA@1 and mean TA@1")
     for row in better(rows):
         console.warn(
-            f"{LABELS[row.method]} ({row.words}) beats ours here: FA@1 {row.forget.top1:.2f} "
-            f"and mean TA@1 {row.kept:.2f}"
+            f"{label_of(row.method)} ({row.words}) beats ours here: FA@1 {row.forget.top1:.2f} "
+            f"and mean TA@1 {row.mean_utility:.2f}"
         )
     console.paths("plots", [plot])
 
@@ -360,7 +355,7 @@ def comparison_plot(rows: "Sequence[TableRow]", *, title: str) -> bytes:
     for row in rows:
         _mark(axes, row)
         if row.method is Method.ORIGINAL:
-            axes.axhline(row.kept, color=MUTED, linewidth=0.9, linestyle=":")
+            axes.axhline(row.mean_utility, color=MUTED, linewidth=0.9, linestyle=":")
     axes.set_xlim(-3, 103)
     axes.set_ylim(top=102)
     axes.set_xlabel("forgetting: 100 - FA@1 (more is better)", color=INK)
@@ -371,14 +366,14 @@ def comparison_plot(rows: "Sequence[TableRow]", *, title: str) -> bytes:
 
 
 def _mark(axes: "Axes", row: "TableRow") -> None:
-    from slsgu_cli.compare.comparison import LABELS
+    from slsgu_cli.compare.registry import label_of
     from slsgu_cli.figures.style import INK, MARKERS, SERIES
 
     index = list(Method).index(row.method)
     ours = row.method is Method.OURS
     axes.scatter(
         100 - row.forget.top1,
-        row.kept,
+        row.mean_utility,
         marker="*" if ours else MARKERS[index % len(MARKERS)],
         s=220 if ours else 70,
         color=INK if row.method is Method.ORIGINAL else SERIES[index % len(SERIES)],
@@ -386,7 +381,7 @@ def _mark(axes: "Axes", row: "TableRow") -> None:
         linewidths=0.9,
         zorder=4 if ours else 3,
         clip_on=False,
-        label=f"{LABELS[row.method]} {row.words}".rstrip(),
+        label=f"{label_of(row.method)} {row.words}".rstrip(),
     )
 
 
@@ -413,10 +408,11 @@ def compare(
         return
     on_pipeline.refuse("for a diffusion pipeline", hint="--target FOLDER", beside=[options])
     from slsgu_cli.compare import comparison
+    from slsgu_cli.compare.tables import mean_rows
     from slsgu_cli.store.artifacts import joint_label, plot_path
 
     compared = comparison.compare(session.store, names, options=options.record())
-    rows = comparison.mean_rows(compared.concepts, compared.chosen)
+    rows = mean_rows(compared.concepts, compared.chosen)
     path = plot_path(joint_label(names), "comparison")
     title = f"forgetting {', '.join(names)}"
     session.store.write_bytes(path, comparison_plot(rows, title=title))

@@ -18,20 +18,21 @@ if TYPE_CHECKING:
 
 Cells = list[tuple[Any, ...]]
 
-# Columns of a terminal that sentences are laid out for; rows of a short table of classes.
+# Columns of a terminal for sentences, and rows of a short table of classes.
 WIDTH, SHORT = 79, 5
 
 
 def show_verified(console: "Console", result: "Verified") -> None:
-    """Print what each check found, a table for each kind, and what all of it comes to."""
-    from slsgu_cli.verification.verdicts import Verdict, conclusion, verdict_rows
+    """Print the findings in tables, and the conclusion."""
+    from slsgu_cli.verification.results import conclusion, verdict_rows
+    from slsgu_cli.verification.verdicts import Verdict
 
     original, *others = result.models
     verdicts = [(subject, row) for subject in others for row in verdict_rows(original, subject)]
     _verdicts(console, verdicts, several=len(others) > 1)
-    _became(console, result.models)
+    _neighbourhood(console, result.models)
     _losses(console, original, others)
-    _told(console, original, others)
+    _classifiers(console, original, others)
     _retrieved(console, original, others)
     _membership(console, original, others)
     _attempts(console, result.models)
@@ -43,7 +44,7 @@ def show_verified(console: "Console", result: "Verified") -> None:
         words = ", ".join(f"{verdict} {counts[verdict]}" for verdict in Verdict if counts[verdict])
         _sentence(console, "verdicts", subject, f"{subject.label}: {words}")
         notes = [(row.check, row.note) for row in of_model if row.note]
-        notes += [(f.check, f"left out; {f.left_out}") for f in subject.findings if f.left_out]
+        notes += [(f.check, f"skipped: {f.skipped}") for f in subject.findings if f.skipped]
         for check, note in notes:
             _sentence(console, "notes", subject, f"{check}: {note}", check)
     for subject in others:
@@ -52,7 +53,7 @@ def show_verified(console: "Console", result: "Verified") -> None:
         console.row("conclusions", text, data=found, shown="\n" + fill(text, WIDTH))
     console.paths("files", result.files)
     if result.reused:
-        console.note(f"{result.reused} recorded findings were used again")
+        console.note(f"reused {result.reused} recorded findings")
 
 
 def _sentence(
@@ -71,7 +72,7 @@ def _verdicts(
     sets = sorted({name for _, row in shown for name in row.utility_after or {}})
     columns = [
         Column("check"),
-        Column("probe"),
+        Column("variant"),
         Column("model", on_terminal=several),
         Column("original FA@1", shown=roughly, label="FA@1\noriginal"),
         Column("FA@1", shown=roughly, label="FA@1\nnow"),
@@ -93,7 +94,7 @@ def _verdicts(
     cells: Cells = [
         (
             row.check,
-            row.probe,
+            row.variant,
             subject.label,
             row.before.top1,
             row.after.top1,
@@ -117,25 +118,25 @@ def _verdicts(
 
 
 def _added(row: "VerdictRow") -> tuple[float | None, ...]:
-    """Return the control of the original, and by how much FA@1 exceeds the control now."""
+    """Return the original's control, and the difference to the control with its interval."""
     if row.original_control is None or row.added is None:
         return None, None, None, None
     return row.original_control.top1, row.added.points, row.added.low, row.added.high
 
 
-def _became(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
+def _neighbourhood(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
     """Print the nearest names and the first guesses of each model, side by side."""
     from slsgu_cli.cli.console import Column
 
     known = [
-        (subject, finding.became)
+        (subject, finding.neighbourhood)
         for subject in subjects
-        if (finding := subject.finding(Check.NEIGHBOURS)) and finding.became
+        if (finding := subject.finding(Check.NEIGHBOURS)) and finding.neighbourhood
     ]
     lists = {
         "nearest name": [[(near.name, near.cosine) for near in b.nearest] for _, b in known],
         "taken for": [
-            [(taken.name, 100 * taken.rows / b.rows) for taken in b.taken_for] for _, b in known
+            [(guess.name, 100 * guess.rows / b.rows) for guess in b.guesses] for _, b in known
         ],
     }
     shown = {"nearest name": "{} {:.2f}", "taken for": "{} {:.0f}%"}
@@ -152,14 +153,14 @@ def _became(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
     ]
     columns = [Column("what"), *(Column(subject.label) for subject, _ in known)]
     if known:
-        console.table("became", columns, cells, title="what the concept became", data=data)
+        console.table("neighbourhood", columns, cells, title="what the concept became", data=data)
 
 
 def _losses(console: "Console", original: VerifiedModel, others: Sequence[VerifiedModel]) -> None:
-    """Print what the classes with the nearest names lost, and those that lost most."""
+    """Print the losses of the classes with the nearest names, and of those that lost most."""
     from slsgu_cli.cli.console import Column
     from slsgu_cli.engine.utility import LEAST_ROWS
-    from slsgu_cli.verification.probes import losses, most_harmed, nearest_names
+    from slsgu_cli.verification.checks.nearest import losses, most_harmed, nearest_names
 
     most = SHORT if console.brief else None
     cells: Cells = []
@@ -193,15 +194,17 @@ def _losses(console: "Console", original: VerifiedModel, others: Sequence[Verifi
         Column("TA@1", shown=roughly, label="TA@1\nnow"),
         Column("change", shown=lambda value: f"{value:+.1f}"),
     ]
-    title = f"what it cost other classes; those that lost most have {LEAST_ROWS} images or more"
+    title = f"losses of other classes; those that lost most have at least {LEAST_ROWS} images"
     if cells:
         console.table("classes", columns, cells, title=title)
 
 
-def _told(console: "Console", original: VerifiedModel, others: Sequence[VerifiedModel]) -> None:
-    """Print what classifiers on image features tell apart."""
+def _classifiers(
+    console: "Console", original: VerifiedModel, others: Sequence[VerifiedModel]
+) -> None:
+    """Print how well classifiers on image features find the concept."""
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.verification.image_probes import pairs_of
+    from slsgu_cli.verification.checks.probe import score_pairs
 
     cells: Cells = [
         (
@@ -217,11 +220,11 @@ def _told(console: "Console", original: VerifiedModel, others: Sequence[Verified
             now.others,
         )
         for subject in others
-        for was, now in pairs_of(original, subject)
+        for was, now in score_pairs(original, subject)
     ]
     columns = [
         Column("classifier"),
-        Column("tells"),
+        Column("looks for"),
         Column("model", on_terminal=len(others) > 1),
         Column("images"),
         Column("original accuracy", shown=roughly, label="accuracy\noriginal"),
@@ -231,17 +234,17 @@ def _told(console: "Console", original: VerifiedModel, others: Sequence[Verified
         Column("rows", on_terminal=False),
         Column("others", on_terminal=False),
     ]
-    title = "what image features tell of images; recall with 1% false positives"
+    title = "classifiers on image features; recall at 1% false positives"
     if cells:
-        console.table("told", columns, cells, title=title)
+        console.table("classifiers", columns, cells, title=title)
 
 
 def _retrieved(
     console: "Console", original: VerifiedModel, others: Sequence[VerifiedModel]
 ) -> None:
-    """Print what its images and its name find, and how far an index moved."""
+    """Print retrieval by its images and its name, and how far an index moved."""
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.verification.image_probes import retrievals
+    from slsgu_cli.verification.checks.retrieval import retrievals
 
     pairs = [(s, found) for s in others if (found := retrievals(original, s)) is not None]
     if not pairs:
@@ -277,7 +280,7 @@ def _retrieved(
         Column("queries", on_terminal=False),
         Column("gallery", on_terminal=False),
     ]
-    console.table("retrieval", columns, cells, title="finding its images among all others")
+    console.table("retrieval", columns, cells, title="retrieval of its images among all others")
     moved: Cells = [
         (
             side.images,
@@ -289,7 +292,7 @@ def _retrieved(
             side.largest,
         )
         for subject, (_, after) in pairs
-        for side in after.moved
+        for side in after.shifts
     ]
     columns = [
         Column("features of"),
@@ -300,14 +303,14 @@ def _retrieved(
         Column("mean", shown=lambda value: f"{value:.4f}", label="mean\nmove"),
         Column("largest", shown=lambda value: f"{value:.4f}", label="largest\nmove"),
     ]
-    console.table("index", columns, moved, title="what became of an index; moves are 1 - cosine")
+    console.table("index", columns, moved, title="how far an image index moved, as 1 - cosine")
 
 
 def _membership(
     console: "Console", original: VerifiedModel, others: Sequence[VerifiedModel]
 ) -> None:
     from slsgu_cli.cli.console import Column
-    from slsgu_cli.verification.training import exposure
+    from slsgu_cli.verification.checks.membership import exposure
 
     before = original.finding(Check.MEMBERSHIP)
     if before is None:
@@ -327,7 +330,7 @@ def _membership(
             exposure(was, now),
         )
         for subject, after in findings
-        for was, now in zip(before.attacks, after.attacks if after else (), strict=True)
+        for was, now in zip(before.membership, after.membership if after else (), strict=True)
     ]
     columns = [
         Column("figure"),
@@ -341,12 +344,12 @@ def _membership(
         Column("others", on_terminal=False),
         Column("verdict"),
     ]
-    title = "membership inference: accuracy of telling the forget set from other pairs"
+    title = "membership inference: accuracy of separating the forget set from other pairs"
     console.table("membership", columns, cells, title=title)
 
 
 def _attempts(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
-    """Print what attacks found or learnt; of several starts the best alone, where it is brief."""
+    """Print the texts that attacks found or learnt; in a brief table, only the best of each."""
     from slsgu_cli.cli.console import Column
 
     cells: Cells = [
@@ -367,14 +370,14 @@ def _attempts(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
     columns = (
         "check",
         "model",
-        "made with",
+        "looked for",
         "text",
         Column("loss", on_terminal=False),
         Column("FA@1", shown=roughly),
         Column("FA@5", shown=roughly),
     )
     if cells:
-        title = "what was found in place of the name, and what it finds"
+        title = "texts found in place of the name, and their accuracy"
         console.table("attempts", columns, cells, title=title)
 
 
@@ -395,7 +398,7 @@ def _curves(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
 def verify(session: Session, name: Name, request: VerifyRequest) -> None:
     """The original model is compared with --model, with each --edit, or else with the set's edit.
 
-    Example: slsgu verify facebook --checks spelling,relearn --alias 'the social network'
+    Example: slsgu verify facebook --checks typos,relearn --alias 'the social network'
     """
     from slsgu_cli.verification.verify import verify as run
 

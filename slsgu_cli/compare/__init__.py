@@ -1,1 +1,1 @@
-"""Other methods beside ours."""
+"""Comparison with other methods."""

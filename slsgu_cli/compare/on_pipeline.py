@@ -1,4 +1,4 @@
-"""`compare --target`: every method on one pipeline, recorded as it ends."""
+"""`compare --target`: every method on one diffusion pipeline; each row is recorded."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,26 +8,20 @@ from pathlib import Path
 from shlex import quote
 from time import perf_counter
 
-import torch
-from torch import nn
-
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, load_edit, tell_of_other_encoders
 from slsgu_cli.checkpoints.targets import Family, Target
-from slsgu_cli.clip.batches import spans
 from slsgu_cli.clip.metrics import frechet_distance
-from slsgu_cli.compare import diffusion
-from slsgu_cli.compare.comparison import LABELS, ComparisonRun
-from slsgu_cli.compare.diffusion import Denoiser
-from slsgu_cli.compare.ours import ROLES, PassTimes
-from slsgu_cli.engine.covariance import chosen_rows
+from slsgu_cli.compare.comparison import ComparisonRun
+from slsgu_cli.compare.pass_times import ROLES, PassTimes
+from slsgu_cli.compare.registry import OnUnet, label_of, unet_training
+from slsgu_cli.compare.unet import Denoiser, UnetTraining, in_fp32
 from slsgu_cli.errors import MissingError, StaleError, UsageError
 from slsgu_cli.figures.sheets import Strip, Tile, sheet_png
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.method import GradientPointer
-from slsgu_cli.records.sets import DataRef, SetManifest, Split
-from slsgu_cli.records.studies import (
+from slsgu_cli.records.comparison import (
+    PIPELINE_METHODS,
     Method,
     MethodSetting,
     PipelineCompareOptions,
@@ -35,22 +29,23 @@ from slsgu_cli.records.studies import (
     PipelineOutcome,
     PipelinePlan,
 )
+from slsgu_cli.records.method import GradientPointer
+from slsgu_cli.records.sets import SetManifest, Split
 from slsgu_cli.records.targets import TargetTrials
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, target_edit
-from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 from slsgu_cli.targets.judge import judge_specs
 from slsgu_cli.targets.judged_prompts import JudgedPrompt, JudgedPrompts
 from slsgu_cli.targets.models import Pipeline, folder_fingerprint, new_values, require_family
 
+# Images of a row in the contact sheet.
 SHOWN = 8
-ROWS = 16
 
 
 def compare_on_pipeline(
     store: Store, name: str, *, options: PipelineCompareOptions
 ) -> PipelineComparison:
-    """Run every method on the pipeline and measure it; write the contact sheet.
+    """Run and measure every method on the pipeline; write the contact sheet.
 
     Raises MissingError, InputError, StaleError and UsageError.
     """
@@ -60,14 +55,12 @@ def compare_on_pipeline(
     options = replace(options, judges=judges)
     run = PipelineComparisonRun.open(store, name, options)
     settings: dict[Method, Sequence[float | None]] = {
-        Method.ORIGINAL: (None,),
-        Method.ESD: options.rates,
-        Method.SALUN: options.rates,
+        method: options.rates if unet_training(method) else (None,)
+        for method in PIPELINE_METHODS
+        if method in (Method.ORIGINAL, *options.methods)
     }
-    settings = {m: settings[m] for m in settings if m in (Method.ORIGINAL, *options.methods)}
-    if Method.OURS in options.methods:
-        settings[Method.OURS] = (None,)
-        # A missing edit is told of before anything is trained.
+    if Method.OURS in settings:
+        # Report a missing edit before anything is trained.
         run.at(Method.OURS, None)
     rows = [run.row(method, setting) for method, each in settings.items() for setting in each]
     pictures = {row: run.pictures(row) for row in rows}
@@ -76,8 +69,8 @@ def compare_on_pipeline(
 
 
 def _require_unet(target: Target, options: PipelineCompareOptions) -> None:
-    """Refuse to train what a pipeline does not have. Raises UsageError."""
-    trained = [method for method in options.methods if method in (Method.ESD, Method.SALUN)]
+    """Raise UsageError if methods train a UNet and the pipeline has none."""
+    trained = [method for method in options.methods if unet_training(method)]
     if trained and target.family in (Family.SD3, Family.FLUX):
         raise UsageError(
             f"{target.path} is {target.family}, which has a transformer: {' and '.join(trained)} "
@@ -87,7 +80,7 @@ def _require_unet(target: Target, options: PipelineCompareOptions) -> None:
 
 
 def sheet_path(name: str, target: Path) -> str:
-    """Return where the contact sheet of a comparison lies."""
+    """Return the path of the contact sheet of a comparison."""
     return f"{_folder(name, target)}/sheet.png"
 
 
@@ -97,7 +90,7 @@ def _folder(name: str, target: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TrainedPipeline:
-    """A pipeline, the pictures it is judged by, and the set it is to forget."""
+    """A pipeline, the prompts it is judged by, and the set to forget."""
 
     store: Store
     manifest: SetManifest
@@ -105,10 +98,10 @@ class TrainedPipeline:
     judged: JudgedPrompts
 
     def generated(self, label: str) -> list[bytes]:
-        """Return the judged's pictures by the pipeline as it is now, the concept's first."""
+        """Generate images for the judged prompts, the concept's first."""
         prompts = [*self.judged.of_concept, *self.judged.of_others]
         images = []
-        with progress.bar(f"pictures of {label}", len(prompts)) as ticker:
+        with progress.bar(f"images of {label}", len(prompts)) as ticker:
             for image in self.judged.generated(self.pipe, prompts):
                 images.append(image)
                 ticker.advance()
@@ -116,65 +109,29 @@ class TrainedPipeline:
 
     @contextmanager
     def edited(self, edit: Edit) -> Iterator[None]:
-        """Have our edit in place for the length of a block."""
+        """Apply our edit within a block."""
         with self.pipe.edited(new_values(self.pipe.encoders, [edit])):
             yield
 
     @contextmanager
-    def trained(self, method: Method, plan: PipelinePlan) -> Iterator[float]:
-        """Have the UNet trained by a method for the length of a block; yield the seconds."""
-        pipeline = self.pipe.pipeline
-        unet, vae = pipeline.unet, pipeline.vae
-        kinds = unet.dtype, vae.dtype
+    def trained(self, train: OnUnet, plan: PipelinePlan) -> Iterator[float]:
+        """Train the UNet by a method; restore it after the block. Yields the seconds."""
+        unet = self.pipe.pipeline.unet
+        denoiser = Denoiser(self.pipe.pipeline, self.pipe.device)
+        training = UnetTraining(denoiser, self.judged, self.store, self.manifest)
         before = {name: value.clone() for name, value in unet.state_dict().items()}
         start = perf_counter()
         try:
-            _cast((unet, torch.float32), (vae, torch.float32))
-            self._train(method, plan)
-            _cast((unet, kinds[0]), (vae, kinds[1]))
+            with in_fp32(self.pipe.pipeline):
+                train(training, plan)
             yield perf_counter() - start
         finally:
             unet.load_state_dict(before)
 
-    def _train(self, method: Method, plan: PipelinePlan) -> None:
-        denoiser = Denoiser(self.pipe.pipeline, self.pipe.device)
-        if method is Method.ESD:
-            name, templates = self.judged.name, self.judged.templates
-            prompts = [self.judged.prompt(name, number) for number in range(len(templates))]
-            diffusion.erase(denoiser, prompts, plan)
-            return
-        forget, _ = self._latents(denoiser, self.manifest.forget)
-        retain, captions = self._latents(denoiser, self.manifest.retain)
-        data = diffusion.SalunData(
-            forget=forget,
-            retain=retain,
-            captions=captions,
-            concept=self.judged.name,
-            others=[name for name in self.judged.judge.names if name != self.judged.name],
-            prompt=self.judged.prompt,
-        )
-        diffusion.unlearn(denoiser, data, plan)
-
-    def _latents(self, denoiser: Denoiser, ref: DataRef) -> tuple[torch.Tensor, Sequence[str]]:
-        """Return latents and captions of a block, as many rows as covariances take at most."""
-        block = DataBlock.open(self.store, ref)
-        rows = chosen_rows(block.rows)
-        parts = [
-            denoiser.latents(block.take(rows[start:stop])) for start, stop in spans(len(rows), ROWS)
-        ]
-        return torch.cat(parts), [block.captions[row] for row in rows]
-
-
-def _cast(*parts: tuple[nn.Module, torch.dtype]) -> None:
-    """Give parts of the pipeline a precision; diffusers warns of any."""
-    with progress.quiet():
-        for module, kind in parts:
-            module.to(kind)
-
 
 @dataclass
 class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
-    """The comparison on one pipeline; it is loaded for what is not on record."""
+    """The comparison on one pipeline, which is loaded only for rows that are not recorded."""
 
     record: PipelineComparison
     pointer: GradientPointer
@@ -187,7 +144,7 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
     def open(
         cls, store: Store, name: str, options: PipelineCompareOptions
     ) -> "PipelineComparisonRun":
-        """Read what is on record of a set and a pipeline. Raises MissingError and StaleError."""
+        """Read the record of a set and a pipeline. Raises MissingError and StaleError."""
         manifest = read_manifest(store, name)
         pointer = read_pointer(store, manifest)
         store.require_writable(cls.artifact.path(name))
@@ -223,11 +180,11 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
 
     @cached_property
     def our_edit(self) -> tuple[Edit, float]:
-        """The edit that was steered on the pipeline, and the seconds of its search."""
+        """The edit searched for on the pipeline, and the seconds of its search."""
         return our_edit(self.store, self.pointer, self.options.target)
 
     def at(self, method: Method, setting: float | None) -> MethodSetting:
-        """Return a method's learning rate and plan; of ours, the digest of the edit."""
+        """Return the learning rate and plan of a method, or the digest of our edit."""
         if method is Method.OURS:
             return MethodSetting(method, edit=digest(self.our_edit[0].header))
         return MethodSetting(method, setting, self._plan(setting))
@@ -239,10 +196,10 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
         return PipelinePlan(iterations=self.options.iterations, rate=rate, steps=steps, seed=seed)
 
     def run(self, method: Method, setting: float | None) -> PipelineOutcome:
-        """Generate by the pipeline as a method leaves it, judge, and keep the pictures."""
-        plan = self._plan(setting)
-        if plan is not None:
-            with self.pipeline.trained(method, plan) as seconds:
+        """Apply a method to the pipeline; generate, judge and store images."""
+        plan, train = self._plan(setting), unet_training(method)
+        if plan is not None and train is not None:
+            with self.pipeline.trained(train, plan) as seconds:
                 return self._judged(method, plan=plan, seconds=seconds)
         if method is Method.ORIGINAL:
             return self._judged(method)
@@ -259,9 +216,9 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
         edit: str | None = None,
         seconds: float = 0.0,
     ) -> PipelineOutcome:
-        """Generate by the pipeline as it is now, judge, and keep the pictures."""
+        """Generate, judge and store images by the pipeline as it is now."""
         judged = self.judged
-        images = self.pipeline.generated(LABELS[method])
+        images = self.pipeline.generated(label_of(method))
         split = len(judged.of_concept)
         shown, rest = images[:split], images[split:]
         original = rest
@@ -282,7 +239,7 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
         return outcome
 
     def pictures(self, outcome: PipelineOutcome) -> list[bytes]:
-        """Return a row's pictures as they were kept, the concept's first."""
+        """Return the stored images of a row, the concept's first."""
         count = len(self.judged.of_concept) + len(self.judged.of_others)
         return [self.store.read_bytes(self._file(outcome, place)) for place in range(count)]
 
@@ -294,7 +251,7 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
 def our_edit(store: Store, pointer: GradientPointer, target: Path) -> tuple[Edit, float]:
     """Return the edit and the seconds of its search, without those of the gradient passes.
 
-    Raises MissingError without an edit, StaleError where it is of no recorded trial.
+    Raises MissingError without an edit, StaleError if no recorded trial matches it.
     """
     name = target_edit(pointer.name, target)
     hint = f"run `slsgu search {quote(pointer.name)} --target {quote(str(target))}`"
@@ -314,7 +271,7 @@ def our_edit(store: Store, pointer: GradientPointer, target: Path) -> tuple[Edit
 def sheet(
     judged: JudgedPrompts, pictures: Mapping[PipelineOutcome, Sequence[bytes]], target: Path
 ) -> bytes:
-    """Return a PNG of the first of each row's pictures, below each what the judge takes it for."""
+    """Return a PNG of the first images of each row, labelled by the judge's first guess."""
     split = len(judged.of_concept)
     strips = [
         _strip(
@@ -335,13 +292,13 @@ def _strip(
 ) -> Strip:
     labels = list(dict.fromkeys(prompt.label for prompt in prompts))
     tiles = {title: _tiles(judged, images) for title, images in rows.items()}
-    return Strip(f"asked for {', '.join(labels)}", labels == [judged.name], tiles)
+    return Strip(f"prompts: {', '.join(labels)}", labels == [judged.name], tiles)
 
 
 def _tiles(judged: JudgedPrompts, images: Sequence[bytes]) -> list[Tile]:
-    said = judged.judge.verdicts(images)
-    return [Tile(image, name) for image, name in zip(images, said, strict=True)]
+    guesses = judged.judge.verdicts(images)
+    return [Tile(image, name) for image, name in zip(images, guesses, strict=True)]
 
 
 def _title(row: PipelineOutcome) -> str:
-    return LABELS[row.method] + (f" {row.plan.rate:g}" if row.plan else "")
+    return label_of(row.method) + (f" {row.plan.rate:g}" if row.plan else "")

@@ -1,8 +1,9 @@
-"""Verification: the checks, how they are asked for, and what each found on each model."""
+"""Verification: the checks, the options of `verify`, and the findings on each model."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Self
 
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import added
@@ -22,20 +23,33 @@ from slsgu_cli.records.words import (
 
 OWN, NEW = "its name", "a new name"
 
-# Between the kind of a spelling and the name.
+# Between the kind of a variant of the name and the variant itself.
 KIND = ": "
 
-# What an attempt to find the concept is made with, and what it is held against.
+# What an attack looks for, and what its control looks for.
 NEUTRAL, RANDOM = "another word", "random words"
 IMAGES, MADE_UP = "its images", "a made-up class"
 
 
 class Check(StrEnum):
-    """The ways in which a concept may come back; the first is the model as it is."""
+    """The checks of `verify`, in the order they run; the first measures the model as it is.
+
+    Each is declared next to its code, in the module of `verification/checks` with its name.
+    `is_attack` marks those that search for inputs and compare them with a control.
+    """
+
+    is_attack: bool
+
+    def __new__(cls, name: str, is_attack: bool = False) -> Self:
+        """Make a member from its name."""
+        member = str.__new__(cls, name)
+        member._value_ = name
+        member.is_attack = is_attack
+        return member
 
     BASELINE = "baseline"
     PARAPHRASE = "paraphrase"
-    SPELLING = "spelling"
+    TYPOS = "typos"
     AUGMENT = "augment"
     QUANTISE = "quantise"
     FINETUNE = "finetune"
@@ -45,22 +59,24 @@ class Check(StrEnum):
     PROBE = "probe"
     RETRIEVAL = "retrieval"
     MEMBERSHIP = "membership"
-    PREFIX = "prefix"
-    RING_A_BELL = "ring-a-bell"
-    INVERSION = "inversion"
+    PREFIX = "prefix", True
+    RING_A_BELL = "ring-a-bell", True
+    INVERSION = "inversion", True
 
 
-# The checks that look for what finds it, each held against a control, and what they are told as.
-ATTACKED = (Check.PREFIX, Check.RING_A_BELL, Check.INVERSION)
+CHECKS = tuple(check for check in Check if check is not Check.BASELINE)
+ATTACKED = tuple(check for check in Check if check.is_attack)
+# How a bound names what an attack adds to its control: "attack.prefix".
 ATTACK = "attack."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How to verify. `rows` images of each set measure utility.
+    """Settings of the checks.
 
-    `shots` images are learnt from, in relearning and inversion. `spellings` are other names
-    of a file, each behind its kind, as in `German: Schloss`.
+    `rows` images of each evaluation set measure utility. Relearning and inversion train on
+    `shots` images. `spellings` are further names from a file, each after its kind, as in
+    `German: Schloss`.
     """
 
     templates: tuple[str, ...] = ()
@@ -70,7 +86,7 @@ class Settings:
     )
     steps: int = option(16, "--steps", min=1, help="Training steps.", panel=SEARCH)
     shots: int = option(
-        8, "--shots", min=1, help="Images of the concept to learn it from.", panel=SEARCH
+        8, "--shots", min=1, help="Images of the concept to train on.", panel=SEARCH
     )
     learning_rate: float = option(
         3e-5, "--lr", min=0.0, help="Learning rate of the training.", panel=SEARCH
@@ -96,43 +112,40 @@ class Settings:
         20,
         "--attack-steps",
         min=1,
-        help="Words that `prefix` exchanges, one at a time.",
+        help="Words that `prefix` replaces, one at a time.",
         panel=SEARCH,
     )
     attack_starts: int = option(
-        2, "--attack-starts", min=1, help="Times that `prefix` starts anew.", panel=SEARCH
+        2, "--attack-starts", min=1, help="Random starts of `prefix`.", panel=SEARCH
     )
     population: int = option(
         128,
         "--population",
         min=4,
-        help="Texts that `ring-a-bell` breeds at a time.",
+        help="Texts in a generation of `ring-a-bell`.",
         panel=SEARCH,
     )
     generations: int = option(
-        100, "--generations", min=1, help="Times that `ring-a-bell` breeds them.", panel=SEARCH
+        100, "--generations", min=1, help="Generations of `ring-a-bell`.", panel=SEARCH
     )
     inversion_steps: int = option(
         150,
         "--inversion-steps",
         min=1,
-        help="Steps in which `inversion` learns a word.",
+        help="Training steps of `inversion`.",
         panel=SEARCH,
     )
-    seed: int = option(0, "--seed", help="Seed of all draws.", panel=EVALUATION)
-
-
-CHECKS = tuple(check for check in Check if check is not Check.BASELINE)
+    seed: int = option(0, "--seed", help="Random seed.", panel=EVALUATION)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyRequest:
-    """What `verify` is asked for: the checks, on which models.
+    """Which checks to run on which models.
 
     The original model is compared with `model`, with each of `edits`, or else with the
-    set's edit. `templates` is a file of them or a built-in list's name, None for the
-    unseen ones that come with the tool; `spellings` is a file of names. `settings` need none
-    of these.
+    set's edit. `templates` is a file or the name of a built-in list, None for built-in unseen
+    templates; `spellings` is a file of further names of the concept. `verify` fills both
+    into `settings`.
     """
 
     model: ModelSpec | None = options(None)
@@ -162,7 +175,7 @@ class VerifyRequest:
         metavar="FILE",
         panel=EVALUATION,
         without="built in",
-        help="File of unseen templates, or a built-in list's name.",
+        help="File of unseen templates, or the name of a built-in list.",
     )
     spellings: str | None = option(
         None,
@@ -170,25 +183,25 @@ class VerifyRequest:
         metavar="FILE",
         panel=EVALUATION,
         without="none",
-        help="File of other names, one a line; # heads those of a kind.",
+        help="File of other names, one per line; a line with # starts a kind.",
     )
     settings: Settings = options(Settings())
     device: str = DEVICE()
 
     def __post_init__(self) -> None:
         """Refuse names that no check would use."""
-        named = {"--alias": self.settings.aliases, "--spellings": self.spellings}
-        for flag, names in named.items():
-            if names and Check.SPELLING not in self.checks:
+        given = {"--alias": self.settings.aliases, "--spellings": self.spellings}
+        for flag, names in given.items():
+            if names and Check.TYPOS not in self.checks:
                 raise UsageError(
-                    f"{flag} is for the check {Check.SPELLING}, which is not among --checks",
-                    hint=f"--checks {','.join([Check.SPELLING, *self.checks])}",
+                    f"{flag} is for the check {Check.TYPOS}, which --checks does not name",
+                    hint=f"--checks {','.join([Check.TYPOS, *self.checks])}",
                 )
 
 
 @dataclass(frozen=True, slots=True)
-class ProbeFigures:
-    """One thing done to prompts, images or weights, and the accuracies then."""
+class Variant:
+    """A variant of prompts, images or weights, and the accuracies with it."""
 
     name: str
     forget: Accuracy
@@ -197,7 +210,7 @@ class ProbeFigures:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Forget accuracy after so many training steps."""
+    """Forget accuracy after a number of training steps."""
 
     step: int
     forget: Accuracy
@@ -205,7 +218,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Forget accuracy during training on pairs of images with `target` as their name."""
+    """Forget accuracy during training on images named `target`."""
 
     name: str
     target: str
@@ -222,27 +235,27 @@ class NearName:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """For how many of the concept's images a name was the first guess."""
+class Guess:
+    """A name and the number of the concept's images that it was the first guess for."""
 
     name: str
     rows: int
 
 
 @dataclass(frozen=True, slots=True)
-class Became:
-    """The names nearest to the forgotten one, and what its images are taken for."""
+class Neighbourhood:
+    """The names nearest to the forgotten one, and the first guesses for its images."""
 
     nearest: tuple[NearName, ...]
-    taken_for: tuple[Taken, ...]
+    guesses: tuple[Guess, ...]
     rows: int
 
 
 @dataclass(frozen=True, slots=True)
 class KnownClass:
-    """A class of an evaluation set: its images, TA@1 in percent, its name's cosine.
+    """A class of an evaluation set: its images, TA@1 in percent, and the cosine of its name.
 
-    The cosine is that of the name's embedding with the concept's.
+    The cosine is between the embeddings of the class's and the concept's names.
     """
 
     name: str
@@ -252,12 +265,11 @@ class KnownClass:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """How well a classifier on image features tells images of `subject` from all others.
+class ClassifierScore:
+    """How well a classifier on image features separates images of `subject` from others.
 
-    It was trained on `images` of them. `accuracy` in percent is the mean over both sides,
-    50 is chance; `recall` is how many of `rows` are found where one in a hundred of `others`
-    is taken for them too.
+    It was trained on `images` of them. `accuracy` in percent is balanced: 50 is chance.
+    `recall` is the share of `rows` found at a false positive rate of 1% on `others`.
     """
 
     classifier: str
@@ -271,10 +283,10 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Retrieved:
-    """What queries find in an index of all evaluation images, in percent.
+    """How well queries find the concept in an index of all evaluation images, in percent.
 
-    `precision` is the mean average precision; `recall1` and so on are the shares of queries
-    that have one of the concept's images among the first so many.
+    `precision` is the mean average precision; `recall1`, `recall5` and `recall10` are the
+    shares of queries with one of the concept's images among the first 1, 5 and 10.
     """
 
     query: str
@@ -288,10 +300,10 @@ class Retrieved:
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class Shift:
     """How far features of `rows` images lie from the original model's, as 1 - cosine.
 
-    `identical` are the same to the bit, `far` lie more than 0.01 away.
+    `identical` counts features equal to the bit, `far` those more than 0.01 away.
     """
 
     images: str
@@ -304,15 +316,15 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Retrieval:
-    """What the concept's images and its name find, and how far an image index moved."""
+    """Retrieval by the concept's images and name, and how far the image index shifted."""
 
     queries: tuple[Retrieved, ...]
-    moved: tuple[Moved, ...]
+    shifts: tuple[Shift, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Attack:
-    """Accuracy in percent of telling members from others by one figure, over seeds."""
+class MembershipScore:
+    """Accuracy in percent of separating members from others by one figure, over seeds."""
 
     figure: str
     against: str
@@ -324,11 +336,10 @@ class Attack:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A text that was found or learnt for the concept's class, and what it finds as its name.
+    """A text that an attack found or learnt, and the accuracy with it as the concept's name.
 
-    `name` says what the text was made with. `loss` is what it was chosen by, on images or
-    features that `forget` is not measured on. `forget` is over images of what was sought.
-    `tried` are the words that a search of words came through.
+    `name` says what the attack looked for. `loss` selected the text, on other images or
+    features than those of `forget`. `tried` lists the words that a word search went through.
     """
 
     name: str
@@ -340,35 +351,35 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found on one model. `key` is a digest of all it was made from.
+    """The result of one check on one model. `key` is a digest of everything it depends on.
 
-    `left_out` says why the check could not be made on this model, if it could not.
+    `skipped` says why the check cannot run on this model, if so.
     """
 
     check: Check
     key: str
     settings: dict[str, str]
-    probes: tuple[ProbeFigures, ...] = ()
+    variants: tuple[Variant, ...] = ()
     curves: tuple[Curve, ...] = ()
-    became: Became | None = None
+    neighbourhood: Neighbourhood | None = None
     classes: dict[str, tuple[KnownClass, ...]] | None = added(None)
-    told: tuple[Told, ...] = added(())
+    classifiers: tuple[ClassifierScore, ...] = added(())
     retrieval: Retrieval | None = added(None)
-    attacks: tuple[Attack, ...] = ()
+    membership: tuple[MembershipScore, ...] = ()
     attempts: tuple[Attempt, ...] = added(())
-    left_out: str = added("")
+    skipped: str = added("")
 
     def best(self, name: str) -> Attempt:
-        """Return the attempt made with `name` that was chosen: that of the least loss."""
-        made_with = [attempt for attempt in self.attempts if attempt.name == name]
-        return min(made_with, key=lambda attempt: attempt.loss)
+        """Return the attempt for `name` with the lowest loss."""
+        attempts = (attempt for attempt in self.attempts if attempt.name == name)
+        return min(attempts, key=lambda attempt: attempt.loss)
 
 
 @dataclass(frozen=True, slots=True)
 class VerifiedModel:
-    """A model that was verified: the original, the original with an edit, another checkpoint.
+    """A verified model: the original, the original with an edit, or another checkpoint.
 
-    `key` is a digest of its weights: those of the model, and of the edit in it.
+    `key` is a digest of the model's weights and of the edit.
     """
 
     key: str
@@ -379,27 +390,26 @@ class VerifiedModel:
     findings: tuple[Finding, ...] = ()
 
     def finding(self, check: Check) -> Finding | None:
-        """Return what a check found, None where it was not run."""
+        """Return the finding of a check, None if it has not run."""
         return next((finding for finding in self.findings if finding.check is check), None)
 
     def with_finding(self, finding: Finding) -> "VerifiedModel":
-        """Return the model with a finding in the place of the check's last one."""
+        """Return the model with a finding, which replaces an older one of the same check."""
         findings = {known.check: known for known in self.findings} | {finding.check: finding}
         in_order = (findings[check] for check in Check if check in findings)
         return replace(self, findings=tuple(in_order))
 
     def of_checks(self, checks: Collection[Check]) -> "VerifiedModel":
-        """Return the model with the findings of some checks only."""
+        """Return the model with only the findings of `checks`."""
         findings = tuple(finding for finding in self.findings if finding.check in checks)
         return replace(self, findings=findings)
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """Everything verified of one set. `data` has the fingerprints of its rows by role.
+    """All findings for one set. `data` has the fingerprints of its rows by role.
 
-    `under_way` is the check that was begun last, with what it has found so far, while it is
-    not among the findings.
+    `under_way` has the partial results of a check that was interrupted.
     """
 
     name: str
@@ -410,23 +420,23 @@ class Verification:
     under_way: Finding | None = added(None)
 
     def findings_of(self, key: str) -> tuple[Finding, ...]:
-        """Return what was found on the model of that key, nothing where it was not verified."""
+        """Return the findings on the model with that key, empty if it is not verified."""
         return next((model.findings for model in self.subjects if model.key == key), ())
 
     def with_model(self, model: VerifiedModel) -> "Verification":
-        """Return the record with a model in the place of the one of its key, or as the last."""
+        """Return the record with a model, which replaces the one with the same key."""
         models = {known.key: known for known in self.subjects} | {model.key: model}
         return replace(self, subjects=tuple(models.values()))
 
     @property
     def prefixes(self) -> tuple[str, ...]:
-        """The words that searches tried before the name in edited models, as they came to them."""
+        """The words that searches tried before the name in edited models, in order."""
         edited = [subject for subject in self.subjects if subject.edit is not None]
         searches = filter(None, (subject.finding(Check.PREFIX) for subject in edited))
         attempts = [each for search in searches for each in search.attempts if each.name == OWN]
         return tuple(dict.fromkeys(text for attempt in attempts for text in attempt.tried))
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return a description of what the record covers."""
         labels = ", ".join(subject.label for subject in self.subjects)
         return {"set": self.name, "models": labels}

@@ -204,7 +204,7 @@ def _accuracies(row: LedgerRow, ledger: Ledger) -> Iterator[tuple[str, str, Accu
 def _verification(row: LedgerRow, pair: Sequence[VerifiedModel]) -> dict[str, Any]:
     """Return what verification found, in figures and in words, and which checks did not run."""
     original, other = pair
-    ran = {finding.check for finding in other.findings if not finding.left_out}
+    ran = {finding.check for finding in other.findings if not finding.skipped}
     return {
         "model": other.label,
         "edit alone": other.edit is not None,

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 from slsgu_cli.checkpoints.edits import Edit, by_layer, earlier_edits, moved_values, read_edit
 from slsgu_cli.checkpoints.number_formats import PRECISION, layer_digest, narrow, widen
 from slsgu_cli.errors import SlsguError
+from slsgu_cli.records.comparison import ClipComparison
 from slsgu_cli.records.method import (
     EditHeader,
     GradientHeader,
@@ -16,7 +17,7 @@ from slsgu_cli.records.method import (
     Trials,
 )
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.records.studies import ClipComparison, JointSearch, Sweep
+from slsgu_cli.records.studies import JointSearch, Sweep
 from slsgu_cli.records.verification import Verification
 from slsgu_cli.store.artifacts import TABLE, Artifact, read_manifest
 from slsgu_cli.store.catalog import Catalog, Standing

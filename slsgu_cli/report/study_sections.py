@@ -3,17 +3,12 @@
 from markupsafe import Markup
 
 from slsgu_cli.checkpoints.layers import known_as
-from slsgu_cli.compare.comparison import LABELS, better, mean_rows
+from slsgu_cli.compare.registry import label_of
+from slsgu_cli.compare.tables import better, mean_rows
 from slsgu_cli.figures.numbers import count, norm_percent, number, percent
+from slsgu_cli.records.comparison import ClipComparison, Method
 from slsgu_cli.records.method import EditHeader, Trials
-from slsgu_cli.records.studies import (
-    ClipComparison,
-    JointSearch,
-    Method,
-    Sweep,
-    SweepRow,
-    Trajectory,
-)
+from slsgu_cli.records.studies import JointSearch, Sweep, SweepRow, Trajectory
 from slsgu_cli.report.edit_sections import step_charts
 from slsgu_cli.report.gather import SetRecords
 from slsgu_cli.report.sections import (
@@ -165,7 +160,7 @@ def _comparison(record: ClipComparison) -> Markup:
     sets = sorted({name for row in rows for name in row.utility})
     cells: list[tuple[Cell, ...]] = [
         (
-            LABELS[row.method],
+            label_of(row.method),
             row.words,
             percent(row.forget.top1),
             percent(row.forget.top5),
@@ -184,6 +179,6 @@ def _comparison(record: ClipComparison) -> Markup:
     ours = [index for index, row in enumerate(rows) if row.method is Method.OURS]
     return fill(
         "comparison.html",
-        better=", ".join(f"{LABELS[row.method]} ({row.words})" for row in better(rows)),
+        better=", ".join(f"{label_of(row.method)} ({row.words})" for row in better(rows)),
         table=Table("Methods on the same model and rows", columns, cells, ours),
     )

@@ -57,12 +57,13 @@ def verified_pair(
 
 
 def _verification(record: Verification, original: VerifiedModel, edited: VerifiedModel) -> Markup:
-    from slsgu_cli.verification.verdicts import Verdict, conclusion, verdict_rows
+    from slsgu_cli.verification.results import conclusion, verdict_rows
+    from slsgu_cli.verification.verdicts import Verdict
 
-    probes = [row for row in verdict_rows(original, edited) if not row.detail]
+    variants = [row for row in verdict_rows(original, edited) if not row.detail]
     cells: list[tuple[Cell, ...]] = [
         (
-            row.probe,
+            row.variant,
             str(row.check),
             percent(row.before.top1),
             percent(row.after.top1),
@@ -71,17 +72,17 @@ def _verification(record: Verification, original: VerifiedModel, edited: Verifie
             str(row.verdict),
             row.note,
         )
-        for row in probes
+        for row in variants
     ]
     columns = [
-        *texts("probe", "kind"),
+        *texts("variant", "check"),
         *figures("FA@1, original", "FA@1, edited", "FA@1, control", "TA@1, change in points"),
         *texts("verdict", "note"),
     ]
-    counts = [(word, sum(row.verdict is word for row in probes)) for word in Verdict]
+    counts = [(word, sum(row.verdict is word for row in variants)) for word in Verdict]
     details = (
         _attempts(original, edited),
-        _became(original, edited),
+        _neighbourhood(original, edited),
         *_losses(original, edited),
         _classifiers(original, edited),
         *_retrieved(original, edited),
@@ -90,11 +91,11 @@ def _verification(record: Verification, original: VerifiedModel, edited: Verifie
     return fill(
         "verification.html",
         conclusion=conclusion(record.concept, original, edited).text,
-        probes=len(probes),
+        variants=len(variants),
         verdicts=", ".join(f"{word} {count}" for word, count in counts if count),
         written=edited.label if edited.edit is None else None,
         table=Table("Attempts to recover the concept", columns, cells),
-        skipped=[f"{each.check}: {each.left_out}." for each in edited.findings if each.left_out],
+        skipped=[f"{each.check}: {each.skipped}." for each in edited.findings if each.skipped],
         charts=[
             (title, training_chart((original, edited), check, f"FA@1 by training step. {title}"))
             for check, title in CURVES.items()
@@ -124,15 +125,15 @@ def _attempts(original: VerifiedModel, edited: VerifiedModel) -> Table | None:
     return Table("Texts found in place of the name", columns, cells)
 
 
-def _became(original: VerifiedModel, edited: VerifiedModel) -> Table | None:
+def _neighbourhood(original: VerifiedModel, edited: VerifiedModel) -> Table | None:
     """Return the names nearest to the concept's, and the guesses for its images."""
     findings = (model.finding(Check.NEIGHBOURS) for model in (original, edited))
-    sides = [finding.became for finding in findings if finding and finding.became]
+    sides = [finding.neighbourhood for finding in findings if finding and finding.neighbourhood]
     if len(sides) < 2:
         return None
     lists = [[f"{near.name} {cosine(near.cosine)}" for near in side.nearest] for side in sides]
     lists += [
-        [f"{guess.name} {100 * guess.rows / side.rows:.0f}%" for guess in side.taken_for]
+        [f"{guess.name} {100 * guess.rows / side.rows:.0f}%" for guess in side.guesses]
         for side in sides
     ]
     cells = [(str(n), *row) for n, row in enumerate(zip_longest(*lists), start=1)]
@@ -151,7 +152,7 @@ def _became(original: VerifiedModel, edited: VerifiedModel) -> Table | None:
 def _losses(original: VerifiedModel, edited: VerifiedModel) -> Iterator[Table]:
     """Yield the losses of the nearest names, and of the classes that lost most."""
     from slsgu_cli.engine.utility import LEAST_ROWS
-    from slsgu_cli.verification.probes import losses, most_harmed, nearest_names
+    from slsgu_cli.verification.checks.nearest import losses, most_harmed, nearest_names
 
     known = losses(original, edited)
     captions = {
@@ -191,7 +192,7 @@ def _losses(original: VerifiedModel, edited: VerifiedModel) -> Iterator[Table]:
 
 def _classifiers(original: VerifiedModel, edited: VerifiedModel) -> Table | None:
     """Return how well classifiers on image features recognise the concept's images."""
-    from slsgu_cli.verification.image_probes import pairs_of
+    from slsgu_cli.verification.checks.probe import score_pairs
 
     cells: list[tuple[Cell, ...]] = [
         (
@@ -202,7 +203,7 @@ def _classifiers(original: VerifiedModel, edited: VerifiedModel) -> Table | None
             percent(was.recall),
             percent(now.recall),
         )
-        for was, now in pairs_of(original, edited)
+        for was, now in score_pairs(original, edited)
     ]
     if not cells:
         return None
@@ -224,7 +225,7 @@ def _classifiers(original: VerifiedModel, edited: VerifiedModel) -> Table | None
 
 def _retrieved(original: VerifiedModel, edited: VerifiedModel) -> Iterator[Table]:
     """Yield how well queries find the concept's images, and how far features moved."""
-    from slsgu_cli.verification.image_probes import retrievals
+    from slsgu_cli.verification.checks.retrieval import retrievals
 
     pair = retrievals(original, edited)
     if pair is None:
@@ -260,7 +261,7 @@ def _retrieved(original: VerifiedModel, edited: VerifiedModel) -> Iterator[Table
             number(side.mean),
             number(side.largest),
         )
-        for side in pair[1].moved
+        for side in pair[1].shifts
     ]
     columns = [
         *texts("features of"),
@@ -270,7 +271,7 @@ def _retrieved(original: VerifiedModel, edited: VerifiedModel) -> Iterator[Table
 
 
 def _membership(original: VerifiedModel, edited: VerifiedModel) -> Table | None:
-    from slsgu_cli.verification.training import exposure
+    from slsgu_cli.verification.checks.membership import exposure
 
     before, after = original.finding(Check.MEMBERSHIP), edited.finding(Check.MEMBERSHIP)
     if before is None or after is None:
@@ -282,7 +283,7 @@ def _membership(original: VerifiedModel, edited: VerifiedModel) -> Table | None:
             f"{now.mean:.1f} ± {now.deviation:.1f}%",
             str(exposure(was, now)),
         )
-        for was, now in zip(before.attacks, after.attacks, strict=True)
+        for was, now in zip(before.membership, after.membership, strict=True)
     ]
     columns = [*texts("attack"), *figures("original", "edited"), *texts("verdict")]
     caption = "Membership inference: how often an attack recognises forget pairs; 50% is chance"

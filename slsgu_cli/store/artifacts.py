@@ -230,7 +230,7 @@ TABLE: dict[Artifact, Row] = {
     ),
     Artifact.COMPARISON: Row(
         "comparisons",
-        "studies.ClipComparison",
+        "comparison.ClipComparison",
         "comparison",
         "compare {}",
         digests=MEASURED,
@@ -250,7 +250,7 @@ TABLE: dict[Artifact, Row] = {
     ),
     Artifact.TARGET_COMPARISON: Row(
         "target-comparisons",
-        "studies.PipelineComparison",
+        "comparison.PipelineComparison",
         has_folder=True,
         digests=TARGET,
         needs=Artifact.POINTER,

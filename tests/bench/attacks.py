@@ -1,18 +1,17 @@
-"""Put models that forgot a concept by several methods to attacks, each beside its control.
+"""Attack models that forgot a concept by several methods, and compare with controls.
 
     python tests/bench/attacks.py                                  # facebook and castle
     python tests/bench/attacks.py --concepts 4 --store attacks-store
-    python tests/bench/attacks.py --methods ours ga --checks spelling prefix
+    python tests/bench/attacks.py --methods ours ga --checks typos prefix
 
-Each concept is built, graded and ranked as the demo does it. `ours` is the search by its
-defaults, `paper` by the paper's choice; the others are tuned on the first concept as `compare`
-tunes them, on the images to choose by. `ours+leace` is our edit in the model that LEACE leaves
-of the image projection. `adversarial` is our search of the first text layer once more, on
-gradients that go through the words which the attack tried on `ours` as well. What a method
-leaves is written as a checkpoint and verified as `slsgu verify --model` does it. All figures are
-of images that chose nothing; a mean over concepts stands in each cell, behind the slash that of
-its control, in brackets by how much it exceeds it, with the 95% interval of a bootstrap over
-concepts. A run that is repeated on a store goes on where the last one ended.
+Each concept is built, graded and ranked as in the demo. `ours` is the search with its defaults,
+`paper` with the paper's choice. The others are tuned on the first concept as `compare` tunes
+them, on the validation images. `ours+leace` is our edit after LEACE of the image projection.
+`adversarial` repeats our search of the first text layer on gradients that include the words
+that the attack tried on `ours`. The result of a method is written as a checkpoint and verified
+as by `slsgu verify --model`. All figures are of test images. A cell has the mean over concepts,
+after the slash that of the control, and in brackets the difference with the 95% interval of a
+bootstrap over concepts. Run the script on the same store again to resume it.
 """
 
 import argparse
@@ -32,29 +31,31 @@ from safetensors.torch import load_file, save_file
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.cli.demo import DATA, demo_request
-from slsgu_cli.compare.closed_forms import ClosedForms
-from slsgu_cli.compare.comparison import ClipComparisonRun, tune
+from slsgu_cli.compare.comparison import ClipComparisonRun
+from slsgu_cli.compare.registry import ClosedForm, baseline
+from slsgu_cli.compare.tuning import tune
 from slsgu_cli.engine.gradients import adversarial_prefixes, compute_gradients
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
+from slsgu_cli.records.comparison import CLIP_METHODS, CompareOptions, Method
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import LOCAL, ModelSpec
-from slsgu_cli.records.studies import CLOSED_FORMS, CompareOptions, Method
 from slsgu_cli.records.verification import Check, VerifiedModel, VerifyRequest
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
-from slsgu_cli.verification.verdicts import verdict_rows
+from slsgu_cli.verification.results import verdict_rows
 from slsgu_cli.verification.verify import verify
 
 OURS = {"ours": "default", "paper": "paper"}
 BOTH = "ours+leace"
 ADVERSARIAL = "adversarial"
 FIRST_LAYER = "transformer.resblocks.0.mlp.c_proj.weight"
+CLOSED_FORMS = [m for m in CLIP_METHODS if isinstance(baseline(m), ClosedForm)]
 HARDENED = SearchOptions(layers=(FIRST_LAYER,), direction=Direction.WHITENED, overshoot=2.0)
 OTHERS = (Method.GA, Method.SALUN, Method.SSD, Method.UCE, Method.ALPHAEDIT, Method.MEMIT)
 CHECKS = (
-    Check.SPELLING,
+    Check.TYPOS,
     Check.AUGMENT,
     Check.QUANTISE,
     Check.RELEARN,
@@ -64,14 +65,14 @@ CHECKS = (
     Check.INVERSION,
 )
 MODEL = DATA / "clip"
-# That trained methods see: about as many as there are to forget.
+# Retain rows for trained methods: about as many as there are forget rows.
 RETAIN_ROWS = 128
-# Of a bootstrap.
+# Draws of a bootstrap.
 DRAWS = 20_000
 
 
 def checkpoint(store: Store, name: str, method: Method, folder: Path) -> ModelSpec:
-    """Return the model that a method leaves of a set's, run if it is not there yet."""
+    """Return the model after a method; run the method if it is not there yet."""
     target = folder / "models" / f"{name}-{method}"
     if not (target / "open_clip_model.safetensors").exists():
         options = CompareOptions(methods=(method,), rates=None, retain_rows=RETAIN_ROWS)
@@ -80,7 +81,7 @@ def checkpoint(store: Store, name: str, method: Method, folder: Path) -> ModelSp
         model = run.baselines.model
         if method in CLOSED_FORMS:
             outcome = run.row(method, setting)
-            change = ClosedForms(run.baselines, run.layers).change(method, setting, outcome.layer)
+            change = run.layer_edits.change(method, setting, outcome.layer)
             run.baselines.restore()
             weight = model.get_parameter(outcome.layer).data
             weight.add_(outcome.step * change.to(weight.dtype).reshape_as(weight))
@@ -93,7 +94,7 @@ def checkpoint(store: Store, name: str, method: Method, folder: Path) -> ModelSp
 
 
 def tuned(run: ClipComparisonRun, method: Method, folder: Path) -> float:
-    """Return the setting of a method that the first concept was tuned to, tuned now if none was."""
+    """Return the setting of a method tuned on the first concept; tune it if necessary."""
     known = folder / "settings" / f"{method}.json"
     if not known.exists():
         setting = tune(method, partial(run.row, method))[0].setting or 0.0
@@ -103,7 +104,7 @@ def tuned(run: ClipComparisonRun, method: Method, folder: Path) -> float:
 
 
 def with_edit(folder: Path, name: str, model: ModelSpec) -> ModelSpec:
-    """Return a model with our edit of a concept in it, written if it is not there yet."""
+    """Return a model with our edit of a concept; write it if it is not there yet."""
     target = folder / "models" / f"{name}-{BOTH}"
     file = target / "open_clip_model.safetensors"
     if not file.exists():
@@ -117,9 +118,9 @@ def with_edit(folder: Path, name: str, model: ModelSpec) -> ModelSpec:
 
 
 def hardened(store: Store, name: str, folder: Path) -> tuple[str, ...]:
-    """Return the edit of a set that goes through what was tried on ours, made if there is none.
+    """Return the edit of a set that also forgets the words tried on ours; make it if missing.
 
-    The set has its own gradients and ranking afterwards.
+    The set has its plain gradients and ranking again afterwards.
     """
     records = Store(str(folder / ADVERSARIAL))
     edit = records.where(Artifact.EDIT.path(name))
@@ -136,25 +137,25 @@ def hardened(store: Store, name: str, folder: Path) -> tuple[str, ...]:
 
 
 def figures(original: VerifiedModel, model: VerifiedModel) -> Iterator[tuple[str, float, float]]:
-    """Yield what a column is called, its figure, and that of its control, if it has one."""
+    """Yield the name of a column, its figure, and that of its control, if it has one."""
     none = float("nan")
-    (before,), (after,) = (m.finding(Check.BASELINE).probes for m in (original, model))
+    (before,), (after,) = (m.finding(Check.BASELINE).variants for m in (original, model))
     yield "FA@1", after.forget.top1, none
     yield "FA@5", after.forget.top5, none
     for name in sorted(after.utility):
         yield f"{name} lost", before.utility[name].top1 - after.utility[name].top1, none
     for row in verdict_rows(original, model):
-        if row.check is Check.SPELLING:
-            kind = "mean" if row.probe.endswith("mean") else "" if row.detail else "worst"
+        if row.check is Check.TYPOS:
+            kind = "mean" if row.variant.endswith("mean") else "" if row.detail else "worst"
             if kind:
-                yield f"spelling, {kind}", row.after.top1, none
+                yield f"typos, {kind}", row.after.top1, none
         elif row.check in (Check.AUGMENT, Check.QUANTISE):
             yield f"{row.check}, worst", row.after.top1, none
         elif row.check is not Check.BASELINE:
             yield row.check, row.after.top1, row.control.top1 if row.control else none
     if finding := model.finding(Check.PROBE):
-        for told in finding.told:
-            yield f"{told.classifier}, {told.subject}: recall", told.recall, none
+        for score in finding.classifiers:
+            yield f"{score.classifier}, {score.subject}: recall", score.recall, none
     if finding := model.finding(Check.RETRIEVAL):
         for found in finding.retrieval.queries:
             yield f"mAP of {found.query} in {found.index}", found.precision, none
@@ -167,7 +168,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=methods, default=[*OURS, *OTHERS])
     parser.add_argument("--checks", nargs="+", type=Check, choices=list(Check), default=CHECKS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--store", type=Path, help="where to keep everything, to go on later")
+    parser.add_argument("--store", type=Path, help="where to keep everything, to resume later")
     options = parser.parse_args()
     folder = options.store or Path(tempfile.mkdtemp())
     concepts = unseen.draw(options.concepts, options.seed)
@@ -185,8 +186,8 @@ def main() -> None:
                 unseen.searched(store, name, way, folder)
                 edits = (str(folder / way / Artifact.EDIT.path(name)),)
             else:
-                leaves = Method.LEACE_VISION if method == BOTH else Method(method)
-                model = checkpoint(store, name, leaves, folder)
+                first = Method.LEACE_VISION if method == BOTH else Method(method)
+                model = checkpoint(store, name, first, folder)
             if method == BOTH:
                 model = with_edit(folder, name, model)
             request = VerifyRequest(model=model, edits=edits, checks=options.checks)
@@ -197,8 +198,8 @@ def main() -> None:
                 columns[column].append((figure, control))
             for column, each in columns.items():
                 cells[method][column].append(max(each))
-            told = ", ".join(f"{column} {max(each)[0]:.1f}" for column, each in columns.items())
-            print(f"# {name}: {method} done: {told}", flush=True)
+            line = ", ".join(f"{column} {max(each)[0]:.1f}" for column, each in columns.items())
+            print(f"# {name}: {method} done: {line}", flush=True)
     show(cells)
 
 
@@ -216,10 +217,9 @@ def show(cells: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
 
 
 def added(values: list[tuple[float, float]]) -> str:
-    """Return by how much figures exceed their controls on average, with a 95% interval.
+    """Return the mean difference to the controls, with a 95% interval.
 
-    Concepts are drawn with repetition, each with its control: what one concept's images leave
-    to chance is in how concepts differ.
+    The bootstrap draws concepts with their controls; their spread includes that of images.
     """
     points = np.array([figure - control for figure, control in values])
     if not len(points) or np.isnan(points).any():

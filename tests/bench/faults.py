@@ -108,7 +108,7 @@ class Bench:
             "search": f"search blue {options}",
             "joint": f"search blue red --joint {options}",
             "trajectory": f"trajectory blue {options} --points 6",
-            "verify": "verify blue --checks spelling,relearn,prefix,ring-a-bell --rows 20 "
+            "verify": "verify blue --checks typos,relearn,prefix,ring-a-bell --rows 20 "
             "--steps 4 --attack-steps 1 --population 20 --generations 4",
             "compare": "compare blue --methods ga,ft --lr 1e-4 --retain-rows 32",
             "eval": "eval blue",

@@ -25,8 +25,8 @@ from slsgu_cli.cli.downstream import (
 )
 from slsgu_cli.engine.search import search
 from slsgu_cli.records.codec import by_name, document
+from slsgu_cli.records.comparison import PipelineComparison
 from slsgu_cli.records.options import SearchOptions
-from slsgu_cli.records.studies import PipelineComparison
 from slsgu_cli.records.targets import Answers, AnswerSet, Generation
 from slsgu_cli.targets.search import TargetSearchResult
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from processes import inside
 
-from slsgu_cli.compare.methods import BaselineRunner
+from slsgu_cli.compare.runner import BaselineRunner
 from slsgu_cli.engine import resumable
 from slsgu_cli.engine.evaluator import Evaluator
 from slsgu_cli.engine.search import search
@@ -20,8 +20,9 @@ from slsgu_cli.engine.utility import UtilityMeter
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.store.blocks import BlockWriter
 from slsgu_cli.study import series
-from slsgu_cli.verification import attacks, training, verify
-from slsgu_cli.verification.model import Training
+from slsgu_cli.verification import verify
+from slsgu_cli.verification.checks import prefix, relearn, ring_a_bell
+from slsgu_cli.verification.resumable import Training
 
 TIMES = {"took", "seconds", "passes", "sha256"}
 LAYERS = ["--layer", "visual.proj", "--layer", "text_projection", "--layer", "visual.conv1.weight"]
@@ -41,9 +42,9 @@ COMPARE = [
 VERIFY = ["verify", "blue", "--rows", "20", "--checks", "augment,neighbours,nearest,retrieval"]
 
 PARTS = {
-    "prefix": (attacks.WordSearch, "run"),
-    "ring-a-bell": (attacks.Breeding, "run"),
-    "relearn": (training, "_taught"),
+    "prefix": (prefix.WordSearch, "run"),
+    "ring-a-bell": (ring_a_bell.GeneticSearch, "run"),
+    "relearn": (relearn, "taught"),
 }
 
 

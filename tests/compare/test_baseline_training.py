@@ -9,9 +9,11 @@ import pytest
 import torch
 from baselines import PLAN, loss, open_bench
 
-from slsgu_cli.compare import methods
-from slsgu_cli.compare.methods import PASSES, LossTerm, cosine_rate, saliency_mask, train
-from slsgu_cli.records.studies import TRAINED, Method
+from slsgu_cli.compare.baselines.salun import mask_of, saliency_mask
+from slsgu_cli.compare.epochs import set_weights, weights_of
+from slsgu_cli.compare.registry import baseline
+from slsgu_cli.compare.training import LossTerm, cosine_rate, train
+from slsgu_cli.records.comparison import Method
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 
@@ -31,8 +33,8 @@ def bench(shared_world):
 
 def trained(bench, method):
     """Return a fresh copy of the model after all epochs of a method."""
-    methods.set_weights(bench.model, bench._original)
-    for _ in bench._epochs(method, RATE):
+    set_weights(bench.model, bench.original_weights)
+    for _ in baseline(method).epochs(bench, RATE):
         pass
     return copy.deepcopy(bench.model)
 
@@ -84,11 +86,11 @@ def distance(first, second):
     return math.sqrt(total)
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", PHASES)
 def test_training_is_the_plain_loop(method, bench, shared_world):
     found = trained(bench, method)
-    methods.set_weights(bench.model, bench._original)
-    mask = bench._mask if method is Method.SALUN else None
+    set_weights(bench.model, bench.original_weights)
+    mask = mask_of(bench) if method is Method.SALUN else None
     expected = plain(shared_world, bench.model, PHASES[method], mask)
     assert distance(found, expected) < 0.01 * distance(expected, bench.model)
 
@@ -96,14 +98,14 @@ def test_training_is_the_plain_loop(method, bench, shared_world):
 def test_gaft_forgets_before_it_retains(bench, shared_world):
     """The parity above would not hold for another order, nor for two optimizers."""
     found = trained(bench, Method.GAFT)
-    methods.set_weights(bench.model, bench._original)
+    set_weights(bench.model, bench.original_weights)
     turned = plain(shared_world, bench.model, ("retain", "forget"))
     assert distance(found, turned) > 0.1 * distance(found, bench.model)
 
 
 def test_gradient_ascent_raises_the_forget_loss(bench, shared_world):
     rows = np.arange(shared_world.manifest.forget.rows)
-    methods.set_weights(bench.model, bench._original)
+    set_weights(bench.model, bench.original_weights)
     before = loss(shared_world, bench.model, "forget", rows).item()
     after = loss(shared_world, trained(bench, Method.GA), "forget", rows).item()
     assert after > before + 0.1
@@ -123,14 +125,14 @@ class Unseen:
 
 
 def test_fine_tuning_never_sees_a_forget_row(bench):
-    unseen = LossTerm(Unseen(), Unseen(), bench._term("forget").loss, -1, shuffled=False)
-    terms = {"forget": unseen, "retain": bench._term("retain")}
-    methods.set_weights(bench.model, bench._original)
-    before = methods.weights_of(bench.model)
-    lessons = [terms[role] for role in PASSES[Method.FT][1]]
+    unseen = LossTerm(Unseen(), Unseen(), bench.term("forget").loss, -1, shuffled=False)
+    terms = {"forget": unseen, "retain": bench.term("retain")}
+    set_weights(bench.model, bench.original_weights)
+    before = weights_of(bench.model)
+    lessons = [terms[role] for role in baseline(Method.FT).losses]
     assert list(train(bench.model, lessons, rate=RATE, plan=PLAN, mask=None)) == [1, 2]
     assert any(not torch.equal(p, before[name]) for name, p in bench.model.named_parameters())
-    lessons = [terms[role] for role in PASSES[Method.GA][1]]
+    lessons = [terms[role] for role in baseline(Method.GA).losses]
     with pytest.raises(AssertionError, match="forget rows"):
         list(train(bench.model, lessons, rate=RATE, plan=PLAN, mask=None))
 
@@ -156,7 +158,7 @@ def test_ties_at_the_threshold_still_leave_half():
 
 
 def test_salun_moves_what_is_not_salient_by_weight_decay_alone(bench):
-    mask, found = bench._mask, trained(bench, Method.SALUN)
+    mask, found = mask_of(bench), trained(bench, Method.SALUN)
     grads = {name: p.grad for name, p in bench.model.named_parameters()}
     assert all(not g[~mask[name]].any() for name, g in grads.items() if g is not None)
     assert sum(g is not None and bool(g.any()) for g in grads.values()) > 20
@@ -165,12 +167,12 @@ def test_salun_moves_what_is_not_salient_by_weight_decay_alone(bench):
     for name, p in found.named_parameters():
         factor = decay if p.ndim > 1 and "ln" not in name else 1.0
         spared = ~mask[name]
-        expected = bench._original[name][spared] * factor
+        expected = bench.original_weights[name][spared] * factor
         torch.testing.assert_close(p.data[spared], expected, rtol=1e-4, atol=1e-7)
 
 
 def test_every_retain_row_comes_once_an_epoch_in_another_order(bench):
-    retain = bench._term("retain")
+    retain = bench.term("retain")
     first, second = (np.concatenate(retain.order(PLAN, epoch)) for epoch in (1, 2))
     assert sorted(set(first)) == list(range(40))
     assert len(first) == 48
@@ -178,12 +180,12 @@ def test_every_retain_row_comes_once_an_epoch_in_another_order(bench):
     assert [len(rows) for rows in retain.order(replace(PLAN, batch_size=64), 1)] == [40]
     other = replace(PLAN, seed=1)
     assert first.tolist() != np.concatenate(retain.order(other, 1)).tolist()
-    forget = [rows.tolist() for rows in bench._term("forget").order(PLAN, 2)]
+    forget = [rows.tolist() for rows in bench.term("forget").order(PLAN, 2)]
     assert [row for rows in forget for row in rows] == list(range(bench.times.manifest.forget.rows))
 
 
 def test_fewer_retain_rows_are_the_first_ones(bench, shared_world):
     block = DataBlock.open(shared_world.store, shared_world.manifest.retain)
-    pairs = replace(bench, plan=replace(PLAN, retain_rows=10))._term("retain")
+    pairs = replace(bench, plan=replace(PLAN, retain_rows=10)).term("retain")
     assert len(pairs.images) == 10
     assert (pairs.tokens == block.tokens[:10]).all()

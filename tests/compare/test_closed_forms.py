@@ -8,26 +8,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from baselines import open_bench
-from reference import Reference
+from plain import Plain
 
-from slsgu_cli.compare.closed_forms import (
-    ClosedForms,
-    alphaedit,
-    ccup,
-    layer_for,
-    leace,
-    linear_map,
-    memit,
-    rome,
-    uce,
-)
+from slsgu_cli.compare.baselines.alphaedit import alphaedit
+from slsgu_cli.compare.baselines.ccup import ccup
+from slsgu_cli.compare.baselines.leace import leace
+from slsgu_cli.compare.baselines.memit import memit
+from slsgu_cli.compare.baselines.rome import rome
+from slsgu_cli.compare.baselines.uce import uce
+from slsgu_cli.compare.layer_edits import LayerEdits, closed_form_of, layer_for, linear_map
+from slsgu_cli.compare.registry import ClosedForm, baseline
 from slsgu_cli.errors import UsageError
 from slsgu_cli.method.directions.whitened import RetainMetric
-from slsgu_cli.records.studies import CLOSED_FORMS, Method
+from slsgu_cli.records.comparison import CLIP_METHODS, Method
 from slsgu_cli.store.blocks import DataBlock
 
 OUTPUTS, INPUTS, DAMPING = 6, 9, 0.01
 MIDDLE = "transformer.resblocks.1.mlp.c_proj.weight"
+CLOSED_FORMS = [m for m in CLIP_METHODS if isinstance(baseline(m), ClosedForm)]
 TEXT = (Method.ROME, Method.MEMIT, Method.UCE, Method.ALPHAEDIT)
 VISION = (Method.LEACE_VISION, Method.CCUP_VISION)
 
@@ -62,13 +60,13 @@ def test_rome_gives_its_key_the_value_and_disturbs_least():
 def test_memit_of_one_key_is_our_direction_but_for_its_length():
     key, metric = drawn(INPUTS, seed=2), RetainMetric(covariance(), 1, DAMPING)
     gradient = torch.outer(drawn(OUTPUTS), key)
-    ours = metric.steepest(gradient)
+    ours = metric.whiten(gradient)
     found = memit(gradient, torch.outer(key, key), metric, 3.0)
     torch.testing.assert_close(
         F.normalize(found.flatten(), dim=0), F.normalize(ours.flatten(), dim=0)
     )
     several = memit(drawn(OUTPUTS, INPUTS), covariance(3, seed=4), metric, 0.1)
-    ours = metric.steepest(drawn(OUTPUTS, INPUTS))
+    ours = metric.whiten(drawn(OUTPUTS, INPUTS))
     assert F.cosine_similarity(several.flatten(), ours.flatten(), dim=0) < 0.99
 
 
@@ -220,8 +218,9 @@ def bench(shared_world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def forms(shared_world, bench):
-    layers = {m: layer_for(m, shared_world.store, shared_world.pointer, None) for m in CLOSED_FORMS}
-    return ClosedForms(bench, layers)
+    store, pointer = shared_world.store, shared_world.pointer
+    layers = {m: layer_for(closed_form_of(m), store, pointer, None) for m in CLOSED_FORMS}
+    return LayerEdits(bench, layers)
 
 
 @pytest.fixture(scope="module")
@@ -257,11 +256,13 @@ def test_edits_are_where_they_belong(forms):
 @pytest.mark.parametrize("wanted", ["visual.proj", "ln_final", "in_proj_weight", "c_proj"])
 def test_a_layer_that_cannot_be_edited_is_refused(wanted, shared_world):
     with pytest.raises(UsageError, match="--layer"):
-        layer_for(Method.ROME, shared_world.store, shared_world.pointer, wanted)
+        layer_for(closed_form_of(Method.ROME), shared_world.store, shared_world.pointer, wanted)
 
 
 def test_a_layer_goes_by_what_tables_call_it(shared_world):
-    found = layer_for(Method.UCE, shared_world.store, shared_world.pointer, "2.attn.out_proj")
+    found = layer_for(
+        closed_form_of(Method.UCE), shared_world.store, shared_world.pointer, "2.attn.out_proj"
+    )
     assert found == "transformer.resblocks.2.attn.out_proj.weight"
 
 
@@ -269,10 +270,10 @@ def test_a_layer_goes_by_what_tables_call_it(shared_world):
 def test_figures_are_those_of_the_edited_model(method, forms, shared_world):
     outcome = forms.run(method, 0.1)
     layer = forms.layers[method]
-    reference = Reference(shared_world)
+    plain = Plain(shared_world)
     change = linear_map(layer, forms.change(method, 0.1, layer)).float()
-    reference.model.get_parameter(layer).data.add_(change, alpha=outcome.step)
-    expected = reference.figures()
+    plain.model.get_parameter(layer).data.add_(change, alpha=outcome.step)
+    expected = plain.figures()
     assert (outcome.forget.top1, outcome.forget.top5) == expected.forget
     assert {n: (a.top1, a.top5) for n, a in outcome.utility.items()} == expected.utility
     assert outcome.layer == layer

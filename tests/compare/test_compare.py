@@ -10,12 +10,18 @@ from processes import inside
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.cli.study import comparison_plot
 from slsgu_cli.compare import ours as ours_module
-from slsgu_cli.compare.comparison import better, compare, mean_rows
-from slsgu_cli.compare.methods import BaselineRunner
+from slsgu_cli.compare.comparison import compare
+from slsgu_cli.compare.runner import BaselineRunner
+from slsgu_cli.compare.tables import better, mean_rows
 from slsgu_cli.errors import StaleError, UsageError
+from slsgu_cli.records.comparison import (
+    CLIP_METHODS,
+    ClipComparison,
+    CompareOptions,
+    Method,
+)
 from slsgu_cli.records.figures import Accuracy, Figures, PassTime
 from slsgu_cli.records.method import Trials
-from slsgu_cli.records.studies import CLIP_METHODS, ClipComparison, CompareOptions, Method
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.store.store import Store

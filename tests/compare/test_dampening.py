@@ -5,8 +5,8 @@ import pytest
 import torch
 from baselines import loss, open_bench
 
-from slsgu_cli.compare import methods
-from slsgu_cli.compare.methods import constants, dampen, dampening
+from slsgu_cli.compare.baselines.ssd import constants, dampen, dampening
+from slsgu_cli.compare.epochs import set_weights
 from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.store.artifacts import Artifact
@@ -56,13 +56,13 @@ def test_dampening_is_the_plain_loop(world):
     for found, expected in zip((forget, retain), plain, strict=True):
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value, 1e-2, 1e-7 + 1e-3 * value.max())
-    methods.set_weights(bench.model, bench._original)
+    set_weights(bench.model, bench.original_weights)
     alpha = 0.5
     assert list(dampen(bench.model, forget, retain, alpha=alpha, epochs=3)) == [1, 2, 3]
     changed = 0
     for name, parameter in bench.model.named_parameters():
         f, r = forget[name].ravel(), retain[name].ravel()
-        before = bench._original[name].numpy().ravel()
+        before = bench.original_weights[name].numpy().ravel()
         after = parameter.detach().numpy().ravel()
         some = np.flatnonzero(f > alpha * r)[:20]
         for i in [*some, *np.linspace(0, f.size - 1, min(f.size, 20)).astype(int)]:

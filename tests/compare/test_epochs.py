@@ -7,9 +7,9 @@ import torch
 from baselines import open_bench
 from reference import Reference
 
-from slsgu_cli.compare import methods as methods_module
+from slsgu_cli.compare import epochs as epochs_module
+from slsgu_cli.records.comparison import Method
 from slsgu_cli.records.figures import Accuracy, Figures
-from slsgu_cli.records.studies import Method
 
 
 @dataclass
@@ -34,9 +34,9 @@ def run(accuracies, monkeypatch):
         kept = {"set": Accuracy(evaluation.model.weight.item(), 0.0, 10)}
         return Figures(forget(evaluation), kept)
 
-    monkeypatch.setattr(methods_module, "forget_accuracy", forget)
-    monkeypatch.setattr(methods_module, "figures_of", figures)
-    return methods_module.follow(epochs(), counter, label="test", total=len(accuracies))
+    monkeypatch.setattr(epochs_module, "forget_accuracy", forget)
+    monkeypatch.setattr(epochs_module, "figures_of", figures)
+    return epochs_module.follow(epochs(), counter, label="test", total=len(accuracies))
 
 
 @pytest.mark.parametrize(

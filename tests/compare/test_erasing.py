@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from slsgu_cli.clip.metrics import frechet_distance
-from slsgu_cli.compare.diffusion import Denoiser
+from slsgu_cli.compare.unet import Denoiser
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
-from slsgu_cli.records.studies import PipelinePlan
+from slsgu_cli.records.comparison import PipelinePlan
 from slsgu_cli.store.store import Store
 
 WIDTH, TOKENS = 16, 3
@@ -88,7 +88,7 @@ def changed(denoiser, before):
 
 
 def test_esd_changes_all_cross_attention_and_nothing_else(denoiser):
-    from slsgu_cli.compare.diffusion import erase
+    from slsgu_cli.compare.baselines.esd import erase
 
     before = weights(denoiser)
     erase(denoiser, PROMPTS[1:2], PipelinePlan(iterations=3, rate=1e-3, steps=4))
@@ -99,7 +99,7 @@ def test_esd_changes_all_cross_attention_and_nothing_else(denoiser):
 
 
 def test_esd_leads_the_concepts_prompt_to_the_negated_guidance(denoiser):
-    from slsgu_cli.compare.diffusion import erase, negated
+    from slsgu_cli.compare.baselines.esd import erase, negated
 
     original = copy.deepcopy(denoiser.unet)
     generator = torch.Generator().manual_seed(5)
@@ -124,7 +124,7 @@ def test_esd_leads_the_concepts_prompt_to_the_negated_guidance(denoiser):
 
 
 def test_esd_without_cross_attention_is_refused():
-    from slsgu_cli.compare.diffusion import cross_attention
+    from slsgu_cli.compare.baselines.esd import cross_attention
 
     with pytest.raises(InputError, match="no cross-attention"):
         cross_attention(nn.Sequential(nn.Linear(2, 2)))
@@ -132,7 +132,7 @@ def test_esd_without_cross_attention_is_refused():
 
 @pytest.fixture
 def lessons():
-    from slsgu_cli.compare.diffusion import SalunData
+    from slsgu_cli.compare.baselines.salun import SalunData
 
     generator = torch.Generator().manual_seed(1)
     return SalunData(
@@ -146,7 +146,7 @@ def lessons():
 
 
 def test_salun_changes_the_masked_half_of_the_weights_and_nothing_else(denoiser, lessons):
-    from slsgu_cli.compare.diffusion import forget_mask, unlearn
+    from slsgu_cli.compare.baselines.salun import forget_mask, unlearn
 
     plan = PipelinePlan(iterations=3, rate=1e-3, seed=7)
     mask = forget_mask(denoiser, lessons, torch.Generator().manual_seed(plan.seed))
@@ -161,9 +161,9 @@ def test_salun_changes_the_masked_half_of_the_weights_and_nothing_else(denoiser,
 
 
 def test_salun_says_of_the_concept_what_it_says_of_another_class(denoiser, lessons, monkeypatch):
-    from slsgu_cli.compare import diffusion
+    from slsgu_cli.compare.baselines import salun
 
-    monkeypatch.setattr(diffusion, "RETAINING", 0.0)
+    monkeypatch.setattr(salun, "RETAIN_WEIGHT", 0.0)
 
     (star, _), (blue, _) = (denoiser.conditions([text]) for text in ("a star", "blue"))
 
@@ -176,7 +176,7 @@ def test_salun_says_of_the_concept_what_it_says_of_another_class(denoiser, lesso
         return float((said[0] - said[1]).norm())
 
     before = apart()
-    diffusion.unlearn(denoiser, lessons, PipelinePlan(iterations=20, rate=3e-4))
+    salun.unlearn(denoiser, lessons, PipelinePlan(iterations=20, rate=3e-4))
     assert apart() < 0.7 * before
 
 
@@ -221,7 +221,7 @@ def test_a_latent_is_denoised_with_the_prompt_up_to_a_step(denoiser):
 
 
 def test_a_unet_of_two_encoders_reads_pooled_states_and_sizes(diffusers):
-    from slsgu_cli.compare.diffusion import erase
+    from slsgu_cli.compare.baselines.esd import erase
 
     denoiser = tiny_denoiser(diffusers, pooled=True)
     condition, _ = denoiser.conditions(["a star", "blue"])
@@ -316,11 +316,9 @@ def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
     assert entry.state is Standing.OK
     assert "esd 0.01" in entry.summary()
     # What is recorded for the same plan is not run again; of another plan it is.
-    monkeypatch.setattr(
-        on_pipeline.Pipeline, "load", lambda *_, **__: pytest.fail("generated again")
-    )
+    monkeypatch.setattr(on_pipeline.Pipeline, "load", lambda *_, **__: pytest.fail("painted again"))
     assert on_pipeline.compare_on_pipeline(steered, "facebook", options=options) == found
-    with pytest.raises(pytest.fail.Exception, match="generated again"):
+    with pytest.raises(pytest.fail.Exception, match="painted again"):
         more = replace(options, iterations=2)
         on_pipeline.compare_on_pipeline(steered, "facebook", options=more)
 

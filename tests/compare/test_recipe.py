@@ -4,7 +4,7 @@ import pytest
 import tiny_clip
 import torch
 
-from slsgu_cli.compare.methods import adamw, clamp_logit_scale, cosine_rate, is_decayed
+from slsgu_cli.compare.training import adamw, clamp_logit_scale, cosine_rate, is_decayed
 
 
 def test_matrices_decay_and_norms_biases_and_the_scale_do_not():

@@ -2,9 +2,10 @@ from dataclasses import replace
 
 import pytest
 
-from slsgu_cli.compare.comparison import PARAMETERS, best, trade_off, tune
+from slsgu_cli.compare.registry import baseline
+from slsgu_cli.compare.tuning import best, trade_off, tune
+from slsgu_cli.records.comparison import ClipOutcome, Method
 from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.studies import ClipOutcome, Method
 
 OUTCOME = ClipOutcome(
     method=Method.GA,
@@ -60,4 +61,4 @@ def test_the_peak_on_the_grid_is_found(peak):
 def test_ssd_is_tuned_by_its_alpha():
     found, tried = tune(Method.SSD, lambda alpha: outcome(alpha, 0.0, 50 - abs(alpha - 100)))
     assert found.setting == 100.0
-    assert [o.setting for o in tried] == list(PARAMETERS[Method.SSD].tried)
+    assert [o.setting for o in tried] == list(baseline(Method.SSD).hyperparameter.grid)

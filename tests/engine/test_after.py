@@ -162,7 +162,7 @@ def test_eval_measures_it_where_it_stands(after):
 def test_verify_measures_it_where_it_stands(after):
     world, _, result = after
     found = verify(world.store, "red", VerifyRequest(checks=(Check.NEAREST,)))
-    baselines = [model.finding(Check.BASELINE).probes[0].forget for model in found.models]
+    baselines = [model.finding(Check.BASELINE).variants[0].forget for model in found.models]
     assert baselines == [result.report.before.forget, result.report.after.forget]
 
 

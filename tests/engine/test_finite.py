@@ -13,17 +13,17 @@ from PIL import Image
 from processes import inside
 from safetensors.numpy import load_file, save_file
 
-from slsgu_cli.compare import methods
-from slsgu_cli.compare.comparison import tune
+from slsgu_cli.compare import epochs
 from slsgu_cli.compare.ours import original_outcome
+from slsgu_cli.compare.tuning import tune
 from slsgu_cli.engine.evaluator import Evaluator
 from slsgu_cli.engine.search import search
 from slsgu_cli.errors import NotFiniteError
+from slsgu_cli.records.comparison import Method
 from slsgu_cli.records.figures import Accuracy, Figures
 from slsgu_cli.records.method import EditHeader, GradientHeader
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.studies import Method
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.targets.judge import Judge
 
@@ -102,7 +102,7 @@ def test_a_step_beyond_what_numbers_hold(world, monkeypatch):
 
 
 def test_training_that_is_no_longer_finite_is_no_forgetting(world, monkeypatch):
-    measure = methods.forget_accuracy
+    measure = epochs.forget_accuracy
 
     def breaking_at(epoch):
         calls = itertools.count(1)
@@ -112,13 +112,13 @@ def test_training_that_is_no_longer_finite_is_no_forgetting(world, monkeypatch):
                 evaluation.model.visual.proj.data[0, 0] = torch.nan
             return measure(evaluation)
 
-        monkeypatch.setattr(methods, "forget_accuracy", measured)
+        monkeypatch.setattr(epochs, "forget_accuracy", measured)
 
     words = ["compare", "blue", "--methods", "ft", "--epochs", 3, "--json", "--lr"]
     breaking_at(2)
     done = inside(*words, "1e-7", store=world.store.root)
     assert done.exit_code == 0, done.stderr
-    assert "ft lr 1e-07: epoch 2 is left out" in done.stderr
+    assert "ft lr 1e-07: epoch 2 is dropped" in done.stderr
     assert json.loads(done.stdout)["comparison"][-1]["epoch"] == 1
     breaking_at(1)
     refused = inside(*words, "1e-8", store=world.store.root)
@@ -137,7 +137,7 @@ def test_tuning_leaves_out_rates_at_which_training_is_not_finite(listener):
     chosen, tried = tune(Method.FT, run)
     assert [row.setting for row in tried] == [3e-7, 1e-6, 3e-6]
     assert chosen.setting == 3e-6
-    assert listener.heard == ["left out: lr 1e-05 diverges", "left out: lr 0.0001 diverges"]
+    assert listener.heard == ["skipped: lr 1e-05 diverges", "skipped: lr 0.0001 diverges"]
 
 
 def test_a_judge_that_is_not_finite_judges_nothing(world, tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from places import ROOT
 
 from slsgu_cli.errors import StaleError
-from slsgu_cli.records import method, sets, studies
+from slsgu_cli.records import comparison, method, sets, studies
 from slsgu_cli.records.codec import ADDED, canonical_json, decode, digest, encode
 from slsgu_cli.records.directions import FALLBACK
 from slsgu_cli.records.figures import Accuracy
@@ -28,8 +28,8 @@ KINDS = sorted(
             *(ModelSpec, sets.InputSpec, sets.DataRef, sets.SetManifest),
             *(studies.JointMove, studies.JointTrial, studies.JointSearch),
             *(studies.SweepRow, studies.Sweep),
-            *(studies.ClipComparison, studies.ClipOutcome),
-            *(studies.PipelineComparison, studies.PipelineOutcome),
+            *(comparison.ClipComparison, comparison.ClipOutcome),
+            *(comparison.PipelineComparison, comparison.PipelineOutcome),
         )
         if dataclasses.is_dataclass(kind) and isinstance(kind, type)
     },
@@ -214,7 +214,7 @@ def test_an_edit_without_figures_survives():
 def test_a_field_that_was_added_later_has_its_default():
     finding = Finding(Check.NEAREST, "k", {})
     written = through_json(finding)
-    for added in ("classes", "told", "retrieval", "attempts", "left_out"):
+    for added in ("classes", "classifiers", "retrieval", "attempts", "skipped"):
         del written[added]
     assert decode(Finding, written) == finding
     assert digest(written) == digest(finding)
@@ -250,7 +250,7 @@ def test_a_comparison_on_a_pipeline_is_read_as_it_was_first_written():
         "outcomes": [trained, ours],
         "version": "0.1.0",
     }
-    record = decode(studies.PipelineComparison, written)
+    record = decode(comparison.PipelineComparison, written)
     assert through_json(record) == written | {"asked": ""}
     first, second = record.outcomes
     assert (first.label, second.label) == ("esd 1e-05", "ours")

@@ -12,12 +12,10 @@ from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.records.figures import Assertion
 from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.verification import ATTACKED
 from slsgu_cli.removals.overlay import options_for
 from slsgu_cli.removals.reading import parse_recipe, read_recipe
 from slsgu_cli.removals.recipe import Outputs, Recipe, RemovalRequest, Together
 from slsgu_cli.removals.template import recipe_text
-from slsgu_cli.verification.verdicts import ATTACKS
 
 WHOLE = """\
 model = "local-dir:clip"
@@ -91,23 +89,22 @@ def test_checks_are_those_of_the_table_and_of_the_bounds():
     text = WHOLE.replace("fa1 <= 0", "attack.ring-a-bell <= 10")
     first, second = read(text).requests
     assert (read(text).checks_of(first), read(text).checks_of(second)) == ((), ("ring-a-bell",))
-    # `eval` runs no attacks.
-    assert options_for("eval", read(text), ["b b"]) == ["--assert", "loss.brands<=1"]
-    table = '[verify]\nchecks = "relearn,spelling"\nsteps = 4\n\n[outputs]'
+    # `eval` knows nothing of attacks.
+    assert read(text).words("eval", ["b b"]) == ["--assert", "loss.brands<=1"]
+    table = '[verify]\nchecks = "relearn,typos"\nsteps = 4\n\n[outputs]'
     with_table = read(text.replace("[outputs]", table))
     assert with_table.verify.settings.steps == 4
-    assert with_table.checks_of(first) == ("spelling", "relearn")
-    assert with_table.checks_of(second) == ("spelling", "relearn", "ring-a-bell")
-    # The command `verify` gets the same checks and model, and all checks by default.
+    assert with_table.checks_of(first) == ("typos", "relearn")
+    assert with_table.checks_of(second) == ("typos", "relearn", "ring-a-bell")
+    # Of the command line, `verify` tries the same on the same model; all where nothing is named.
     (written,) = (f"local-dir:{with_table.outputs.checkpoint}",)
     said = options_for("verify", with_table, ["b b"])
     assert said[:2] == ["--model", written]
-    assert said[2:4] == ["--checks", "spelling,relearn,ring-a-bell"]
+    assert said[2:4] == ["--checks", "typos,relearn,ring-a-bell"]
     assert said[4:] == ["--steps", "4"]
     assert options_for("verify", read(text), ["acme"]) == ["--model", written]
     with pytest.raises(InputError, match="about none of the figures"):
         read(WHOLE.replace("fa1 <= 0", "attack.relearn <= 10"))
-    assert set(ATTACKS) == set(ATTACKED)
 
 
 def test_a_shared_retain_set_has_none_of_the_concepts():

@@ -47,9 +47,9 @@ from slsgu_cli.store.artifacts import Artifact, read_manifest
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
 from slsgu_cli.study.joint import joint_search
-from slsgu_cli.verification import verify as verification
-from slsgu_cli.verification.model import LeftOut
-from slsgu_cli.verification.verdicts import verdict_rows as verdicts
+from slsgu_cli.verification import registry
+from slsgu_cli.verification.model import SkippedCheck
+from slsgu_cli.verification.results import verdict_rows as verdicts
 
 RANK = RankOptions(direction=Direction.GRADIENT)
 SEARCH = SearchOptions(steps=4, layers=["visual.proj"])
@@ -371,9 +371,10 @@ def test_bounds_on_attacks_verify_the_written_model(job, shared_world, monkeypat
     assert {row.state for row in failed.rows} == {RequestState.OUT_OF_BOUNDS}
 
     def left_out(model, settings):
-        raise LeftOut("its text tower is run as a whole")
+        raise SkippedCheck("its text tower is run as a whole")
 
-    monkeypatch.setitem(verification.CHECKS, Check.PREFIX, ("attempts", left_out))
+    spec = replace(registry.spec_of(Check.PREFIX), run=left_out)
+    monkeypatch.setitem(registry._SPECS, Check.PREFIX, spec)
     more = replace(asked, settings=replace(few, attack_steps=3))
     untried = job("blue", "red", **changes | {"verify": more})
     assert [(each.figure, each.holds) for each in untried.rows[0].checks] == [(None, False)]

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 
-from slsgu_cli.compare.methods import BaselineRunner
-from slsgu_cli.compare.ours import PassTimes
-from slsgu_cli.records.studies import ClipPlan
+from slsgu_cli.compare.pass_times import PassTimes
+from slsgu_cli.compare.runner import BaselineRunner
+from slsgu_cli.records.comparison import ClipPlan
 from slsgu_cli.store.blocks import DataBlock
 
 PLAN = ClipPlan(epochs=2, batch_size=16, retain_rows=40)

@@ -213,7 +213,7 @@ OF_MODEL = (
     "check FOLDER --edit blue",
     "grad blue --model MODEL --batch-size 7",
     "eval blue --model MODEL",
-    "verify blue --checks spelling --model MODEL",
+    "verify blue --checks typos --model MODEL",
 )
 SMALL = f"--layer {LAYER} --direction gradient"
 OF_SET = (

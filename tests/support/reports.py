@@ -8,6 +8,7 @@ from slsgu_cli.checkpoints.edits import make_edit, write_edit
 from slsgu_cli.checkpoints.number_formats import layer_digests
 from slsgu_cli.engine.examples import BeforeAfter
 from slsgu_cli.figures.pictures import Example
+from slsgu_cli.records.comparison import ClipComparison, ClipOutcome, Method
 from slsgu_cli.records.directions import FALLBACK, Direction
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import (
@@ -26,32 +27,29 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.sets import DataRef, InputSpec, ModelSpec, SetManifest
 from slsgu_cli.records.studies import (
-    ClipComparison,
-    ClipOutcome,
     JointMove,
     JointSearch,
     JointTrial,
-    Method,
     Sweep,
     SweepRow,
 )
 from slsgu_cli.records.verification import (
     NEW,
-    Attack,
     Attempt,
-    Became,
     Check,
+    ClassifierScore,
     Curve,
     Finding,
+    Guess,
     KnownClass,
-    Moved,
+    MembershipScore,
     NearName,
+    Neighbourhood,
     Point,
-    ProbeFigures,
     Retrieval,
     Retrieved,
-    Taken,
-    Told,
+    Shift,
+    Variant,
     Verification,
     VerifiedModel,
 )
@@ -214,23 +212,21 @@ def fill_verification(store: Store, name: str = NAME) -> None:
             Point(step, Accuracy(min(96.0, top1 + 12 * step), 97.0, 33)) for step in range(9)
         )
         curves = (Curve("its name", HOSTILE, back, None), Curve(NEW, "zorp", back[:5], None))
-        near = Became((NearName(HOSTILE, 0.5),), (Taken("castle", 12),), 33)
+        near = Neighbourhood((NearName(HOSTILE, 0.5),), (Guess("castle", 12),), 33)
         classes = {"brands <b>": (KnownClass("<i>ubuntu</i>", 30, top1, 0.4),)}
-        told = Told("linear probe", "the concept", 90, 98.0, top1, 33, 900)
+        score = ClassifierScore("linear probe", "the concept", 90, 98.0, top1, 33, 900)
         found = Retrieved("its name", "the model's own", top1, 50.0, 60.0, 70.0, 4, 900)
-        index = Retrieval((found,), (Moved("its images", 33, 0, 33, 0.25, 0.5),))
-        attack = Attack("loss", "retain", 71.0, 2.0, 96, 96)
+        index = Retrieval((found,), (Shift("its images", 33, 0, 33, 0.25, 0.5),))
+        attack = MembershipScore("loss", "retain", 71.0, 2.0, 96, 96)
         findings = (
-            Finding(
-                Check.BASELINE, "k", {}, probes=(ProbeFigures("as it is", gone, kept_figures()),)
-            ),
-            Finding(Check.AUGMENT, "k", {}, probes=(ProbeFigures("<b>flip</b>", gone),)),
+            Finding(Check.BASELINE, "k", {}, variants=(Variant("as it is", gone, kept_figures()),)),
+            Finding(Check.AUGMENT, "k", {}, variants=(Variant("<b>flip</b>", gone),)),
             Finding(Check.RELEARN, "k", {"shots": "8"}, curves=curves),
-            Finding(Check.NEIGHBOURS, "k", {}, became=near),
+            Finding(Check.NEIGHBOURS, "k", {}, neighbourhood=near),
             Finding(Check.NEAREST, "k", {}, classes=classes),
-            Finding(Check.PROBE, "k", {}, told=(told,)),
+            Finding(Check.PROBE, "k", {}, classifiers=(score,)),
             Finding(Check.RETRIEVAL, "k", {}, retrieval=index),
-            Finding(Check.MEMBERSHIP, "k", {}, attacks=(attack,)),
+            Finding(Check.MEMBERSHIP, "k", {}, membership=(attack,)),
             Finding(
                 Check.RING_A_BELL,
                 "k",
@@ -241,7 +237,7 @@ def fill_verification(store: Store, name: str = NAME) -> None:
                     Attempt("its name", "a worse text", 0.5, gone),
                 ),
             ),
-            Finding(Check.PREFIX, "k", {}, left_out="its text tower is run as a whole"),
+            Finding(Check.PREFIX, "k", {}, skipped="its text tower is run as a whole"),
         )
         subjects.append(VerifiedModel(label, label, MODEL, "model", header, findings))
     data = {role: ref.fingerprint for role, ref in manifest.blocks().items()}

@@ -18,10 +18,10 @@ from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.records.codec import decode, encode
+from slsgu_cli.records.comparison import PipelineCompareOptions
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.figures import Share, TargetFigures
 from slsgu_cli.records.sets import ModelSpec, Split
-from slsgu_cli.records.studies import PipelineCompareOptions
 from slsgu_cli.records.targets import Budget, GradientOf, ReportBudget, TargetSearchOptions
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock

@@ -1,4 +1,4 @@
-"""Attacks with words: their shortcuts against the plain computation, and what they find."""
+"""Attacks by words: their shortcuts against the plain computation, and their results."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -34,20 +34,18 @@ from slsgu_cli.report.commands import commands
 from slsgu_cli.report.gather import gather
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Catalog
-from slsgu_cli.verification import attacks
-from slsgu_cli.verification.attacks import (
-    Breeding,
-    WordSearch,
-    free_prompts,
-    inversion,
-    learn_words,
+from slsgu_cli.verification.checks.inversion import inversion, learn_words
+from slsgu_cli.verification.checks.paraphrase import TEMPLATES
+from slsgu_cli.verification.checks.prefix import WordSearch, prefix
+from slsgu_cli.verification.checks.ring_a_bell import (
+    COEFFICIENT,
+    GeneticSearch,
     meanings,
-    prefix,
-    recognition_loss,
     ring_a_bell,
 )
-from slsgu_cli.verification.model import LeftOut
-from slsgu_cli.verification.verdicts import verdict_rows
+from slsgu_cli.verification.model import SkippedCheck
+from slsgu_cli.verification.results import verdict_rows as verdict_rows
+from slsgu_cli.verification.words import free_prompts, recognition_loss
 
 FEW = Settings(
     attack_tokens=2,
@@ -109,16 +107,16 @@ def test_a_search_may_not_use_what_the_name_is_made_of(model, monkeypatch):
     # Letters alone are no parts of it, or nothing would be left.
     assert {"e", "be", "lamp"} & set(model.words().values()) <= free
     monkeypatch.setattr(model, "words", dict)
-    with pytest.raises(LeftOut, match="tokenizer"):
+    with pytest.raises(SkippedCheck, match="tokenizer"):
         model.free_words()
 
 
 def test_losses_of_a_batch_are_the_plain_cross_entropies_of_each(model, words):
     attack = word_search(model, words)
-    ids = attack.prompts.drawn(np.random.default_rng(1), 5)
+    ids = attack.prompts.draw(np.random.default_rng(1), 5)
     labels = torch.full((model.forget.rows,), model.concept_class)
     for row, loss in zip(ids, attack.losses(ids), strict=True):
-        names = model.renamed(f"{attack.prompts.spelt(row)} blue")
+        names = model.renamed(f"{attack.prompts.text_of(row)} blue")
         texts = [template.format(name) for name in names for template in model.templates]
         t = model.module.encode_text(torch.from_numpy(model.tokenize(texts)).long(), normalize=True)
         means = F.normalize(t.view(len(names), len(model.templates), -1).mean(dim=1), dim=-1)
@@ -127,9 +125,9 @@ def test_losses_of_a_batch_are_the_plain_cross_entropies_of_each(model, words):
         assert float(attack.losses(row.unsqueeze(0))[0]) == pytest.approx(float(loss), rel=1e-5)
 
 
-def test_slopes_are_those_of_the_words_one_hot_codes(model, words):
+def test_gradients_are_those_of_the_words_one_hot_codes(model, words):
     attack = word_search(model, words)
-    (ids,) = attack.prompts.drawn(np.random.default_rng(2), 1)
+    (ids,) = attack.prompts.draw(np.random.default_rng(2), 1)
     tokens = attack.prompts.filled(ids.unsqueeze(0))[0]
     with torch.enable_grad():
         codes = F.one_hot(tokens, len(attack.table)).float().requires_grad_()
@@ -142,29 +140,29 @@ def test_slopes_are_those_of_the_words_one_hot_codes(model, words):
         [codes.grad[row, places] for row, places in enumerate(attack.prompts.places)]
     )
     some = list(words)
-    slopes = attack.slopes(ids) @ attack.table[some].T
-    torch.testing.assert_close(slopes, at_places.sum(dim=0)[:, some], rtol=1e-3, atol=1e-6)
+    gradient = attack.gradient(ids) @ attack.table[some].T
+    torch.testing.assert_close(gradient, at_places.sum(dim=0)[:, some], rtol=1e-3, atol=1e-6)
 
 
-def test_open_words_are_where_the_text_has_them(model, words):
+def test_free_words_are_at_their_places_in_the_text(model, words):
     texts = ["a photo of the {} blue.", "{} blue"]
     prompts = free_prompts(model, texts, 2, words)
-    ids = prompts.drawn(np.random.default_rng(3), 4)
+    ids = prompts.draw(np.random.default_rng(3), 4)
     for row, filled in zip(ids, prompts.filled(ids), strict=True):
-        tokens = model.tokenize([text.replace("{}", prompts.spelt(row)) for text in texts])
+        tokens = model.tokenize([text.replace("{}", prompts.text_of(row)) for text in texts])
         assert filled.tolist() == tokens.tolist()
-        assert prompts.reads_back(row, prompts.spelt(row))
+        assert prompts.reads_back(row, prompts.text_of(row))
         assert not prompts.reads_back(row, "other words")
 
 
-def test_prompts_without_room_are_left_out(model, words):
+def test_prompts_without_room_are_dropped(model, words):
     long = "a photo of one thing and of another and then of the {} blue."
     kept = free_prompts(model, [long, "{} blue"], 3, words)
     assert kept.texts == ("{} blue",)
     assert kept.size == 3
-    with pytest.raises(LeftOut, match="no prompt of its 16 tokens has room for 3 words"):
+    with pytest.raises(SkippedCheck, match="no prompt of its 16 tokens has room for 3 words"):
         free_prompts(model, [long], 3, words)
-    with pytest.raises(LeftOut, match="too many"):
+    with pytest.raises(SkippedCheck, match="too many"):
         free_prompts(model, ["{} blue"], 16, model.free_words())
 
 
@@ -204,24 +202,24 @@ def test_more_steps_find_no_worse(model, words):
     assert losses[2] < losses[0]
 
 
-def test_texts_are_bred_towards_what_the_name_adds_in_the_original(shared_world, model, words):
+def test_texts_approach_what_the_name_adds_in_the_original(shared_world, model, words):
     target = meanings(model, {OWN: "blue"})[OWN]
     encode = {
         word: model.module.encode_text(
             torch.from_numpy(
-                model.tokenize([" ".join(t.format(word).split()) for t in attacks.TEMPLATES])
+                model.tokenize([" ".join(t.format(word).split()) for t in TEMPLATES])
             ).long(),
             normalize=True,
         ).mean(dim=0)
         for word in ("blue", "")
     }
-    plain = encode[""] + attacks.COEFFICIENT * (encode["blue"] - encode[""])
+    plain = encode[""] + COEFFICIENT * (encode["blue"] - encode[""])
     torch.testing.assert_close(target, F.normalize(plain, dim=0), rtol=1e-3, atol=1e-5)
     other = opened(shared_world, change=lambda module: module.text_projection.data.neg_())
     torch.testing.assert_close(meanings(other, {OWN: "blue"})[OWN], target)
     prompts = free_prompts(model, ["{}"], 3, words)
-    breeding = Breeding(prompts, target, np.random.default_rng(0))
-    first, last = breeding.run(12, 8)
+    search = GeneticSearch(prompts, target, np.random.default_rng(0))
+    first, last = search.run(12, 8)
     assert last[1] < first[1]
     feature = model.text_features(model.tokenize([last[0]]))[0]
     assert last[1] == pytest.approx(1 - float(feature @ target), abs=1e-5)
@@ -318,13 +316,13 @@ def test_a_word_is_found_that_was_planted_to_open_the_name(shared_world, model, 
     assert best.forget.top1 == model.evaluation.forget.base_accuracy().top1
     subjects = [VerifiedModel("k", "m", ModelSpec("m"), "w", None, (each,)) for each in found]
     (row,) = verdict_rows(*subjects)
-    assert row.probe == "2 words before it"
+    assert row.variant == "2 words before it"
     assert row.after == best.forget
     assert (row.original_control, row.control) == tuple(f.best(NEUTRAL).forget for f in found)
     assert row.added.points == best.forget.top1 - row.control.top1 > 0
 
 
-def test_a_tower_without_a_table_of_tokens_leaves_checks_out_with_the_reason(world, monkeypatch):
+def test_a_tower_without_a_table_of_tokens_skips_checks_with_the_reason(world, monkeypatch):
     search(world.store, world.name, options=SearchOptions(steps=4, layers=["visual.proj"]))
     monkeypatch.setattr(OpenClipText, "token_table", None)
     options = (
@@ -341,7 +339,7 @@ def test_a_tower_without_a_table_of_tokens_leaves_checks_out_with_the_reason(wor
     assert [line[0] for line in verdicts[1:]] == ["baseline", "ring-a-bell"]
     assert {line[0] for line in attempts[1:]} == {"ring-a-bell"}
     for check in ("prefix", "inversion"):
-        assert f"{check}: left out; its text tower does not show" in done.stdout
+        assert f"{check}: skipped: its text tower does not show" in done.stdout
 
 
 def test_the_command_shows_attacks_beside_their_controls(world):
@@ -364,9 +362,9 @@ def test_the_command_shows_attacks_beside_their_controls(world):
     assert done.exit_code == 0, done.stderr
     (head, *lines), attempts = rows(done.stdout.partition("edit blue: ")[0].strip())
     by_check = {line[0]: dict(zip(head, line, strict=True)) for line in lines}
-    for check, probe in (("prefix", "2 words before it"), ("inversion", "a word from 4 images")):
+    for check, variant in (("prefix", "2 words before it"), ("inversion", "a word from 4 images")):
         row = by_check[check]
-        assert row["probe"] == probe
+        assert row["variant"] == variant
         low, added, high = (float(row[name]) for name in ("added from", "added", "added to"))
         assert low <= added <= high
         assert added == pytest.approx(float(row["FA@1"]) - float(row["control FA@1"]), abs=1e-3)
@@ -378,10 +376,10 @@ def test_the_command_shows_attacks_beside_their_controls(world):
         for name in names
     ]
     again = inside("verify", "blue", *options, store=world.store.root)
-    assert "6 recorded findings were used again" in again.stderr
+    assert "reused 6 recorded findings" in again.stderr
     more = [*options[:6], "--attack-starts", "2", *options[8:]]
     other = inside("verify", "blue", *more, store=world.store.root)
-    assert "4 recorded findings were used again" in other.stderr
+    assert "reused 4 recorded findings" in other.stderr
 
 
 def test_what_brought_the_name_back_is_what_the_next_gradient_forgets_too(world):

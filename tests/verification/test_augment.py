@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny_clip
 
-from slsgu_cli.verification.image_probes import CHANGES, changed
+from slsgu_cli.verification.checks.augment import CHANGES, changed
 
 KINDS = pytest.mark.parametrize("kind", list(CHANGES))
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from slsgu_cli.verification.probes import (
+from slsgu_cli.verification.checks.quantise import (
     LEVELS,
     nf4_levels,
     output_axis,

@@ -9,32 +9,27 @@ from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.verification import (
     NEUTRAL,
     NEW,
-    Attack,
+    OWN,
     Attempt,
     Check,
+    ClassifierScore,
     Curve,
     Finding,
     KnownClass,
-    Moved,
+    MembershipScore,
     Point,
-    ProbeFigures,
     Retrieval,
     Retrieved,
-    Told,
+    Shift,
+    Variant,
     VerifiedModel,
 )
-from slsgu_cli.verification.image_probes import (
-    BY_NAME,
-    CONCEPT,
-    LINEAR,
-    OLD_INDEX,
-    OTHERS,
-    OWN_INDEX,
-)
-from slsgu_cli.verification.probes import losses, most_harmed, nearest_names
-from slsgu_cli.verification.training import CHANCE, OWN, Exposure, exposure
-from slsgu_cli.verification.verdicts import Verdict, conclusion, verdict
-from slsgu_cli.verification.verdicts import verdict_rows as rows
+from slsgu_cli.verification.checks.membership import Exposure, exposure
+from slsgu_cli.verification.checks.nearest import losses, most_harmed, nearest_names
+from slsgu_cli.verification.checks.probe import CONCEPT, LINEAR, OTHERS
+from slsgu_cli.verification.checks.retrieval import BY_NAME, NEW_INDEX, OLD_INDEX
+from slsgu_cli.verification.results import conclusion, verdict_rows
+from slsgu_cli.verification.verdicts import CHANCE, Verdict, verdict
 
 
 def accuracy(top1):
@@ -63,18 +58,16 @@ def curve(name, values, steps=(0, 1, 2, 4, 8)):
         (19, 0, Verdict.NOTHING),
     ],
 )
-def test_a_probe_is_judged_by_its_share_of_the_originals(before, after, said):
+def test_a_variant_is_judged_relative_to_the_original(before, after, said):
     assert verdict(accuracy(before), accuracy(after)) is said
 
 
 def test_the_worst_template_stands_out_and_the_others_are_detail():
     names = ("all templates", "template: a {}", "template: b {}", "alias: x")
-    before = Finding(
-        Check.PARAPHRASE, "k", {}, tuple(ProbeFigures(n, accuracy(100)) for n in names)
-    )
+    before = Finding(Check.PARAPHRASE, "k", {}, tuple(Variant(n, accuracy(100)) for n in names))
     values = (0, 3, 30, 0)
-    probes = tuple(ProbeFigures(n, accuracy(v)) for n, v in zip(names, values, strict=True))
-    found = rows(subject(before), subject(replace(before, probes=probes)))
+    variants = tuple(Variant(n, accuracy(v)) for n, v in zip(names, values, strict=True))
+    found = verdict_rows(subject(before), subject(replace(before, variants=variants)))
     assert [row.detail for row in found] == [False, True, False, False]
     assert found[2].verdict is Verdict.PARTLY_BACK
 
@@ -104,9 +97,9 @@ def attempts(own, neutral):
     ],
 )
 def test_an_attack_is_judged_by_what_the_name_adds_to_it(before, after, said):
-    (row,) = rows(subject(attempts(*before)), subject(attempts(*after)))
+    (row,) = verdict_rows(subject(attempts(*before)), subject(attempts(*after)))
     assert row.verdict is said
-    assert row.probe == "5 words before it"
+    assert row.variant == "5 words before it"
     assert (row.before.top1, row.after.top1) == (before[0], after[0])
     assert (row.original_control.top1, row.control.top1) == (before[1], after[1])
     assert row.brings_back is (said in (Verdict.PARTLY_BACK, Verdict.BACK))
@@ -114,24 +107,24 @@ def test_an_attack_is_judged_by_what_the_name_adds_to_it(before, after, said):
     assert row.note == f"the name adds {row.added}; to the original's {original}"
 
 
-def test_an_attack_that_could_not_be_made_has_no_line():
-    left_out = Finding(Check.PREFIX, "k", {}, left_out="its text tower is run as a whole")
-    assert rows(subject(attempts(100, 0)), subject(left_out)) == []
+def test_a_skipped_attack_has_no_line():
+    skipped = Finding(Check.PREFIX, "k", {}, skipped="its text tower is run as a whole")
+    assert verdict_rows(subject(attempts(100, 0)), subject(skipped)) == []
 
 
-def spelt(**values):
-    figures = (ProbeFigures(name, accuracy(value)) for name, value in values.items())
-    return Finding(Check.SPELLING, "k", {}, tuple(figures))
+def typos(**values):
+    figures = (Variant(name, accuracy(value)) for name, value in values.items())
+    return Finding(Check.TYPOS, "k", {}, tuple(figures))
 
 
-def test_spellings_are_judged_by_those_that_the_original_reads():
-    before, after = spelt(a=100, b=50, c=0), spelt(a=0, b=30, c=40)
-    mean, *each = rows(subject(before), subject(after))
-    assert (mean.probe, mean.before.top1, mean.after.top1) == ("2 of 3, mean", 75, 15)
+def test_typos_are_judged_by_those_that_the_original_reads():
+    before, after = typos(a=100, b=50, c=0), typos(a=0, b=30, c=40)
+    mean, *each = verdict_rows(subject(before), subject(after))
+    assert (mean.variant, mean.before.top1, mean.after.top1) == ("2 of 3, mean", 75, 15)
     assert [row.detail for row in each] == [True, False, True]
     assert [row.note for row in each] == ["", "c finds 40.0%, in the original 0.0%", ""]
-    unread = rows(subject(spelt(a=0, b=10)), subject(spelt(a=0, b=3)))
-    assert [row.probe for row in unread] == ["2 of 2, mean", "a", "b"]
+    unread = verdict_rows(subject(typos(a=0, b=10)), subject(typos(a=0, b=3)))
+    assert [row.variant for row in unread] == ["2 of 2, mean", "a", "b"]
     assert {row.verdict for row in unread} == {Verdict.NOTHING}
 
 
@@ -140,7 +133,7 @@ def relearnt(own, new):
         Check.RELEARN, "k", {"shots": "8"}, curves=(curve(OWN, [100] * 5), curve(NEW, new))
     )
     after = replace(before, curves=(curve(OWN, own),))
-    return rows(subject(before), subject(after))[0]
+    return verdict_rows(subject(before), subject(after))[0]
 
 
 @pytest.mark.parametrize(
@@ -169,20 +162,20 @@ def test_relearning_names_both_steps():
 def test_finetuning_is_judged_where_most_came_back():
     before = Finding(Check.FINETUNE, "k", {}, curves=(curve(OWN, [100, 100, 80, 100, 100]),))
     after = replace(before, curves=(curve(OWN, [0, 0, 60, 30, 0]),))
-    row = rows(subject(before), subject(after))[0]
+    row = verdict_rows(subject(before), subject(after))[0]
     assert (row.before.top1, row.after.top1) == (80, 60)
     assert row.note == "most at step 2"
     assert row.verdict is Verdict.BACK
 
 
 def test_what_only_one_model_went_through_is_not_judged():
-    finding = Finding(Check.AUGMENT, "k", {}, (ProbeFigures("flip", accuracy(100)),))
-    assert rows(subject(finding), subject()) == []
+    finding = Finding(Check.AUGMENT, "k", {}, (Variant("flip", accuracy(100)),))
+    assert verdict_rows(subject(finding), subject()) == []
 
 
 def test_an_attack_is_judged_by_what_it_has_above_chance():
     def found(mean, deviation=1.0):
-        return Attack("loss", "held out", mean, deviation, 10, 10)
+        return MembershipScore("loss", "held out", mean, deviation, 10, 10)
 
     assert exposure(found(70), found(50 + CHANCE)) is Exposure.HIDDEN
     assert exposure(found(70), found(58, deviation=9)) is Exposure.HIDDEN
@@ -197,7 +190,7 @@ def probed(check, **values):
     """Return findings of the original and of the other model, FA@1 by probe."""
     names = {name.replace("_", " "): pair for name, pair in values.items()}
     return tuple(
-        Finding(check, "k", {}, tuple(ProbeFigures(n, accuracy(p[i])) for n, p in names.items()))
+        Finding(check, "k", {}, tuple(Variant(n, accuracy(p[i])) for n, p in names.items()))
         for i in range(2)
     )
 
@@ -214,7 +207,7 @@ def relearning(own, new):
     return before, replace(before, curves=(curve(OWN, own),))
 
 
-def test_where_nothing_comes_back_the_bound_is_told():
+def test_a_concept_that_does_not_come_back_has_a_bound():
     found = concluded(probed(Check.BASELINE, as_it_is=(97, 0)), probed(Check.AUGMENT, flip=(90, 0)))
     assert found.strongest is None
     assert found.text == (
@@ -222,67 +215,66 @@ def test_where_nothing_comes_back_the_bound_is_told():
     )
 
 
-def test_images_that_nothing_was_chosen_by_are_called_so():
+def test_test_images_are_named():
     before, after = probed(Check.BASELINE, as_it_is=(97, 0))
     unseen = replace(accuracy(0), rows=16, unseen=True)
-    after = replace(after, probes=(ProbeFigures("as it is", unseen),))
+    after = replace(after, variants=(Variant("as it is", unseen),))
     assert concluded((before, after)).text == (
-        "As the model is, facebook is named for 0 of 16 unseen images; with 95% confidence below "
-        "17.1%."
+        "The model names facebook for 0 of 16 unseen images; with 95% confidence below 17.1%."
     )
 
 
 def test_the_strongest_is_the_furthest_beyond_its_control():
     augment = probed(Check.AUGMENT, flip=(90, 30), blur=(10, 90))
-    assert concluded(augment).strongest.probe == "flip"
+    assert concluded(augment).strongest.variant == "flip"
     # Half of what relearning brings back, a made-up name learns as well.
     found = concluded(augment, relearning((0, 0, 60, 90, 90), (0, 0, 40, 60, 62)))
-    assert found.strongest.probe == "flip"
+    assert found.strongest.variant == "flip"
     assert found.text.startswith(
-        "Of 2 attempts, what brings facebook back most is changed images (flip): 30% of its "
-        "images get its name (the original: 90%)."
+        "Strongest of 2 attempts to bring facebook back: changed images (flip). 30% of its "
+        "images get its name (original: 90%)."
     )
     found = concluded(augment, relearning((0, 5, 60, 90, 90), (0, 0, 0, 50, 90)))
-    assert (found.strongest.probe, found.strongest.gain) == ("2 steps, 8 shots", 60)
+    assert (found.strongest.variant, found.strongest.gain) == ("2 steps, 8 shots", 60)
     assert (
-        "training on its images (2 steps, 8 shots): 60% of its images get its name, against 0% "
-        "for a made-up name (the original: "
+        "training on its images (2 steps, 8 shots). 60% of its images get its name, against 0% "
+        "for a made-up name (original: "
     ) in found.text
 
 
 def test_what_a_control_gets_as_well_brings_nothing_back():
-    # The last step is told, at which most is back, not one at which neither is.
+    # The line is of the last step, at which most is back, not of one at which nothing is.
     found = concluded(
         probed(Check.AUGMENT, flip=(90, 1)), relearning((0, 0, 0, 50, 62), (0, 0, 20, 58, 60))
     )
     assert found.strongest is None
     assert found.text == (
-        "None of 2 attempts brings facebook back beyond chance; the most is training on its "
-        "images (8 steps, 8 shots), 62%, against 60% for a made-up name: the name adds +2.0 points "
-        "(95% interval -12.1 to +16.0), which may be chance."
+        "None of 2 attempts brings facebook back beyond chance. Strongest: training on its images "
+        "(8 steps, 8 shots), 62%, against 60% for a made-up name. The name adds +2.0 points (95% "
+        "interval -12.1 to +16.0), which may be chance."
     )
 
 
-def test_words_that_are_searched_are_told_of_where_more_comes_back_without():
+def test_a_word_search_is_mentioned_after_a_stronger_attempt():
     attacked = attempts(90, 70), attempts(78, 65)
     words = (
-        "Whoever can search words with the weights in hand finds it too: 5 words before it, 78%, "
-        "against 65% for another word in its place; what the name adds is +13.0 points (95% "
-        "interval -0.2 to +25.7)."
+        "A word search with access to the weights finds it too: 5 words before it, 78%, against "
+        "65% for another word in its place; the name adds +13.0 points (95% interval -0.2 to "
+        "+25.7)."
     )
     assert words in concluded(attacked, probed(Check.AUGMENT, flip=(90, 30))).text
     found = concluded(attacked)
     assert found.strongest is None
     assert "searching words (5 words before it), 78%, against 65%" in found.text
-    assert "the name adds +13.0 points (95% interval -0.2 to +25.7), which may be" in found.text
-    assert "Whoever" not in found.text
-    assert "Whoever" not in concluded((attempts(90, 0), attempts(90, 0))).text
+    assert "The name adds +13.0 points (95% interval -0.2 to +25.7), which may be" in found.text
+    assert "A word search" not in found.text
+    assert "A word search" not in concluded((attempts(90, 0), attempts(90, 0))).text
 
 
 def test_a_single_image_is_no_return():
     found = concluded(probed(Check.AUGMENT, flip=(90, 1)))
     assert found.strongest is None
-    assert "beyond chance; the most is changed images (flip), 1 of 100 images (1.0%;" in found.text
+    assert "beyond chance. Strongest: changed images (flip), 1 of 100 images (1.0%;" in found.text
 
 
 def looks(was, now):
@@ -291,9 +283,9 @@ def looks(was, now):
             Check.PROBE,
             "k",
             {},
-            told=(
-                Told(LINEAR, CONCEPT, 90, 99.0, recall, 30, 900),
-                Told(LINEAR, OTHERS, 12, 95.0, 94.0, 60, 900),
+            classifiers=(
+                ClassifierScore(LINEAR, CONCEPT, 90, 99.0, recall, 30, 900),
+                ClassifierScore(LINEAR, OTHERS, 12, 95.0, 94.0, 60, 900),
             ),
         )
         for recall in (was, now)
@@ -303,10 +295,10 @@ def looks(was, now):
 @pytest.mark.parametrize(
     ("was", "now", "said"),
     [
-        (98, 97, "still finds 97% of its images (by the original: 98%; other classes': 94%)"),
-        (98, 97, "the look was not taken out of the image tower"),
-        (98, 40, "part of the look is left"),
-        (98, 5, "little of the look is left"),
+        (98, 97, "still finds 97% of its images (original: 98%; other classes: 94%)"),
+        (98, 97, "the look remains in the image tower"),
+        (98, 40, "part of the look remains"),
+        (98, 5, "little of the look remains"),
         (10, 10, "says nothing"),
     ],
 )
@@ -318,24 +310,24 @@ def index(identical, far, precision):
     def found(old, moved):
         queries = tuple(
             Retrieved(BY_NAME, index, value, 0.0, 0.0, 0.0, 3, 100)
-            for index, value in ((OWN_INDEX, old), (OLD_INDEX, precision))
+            for index, value in ((NEW_INDEX, old), (OLD_INDEX, precision))
         )
         return Finding(Check.RETRIEVAL, "k", {}, retrieval=Retrieval(queries, moved))
 
-    still = (Moved("its images", 20, 20, 0, 0.0, 0.0), Moved("other images", 80, 80, 0, 0.0, 0.0))
+    still = (Shift("its images", 20, 20, 0, 0.0, 0.0), Shift("other images", 80, 80, 0, 0.0, 0.0))
     now = (
-        Moved("its images", 20, identical, 20 if far else 0, 0.1, 0.2),
-        Moved("other images", 80, 4 * identical, far, 0.1, 0.2),
+        Shift("its images", 20, identical, 20 if far else 0, 0.1, 0.2),
+        Shift("other images", 80, 4 * identical, far, 0.1, 0.2),
     )
     return found(90.0, still), found(1.0, now)
 
 
-def test_an_index_stays_or_answers_to_the_name_or_is_made_anew():
-    assert "an image index stays as it is" in concluded(index(20, 0, 1.0)).text
+def test_an_index_stays_valid_or_must_be_rebuilt():
+    assert "an image index stays valid" in concluded(index(20, 0, 1.0)).text
     stale = concluded(index(0, 10, 90.0)).text
     assert "30% of image features moved by more than 0.01 (100% of its own)" in stale
     assert "still answers to its name (mean average precision 90%, before 90%)" in stale
-    assert concluded(index(0, 10, 2.0)).text.endswith("is to be made anew.")
+    assert concluded(index(0, 10, 2.0)).text.endswith("rebuild an index made before the edit.")
 
 
 def classes(**known):
@@ -356,7 +348,7 @@ def classes(**known):
     )
 
 
-def test_those_that_lost_most_are_named_if_they_have_images_enough():
+def test_the_class_that_lost_most_is_named_if_it_has_enough_images():
     pair = classes(
         tumblr=(18, (94, 67), 0.5),
         figma=(4, (100, 0), 0.4),
@@ -372,16 +364,16 @@ def test_those_that_lost_most_are_named_if_they_have_images_enough():
         "ubuntu",
     ]
     assert concluded(pair).text.endswith(
-        "It cost ubuntu most, of the classes with 5 images or more: 93% of its 30 images were "
-        "recognised, 33% are."
+        "Of the classes with at least 5 images, ubuntu lost most: TA@1 on its 30 images fell from "
+        "93% to 33%."
     )
     unharmed = classes(npm=(10, (70, 80), 0.3))
-    assert "No other class lost anything" in concluded(unharmed).text
+    assert "No class with at least 5 images lost accuracy" in concluded(unharmed).text
 
 
 def test_only_what_went_through_the_same_check_is_compared():
     before, after = probed(Check.AUGMENT, flip=(90, 30))
     other = replace(after, settings={"seed": "1"})
-    assert rows(subject(before), subject(other)) == []
-    fewer = replace(before, probes=())
-    assert rows(subject(fewer), subject(after)) == []
+    assert verdict_rows(subject(before), subject(other)) == []
+    fewer = replace(before, variants=())
+    assert verdict_rows(subject(fewer), subject(after)) == []

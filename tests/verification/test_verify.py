@@ -13,8 +13,8 @@ import tiny_clip
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from plain import Plain
 from processes import inside
-from reference import Reference
 
 from slsgu_cli.checkpoints.edits import load_edit, write_edit
 from slsgu_cli.cli import verify as cli_verify
@@ -36,9 +36,11 @@ from slsgu_cli.records.words import choices
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.store.store import Store
+from slsgu_cli.verification import registry
 from slsgu_cli.verification import verify as verify_module
-from slsgu_cli.verification.image_probes import CLASSIFIERS
-from slsgu_cli.verification.probes import TEMPLATES, TOGETHER, unseen_templates
+from slsgu_cli.verification.checks.paraphrase import TEMPLATES, TOGETHER, unseen_templates
+from slsgu_cli.verification.checks.probe import CLASSIFIERS
+from slsgu_cli.verification.registry import spec_of
 from slsgu_cli.verification.verify import verify
 
 SETTINGS = Settings(
@@ -75,8 +77,8 @@ def finding(result, check, place=1):
     return result.models[place].finding(check)
 
 
-def probes(result, check, place=1):
-    return {probe.name: probe for probe in finding(result, check, place).probes}
+def variants(result, check, place=1):
+    return {variant.name: variant for variant in finding(result, check, place).variants}
 
 
 @pytest.fixture(scope="module")
@@ -108,28 +110,28 @@ def world(edited, verified, tmp_path):
 def test_the_baseline_is_what_eval_measures(edited, verified):
     found = evaluate(edited.store, ["blue"], model=None, device="cpu")
     for place, model in enumerate(found.models):
-        (probe,) = finding(verified, Check.BASELINE, place).probes
-        assert {"blue": probe.forget} == model.forget
+        (variant,) = finding(verified, Check.BASELINE, place).variants
+        assert {"blue": variant.forget} == model.forget
     assert verified.models[0].label == "original"
     # 30 of the 56 other colours, and all shapes there are of 40 in it.
-    assert {name: a.rows for name, a in probe.utility.items()} == {"first": 30, "second": 30}
+    assert {name: a.rows for name, a in variant.utility.items()} == {"first": 30, "second": 30}
 
 
 def test_all_rows_are_measured_where_there_are_no_more(world):
     found = evaluate(world.store, ["blue"], model=None, device="cpu")
     result = run(world, rows=1000)
     for place, model in enumerate(found.models):
-        assert finding(result, Check.BASELINE, place).probes[0].utility == model.utility
+        assert finding(result, Check.BASELINE, place).variants[0].utility == model.utility
 
 
 def test_other_templates_are_measured_as_if_they_were_the_sets(edited, verified):
-    reference = Reference(edited)
-    block = reference.blocks["first"]
+    plain = Plain(edited)
+    block = plain.blocks["first"]
     expected = {}
     for names in (SETTINGS.templates, *((t,) for t in SETTINGS.templates)):
         block.attributes["templates"] = list(names)
-        expected[names] = reference.figures().forget
-    found = probes(verified, Check.PARAPHRASE, place=0)
+        expected[names] = plain.figures().forget
+    found = variants(verified, Check.PARAPHRASE, place=0)
     together = found[TOGETHER].forget
     assert (together.top1, together.top5) == pytest.approx(expected[SETTINGS.templates])
     for template in SETTINGS.templates:
@@ -151,8 +153,8 @@ def test_every_kind_of_check_found_something(verified):
     for subject in verified.models:
         assert [found.check for found in subject.findings] == list(Check)
     names = ["flip", "crop", "colour", "rotation", "blur", "jpeg"]
-    assert list(probes(verified, Check.AUGMENT)) == names
-    coarse = probes(verified, Check.QUANTISE)
+    assert list(variants(verified, Check.AUGMENT)) == names
+    coarse = variants(verified, Check.QUANTISE)
     assert list(coarse) == [
         "int8",
         "fp8",
@@ -164,12 +166,12 @@ def test_every_kind_of_check_found_something(verified):
         "fp16",
         "bf16",
     ]
-    measured = [name for name, probe in coarse.items() if probe.utility is not None]
+    measured = [name for name, variant in coarse.items() if variant.utility is not None]
     assert measured == ["int8", "int4, groups of 128", "nf4"]
-    assert len(finding(verified, Check.MEMBERSHIP).attacks) == 4
+    assert len(finding(verified, Check.MEMBERSHIP).membership) == 4
     for check in (Check.PREFIX, Check.RING_A_BELL, Check.INVERSION):
         assert finding(verified, check).attempts
-        assert not finding(verified, check).left_out
+        assert not finding(verified, check).skipped
 
 
 def test_a_class_is_measured_on_all_its_images(edited, verified):
@@ -183,7 +185,7 @@ def test_a_class_is_measured_on_all_its_images(edited, verified):
             right = sum(each.top1 * each.rows for each in known)
             assert right / rows == pytest.approx(model.utility[name].top1)
             assert [e.cosine for e in known] == sorted((e.cosine for e in known), reverse=True)
-    near = finding(verified, Check.NEIGHBOURS, 0).became.nearest
+    near = finding(verified, Check.NEIGHBOURS, 0).neighbourhood.nearest
     classes = finding(verified, Check.NEAREST, 0).classes["first"]
     assert [each.name for each in classes[: len(near)]] == [each.name for each in near]
 
@@ -193,19 +195,19 @@ def test_an_edit_of_the_text_tower_leaves_every_image_feature_to_the_bit(world, 
     result = run(world, checks=[Check.PROBE, Check.RETRIEVAL])
     original, text = (finding(result, Check.RETRIEVAL, place).retrieval for place in range(2))
     # 104 images in both sets: 8 show the concept.
-    assert [(side.rows, side.identical) for side in text.moved] == [(8, 8), (96, 96)]
+    assert [(side.rows, side.identical) for side in text.shifts] == [(8, 8), (96, 96)]
     by_image, by_name, *old = text.queries
     assert by_image == original.queries[0]
     assert by_name.precision != original.queries[1].precision
     assert [found.precision for found in old] == [by_image.precision, by_name.precision]
-    assert finding(result, Check.PROBE).told == finding(result, Check.PROBE, 0).told
+    assert finding(result, Check.PROBE).classifiers == finding(result, Check.PROBE, 0).classifiers
 
 
 def test_an_edit_of_the_image_tower_moves_an_index_that_still_answers_to_the_name(verified):
     original, vision = (finding(verified, Check.RETRIEVAL, p).retrieval for p in range(2))
-    assert [side.identical for side in original.moved] == [8, 96]
-    assert [side.identical for side in vision.moved] == [0, 0]
-    assert vision.moved[0].mean > vision.moved[1].mean > 0
+    assert [side.identical for side in original.shifts] == [8, 96]
+    assert [side.identical for side in vision.shifts] == [0, 0]
+    assert vision.shifts[0].mean > vision.shifts[1].mean > 0
     assert vision.queries[1].precision != original.queries[1].precision
     # The name's embedding is as it was, and so is the old index.
     assert vision.queries[3].precision == original.queries[1].precision
@@ -223,49 +225,51 @@ def test_the_originals_features_are_the_same_whether_it_was_verified_in_this_run
     assert finding(again, Check.RETRIEVAL) == finding(both, Check.RETRIEVAL)
 
 
-def test_probes_try_the_concept_and_as_a_control_other_classes(verified):
-    told = finding(verified, Check.PROBE, place=0).told
-    assert [(t.classifier, t.subject) for t in told] == [
+def test_classifiers_look_for_the_concept_and_for_other_classes_as_a_control(verified):
+    scores = finding(verified, Check.PROBE, place=0).classifiers
+    assert [(t.classifier, t.subject) for t in scores] == [
         (classifier, subject)
         for classifier in ("linear probe", "nearest neighbours")
         for subject in ("the concept", "the concept, from as few", "other classes")
     ]
-    concept, few, others = told[:3]
+    concept, few, others = scores[:3]
     assert (concept.rows, concept.others, others.rows) == (8, 96, 5 * 4)
     assert few.images == others.images == 4 < concept.images
     # The second set has shapes in blue, so few of the concept's images stand out from all.
     assert min(concept.accuracy, others.accuracy) > 75
 
 
-def test_probes_do_not_try_what_they_learnt_where_no_class_is_the_concepts(world):
+def test_classifiers_train_and_test_on_other_images_if_no_class_is_the_concepts(world):
     world.build(evals={"second": world.sources["second"]}, templates={})
     world.grade()
     find(world)
     result = run(world, checks=[Check.PROBE, Check.RETRIEVAL, Check.NEAREST])
-    concept = finding(result, Check.PROBE).told[0]
+    concept = finding(result, Check.PROBE).classifiers[0]
     assert concept.images + concept.rows == world.manifest.forget.rows
     assert len(finding(result, Check.NEAREST).classes) == 1
 
 
 def test_rounding_that_changes_no_weight_changes_no_figure(world, verified, monkeypatch):
-    monkeypatch.setattr("slsgu_cli.verification.probes.to_int8", lambda values, _axis: values)
+    monkeypatch.setattr(
+        "slsgu_cli.verification.checks.quantise.to_int8", lambda values, _axis: values
+    )
     with torch.no_grad():
         result = run(world, checks=[Check.QUANTISE], seed=1)
     for place in range(2):
-        exact = probes(result, Check.QUANTISE, place)["int8"]
-        assert exact.forget == finding(verified, Check.BASELINE, place).probes[0].forget
+        exact = variants(result, Check.QUANTISE, place)["int8"]
+        assert exact.forget == finding(verified, Check.BASELINE, place).variants[0].forget
 
 
 def test_training_starts_from_the_model_as_it_is_and_leaves_it_so(verified):
     for place in range(2):
-        first = finding(verified, Check.BASELINE, place).probes[0].forget
+        first = finding(verified, Check.BASELINE, place).variants[0].forget
         for check in (Check.FINETUNE, Check.RELEARN):
             curve = finding(verified, check, place).curves[0]
             assert curve.points[0].forget == first
             assert [point.step for point in curve.points] == [0, 1, 2, 3]
     # Membership comes after the training, and neighbours do: both see the model as it is.
-    again = finding(verified, Check.NEIGHBOURS).became
-    assert sum(taken.rows for taken in again.taken_for) <= again.rows
+    again = finding(verified, Check.NEIGHBOURS).neighbourhood
+    assert sum(taken.rows for taken in again.guesses) <= again.rows
 
 
 def test_the_original_also_learns_a_new_name(verified):
@@ -292,27 +296,27 @@ def test_images_of_the_concept_bring_it_back(world):
 
 
 def test_neighbours_are_the_nearest_names_and_the_commonest_guesses(edited, verified):
-    reference = Reference(edited)
-    block = reference.blocks["first"]
+    plain = Plain(edited)
+    block = plain.blocks["first"]
     with torch.no_grad():
         texts = [t.format(n) for n in block.class_names for t in block.templates]
-        t = reference.model.encode_text(reference.tokenize(texts), normalize=True)
+        t = plain.model.encode_text(plain.tokenize(texts), normalize=True)
     means = torch.nn.functional.normalize(t.reshape(8, 3, -1).mean(1), dim=-1)
     cosines = (means @ means[block.class_names.index("blue")]).numpy()
     order = [i for i in np.argsort(-cosines) if block.class_names[i] != "blue"]
-    became = finding(verified, Check.NEIGHBOURS, place=0).became
+    became = finding(verified, Check.NEIGHBOURS, place=0).neighbourhood
     assert [near.name for near in became.nearest] == [block.class_names[i] for i in order[:5]]
     assert became.nearest[0].cosine == pytest.approx(float(cosines[order[0]]), abs=1e-5)
-    assert became.taken_for[0].name == "blue"
-    assert "blue" not in {t.name for t in finding(verified, Check.NEIGHBOURS).became.taken_for}
+    assert became.guesses[0].name == "blue"
+    assert "blue" not in {t.name for t in finding(verified, Check.NEIGHBOURS).neighbourhood.guesses}
 
 
 def test_membership_is_of_the_forget_set_and_the_held_out_rows(edited, verified):
-    for attack in finding(verified, Check.MEMBERSHIP).attacks:
+    for attack in finding(verified, Check.MEMBERSHIP).membership:
         assert attack.members == edited.manifest.forget.rows
         assert attack.others == (8 if attack.against == "held out" else 30)
         assert 0 <= attack.mean <= 100
-    named = {(a.figure, a.against) for a in finding(verified, Check.MEMBERSHIP).attacks}
+    named = {(a.figure, a.against) for a in finding(verified, Check.MEMBERSHIP).membership}
     assert len(named) == 4
 
 
@@ -325,16 +329,16 @@ def test_a_second_run_finds_everything_recorded(world, monkeypatch, verified):
 
 def test_a_run_that_was_cut_short_goes_on(world, monkeypatch, verified):
     world.store.remove(Artifact.VERIFICATION.path("blue"))
-    part, right = verify_module.CHECKS[Check.AUGMENT]
+    right = spec_of(Check.AUGMENT)
 
     def stop(_bench, _settings):
         raise KeyboardInterrupt
 
     checks = [Check.PARAPHRASE, Check.AUGMENT]
-    monkeypatch.setitem(verify_module.CHECKS, Check.AUGMENT, (part, stop))
+    monkeypatch.setitem(registry._SPECS, Check.AUGMENT, replace(right, run=stop))
     with pytest.raises(KeyboardInterrupt):
         run(world, checks=checks)
-    monkeypatch.setitem(verify_module.CHECKS, Check.AUGMENT, (part, right))
+    monkeypatch.setitem(registry._SPECS, Check.AUGMENT, right)
     result = run(world, checks=checks)
     assert result.reused == 2
     for check in checks:
@@ -342,9 +346,9 @@ def test_a_run_that_was_cut_short_goes_on(world, monkeypatch, verified):
 
 
 def test_other_settings_are_measured_anew_and_only_where_they_matter(world):
-    result = run(world, checks=[Check.AUGMENT, Check.SPELLING], aliases=("navy",))
+    result = run(world, checks=[Check.AUGMENT, Check.TYPOS], aliases=("navy",))
     assert result.reused == 4
-    assert "alias: navy" in probes(result, Check.SPELLING)
+    assert "alias: navy" in variants(result, Check.TYPOS)
 
 
 def test_another_edit_of_the_set_has_figures_of_its_own(world, verified):
@@ -364,7 +368,7 @@ def test_an_edit_with_the_same_header_and_another_change_is_another(world, verif
     result = run(world)
     assert result.models[1].key != verified.models[1].key
     assert finding(result, Check.BASELINE) != finding(verified, Check.BASELINE)
-    assert finding(result, Check.BASELINE).probes == finding(result, Check.BASELINE, 0).probes
+    assert finding(result, Check.BASELINE).variants == finding(result, Check.BASELINE, 0).variants
 
 
 def test_several_edits_stand_side_by_side(world, tmp_path):
@@ -395,7 +399,7 @@ def test_a_checkpoint_is_verified_as_eval_does(world, tmp_path):
     result = run(world, model=spec)
     assert result.models[1].label == str(spec)
     own = finding(run(world), Check.BASELINE)
-    assert finding(result, Check.BASELINE).probes == own.probes
+    assert finding(result, Check.BASELINE).variants == own.variants
 
 
 def test_an_edit_of_other_weights_is_refused(world):
@@ -432,7 +436,7 @@ def test_a_concept_that_is_no_class_is_verified_too(world):
     world.grade()
     find(world)
     result = run(world, checks=[Check.MEMBERSHIP, Check.NEIGHBOURS, Check.RELEARN], steps=1)
-    assert {a.against for a in finding(result, Check.MEMBERSHIP).attacks} == {
+    assert {a.against for a in finding(result, Check.MEMBERSHIP).membership} == {
         "other classes",
         "retain set",
     }
@@ -451,13 +455,13 @@ def test_the_command_prints_verdicts_and_writes_the_record(world):
     assert piped.exit_code == 0, piped.stderr
     verdicts, became = (part.splitlines() for part in piped.stdout.split("\n\n"))
     head, *lines = (line.split("\t") for line in verdicts)
-    assert head[:4] == ["check", "probe", "model", "original FA@1"]
+    assert head[:4] == ["check", "variant", "model", "original FA@1"]
     assert [line[0] for line in lines] == ["baseline", *["augment"] * 6]
     assert all(line[head.index("verdict")] for line in lines)
     assert became[0].split("\t") == ["what", "original", "edit blue"]
     assert became[-2].startswith("edit blue: kept forgotten")
     assert "of 6 attempts" in became[-1].lower()
-    assert "6 recorded findings were used again" in piped.stderr
+    assert "reused 6 recorded findings" in piped.stderr
     record = world.store.read_record(Artifact.VERIFICATION.path("blue"), Verification)
     assert {subject.label for subject in record.subjects} == {"original", "edit blue"}
 
@@ -475,7 +479,7 @@ def test_in_json_every_table_is_there(verified, capsys):
         Check.QUANTISE,
         Check.FINETUNE,
         Check.RELEARN,
-        Check.SPELLING,
+        Check.TYPOS,
         Check.PREFIX,
         Check.RING_A_BELL,
         Check.INVERSION,
@@ -489,11 +493,11 @@ def test_in_json_every_table_is_there(verified, capsys):
     assert len(document["membership"]) == 4
     assert {row["trained name"] for row in document["curves"]} >= {"blue"}
     assert {row["what"] for row in document["classes"]} >= {"nearest name"}
-    assert [row["classifier"] for row in document["told"]][::3] == list(CLASSIFIERS)
+    assert [row["classifier"] for row in document["classifiers"]][::3] == list(CLASSIFIERS)
     assert [row["identical"] for row in document["index"]] == [0, 0]
     assert len(document["retrieval"]) == 4
     (found,) = document["conclusions"]
-    assert found["sentences"][-1].startswith("One layer of the image tower was changed")
+    assert found["sentences"][-1].startswith("The edit changed one layer of the image tower")
     assert document["files"] == list(verified.files)
 
 
@@ -504,7 +508,7 @@ def test_a_terminal_sees_the_worst_template_alone(verified, monkeypatch, capsys)
     assert seen.count("template:") == 1
     assert "relearn: back " in seen
     assert "trained name" not in seen
-    assert "One layer of the image tower was changed" in " ".join(seen.split())
+    assert "The edit changed one layer of the image tower" in " ".join(seen.split())
     assert max(map(len, seen.splitlines())) <= 80
 
 

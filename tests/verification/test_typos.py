@@ -1,4 +1,4 @@
-"""Other spellings of a name: which are tried, and that each takes the name's place."""
+"""Variants of a name: which ones are tried, and that each takes the name's place."""
 
 import pytest
 import torch
@@ -10,17 +10,17 @@ from under_test import opened
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.records.verification import Check, Settings, VerifyRequest
 from slsgu_cli.sources.prompts import parse_names
-from slsgu_cli.verification.probes import spelling, spellings
+from slsgu_cli.verification.checks.typos import typos, variants_of
 
 
 def by_kind(name, seed=0):
     kinds = {}
-    for kind, text in spellings(name, seed=seed):
+    for kind, text in variants_of(name, seed=seed):
         kinds.setdefault(kind, []).append(text)
     return kinds
 
 
-def test_every_kind_of_spelling_is_what_it_is_called():
+def test_every_kind_of_variant_is_what_its_name_says():
     kinds = by_kind("github")
     assert list(kinds) == [
         "swapped",
@@ -60,9 +60,9 @@ def test_two_words_are_joined_and_split_no_further_than_they_are():
 
 
 @given(st.text(min_size=1, max_size=12), st.integers(0, 5))
-def test_spellings_are_the_seeds_alone_and_never_the_name(name, seed):
-    listed = list(spellings(name, seed=seed))
-    assert listed == list(spellings(name, seed=seed))
+def test_variants_depend_on_the_seed_alone_and_never_equal_the_name(name, seed):
+    listed = list(variants_of(name, seed=seed))
+    assert listed == list(variants_of(name, seed=seed))
     texts = [text for _, text in listed]
     assert name not in texts
     assert len(set(texts)) == len(texts)
@@ -80,23 +80,23 @@ def test_a_file_has_names_by_kind():
         ("German", "Himmelblau"),
         ("related", "sky"),
     )
-    with pytest.raises(InputError, match=r"names\.txt contains no names"):
+    with pytest.raises(InputError, match=r"names\.txt holds no names"):
         parse_names("# German\n\n", "names.txt")
 
 
 def test_names_that_no_check_would_use_are_refused():
     VerifyRequest(settings=Settings(aliases=("azure",)))
-    with pytest.raises(UsageError, match="--alias is for the check spelling"):
+    with pytest.raises(UsageError, match="--alias is for the check typos"):
         VerifyRequest(checks=(Check.AUGMENT,), settings=Settings(aliases=("azure",)))
-    with pytest.raises(UsageError, match="--spellings is for the check spelling"):
+    with pytest.raises(UsageError, match="--spellings is for the check typos"):
         VerifyRequest(checks=(Check.AUGMENT,), spellings="names.txt")
 
 
 @torch.no_grad()
-def test_a_spelling_is_measured_as_if_the_class_were_called_that(shared_world):
+def test_a_variant_is_measured_as_if_the_class_were_called_that(shared_world):
     model = opened(shared_world)
     settings = Settings(aliases=("azure",), spellings=("related: sky", "German: BLUE"))
-    probes = {probe.name: probe.forget for probe in spelling(model, settings)}
+    probes = {probe.name: probe.forget for probe in typos(model, settings)}
     # The tokenizer lowers case: these are the name itself.
     assert "case: BLUE" not in probes
     assert "German: BLUE" not in probes
@@ -113,11 +113,11 @@ def test_the_command_reads_names_from_a_file(world, tmp_path):
     search(world.store, world.name, options=SearchOptions(steps=4, layers=["visual.proj"]))
     names = tmp_path / "names.txt"
     names.write_text("# related\nsky\n# German\nblau\n")
-    options = ("--checks", "spelling", "--spellings", names, "--alias", "azure")
+    options = ("--checks", "typos", "--spellings", names, "--alias", "azure")
     done = inside("verify", "blue", *options, store=world.store.root)
     assert done.exit_code == 0, done.stderr
     (_, *lines), *_ = rows(done.stdout)
-    probes = [line[1] for line in lines if line[0] == "spelling"]
+    probes = [line[1] for line in lines if line[0] == "typos"]
     assert probes[0].endswith("mean")
     assert {"related: sky", "German: blau", "alias: azure"} < set(probes)
     missing = inside("verify", "blue", "--spellings", tmp_path / "none", store=world.store.root)

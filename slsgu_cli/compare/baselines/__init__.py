@@ -1,0 +1,1 @@
+"""The baselines of `compare`, one per module."""

@@ -1,0 +1,159 @@
+"""SalUn: train only the weights that the forget gradient moves most, on CLIP and on a UNet."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from slsgu_cli import progress
+from slsgu_cli.clip.batches import spans
+from slsgu_cli.compare.registry import on_unet, trained
+from slsgu_cli.compare.runner import BaselineRunner
+from slsgu_cli.compare.training import mask_gradients
+from slsgu_cli.compare.unet import Denoiser, UnetTraining
+from slsgu_cli.records.comparison import Method, PipelinePlan
+
+LOSSES = ("forget", "retain")
+BATCH = 8
+# The weight of the retain loss, relative to that of the wrong labels.
+RETAIN_WEIGHT = 0.1
+
+
+@trained(Method.SALUN, label="SalUn", losses=LOSSES, gradients=("forget",))
+def salun(runner: BaselineRunner, rate: float) -> Iterator[int]:
+    """Train as GAFT does, masked, at a learning rate."""
+    return runner.train(LOSSES, rate, mask=mask_of(runner))
+
+
+def mask_of(runner: BaselineRunner) -> dict[str, Tensor]:
+    """Return the mask by the stored forget gradient, on the runner's device."""
+    mask = saliency_mask(runner.gradient("forget"))
+    return {name: values.to(runner.times.device) for name, values in mask.items()}
+
+
+def saliency_mask(gradient: Mapping[str, npt.NDArray[np.floating]]) -> dict[str, Tensor]:
+    """Return where |gradient| is in its top half over all parameters (SalUn).
+
+    The mask selects exactly half of all entries, rounded down. Ties at the threshold are
+    broken by the order of names.
+    """
+    names = sorted(gradient)
+    sizes = np.concatenate([np.abs(gradient[name]).ravel() for name in names])
+    count = sizes.size // 2
+    threshold = np.partition(sizes, sizes.size - count)[sizes.size - count] if count else np.inf
+    chosen = sizes > threshold
+    ties = np.flatnonzero(sizes == threshold)
+    chosen[ties[: count - int(chosen.sum())]] = True
+    parts = np.split(chosen, np.cumsum([gradient[name].size for name in names])[:-1])
+    return {
+        name: torch.from_numpy(part.reshape(gradient[name].shape))
+        for name, part in zip(names, parts, strict=True)
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class SalunData:
+    """Latents of the forget set, and latents and captions of the retain set.
+
+    `prompt` returns the n-th prompt of a class. The concept is relabelled as `others`.
+    """
+
+    forget: Tensor
+    retain: Tensor
+    captions: Sequence[str]
+    concept: str
+    others: Sequence[str]
+    prompt: Callable[[str, int], str]
+
+
+def unlearn(denoiser: Denoiser, data: SalunData, plan: PipelinePlan) -> None:
+    """Train the UNet in place on wrong labels and on the retain set, masked."""
+    unet = denoiser.unet.requires_grad_(True)
+    generator = torch.Generator("cpu").manual_seed(plan.seed)
+    mask = forget_mask(denoiser, data, generator)
+    optimizer = torch.optim.Adam(unet.parameters(), lr=plan.rate)
+    with progress.bar(f"SalUn {plan.rate:g}", plan.iterations) as ticker:
+        for _ in range(plan.iterations):
+            optimizer.zero_grad()
+            loss = relabelled(denoiser, data, generator)
+            loss = loss + RETAIN_WEIGHT * retained(denoiser, data, generator)
+            loss.backward()  # type: ignore[no-untyped-call]
+            mask_gradients(unet, mask)
+            optimizer.step()
+            ticker.advance()
+
+
+def forget_mask(
+    denoiser: Denoiser, data: SalunData, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Return the mask by the gradient of the forget set's diffusion loss."""
+    unet, latents = denoiser.unet, data.forget
+    unet.zero_grad()
+    for start, stop in spans(len(latents), BATCH):
+        prompts = [data.prompt(data.concept, number) for number in range(start, stop)]
+        _loss(denoiser, latents[start:stop], prompts, generator).backward()  # type: ignore[no-untyped-call]
+    gradient = {
+        name: parameter.grad.cpu().numpy()
+        for name, parameter in unet.named_parameters()
+        if parameter.grad is not None
+    }
+    unet.zero_grad()
+    return {name: values.to(denoiser.device) for name, values in saliency_mask(gradient).items()}
+
+
+def relabelled(denoiser: Denoiser, data: SalunData, generator: torch.Generator) -> Tensor:
+    """Return the error of the concept's prompt against the prediction for another class."""
+    latents = data.forget[_drawn(len(data.forget), generator)]
+    labels = _drawn(len(data.others), generator, len(latents))
+    named = [data.prompt(data.concept, number) for number in labels]
+    other = [data.prompt(data.others[number], number) for number in labels]
+    times = denoiser.drawn_times(len(latents), generator)
+    noisy = denoiser.noised(latents, denoiser.noise(len(latents), generator), times)
+    with torch.no_grad():
+        goal = denoiser.predict(noisy, times, denoiser.conditions(other)[0])
+    return nn.functional.mse_loss(
+        denoiser.predict(noisy, times, denoiser.conditions(named)[0]), goal
+    )
+
+
+def retained(denoiser: Denoiser, data: SalunData, generator: torch.Generator) -> Tensor:
+    """Return the diffusion loss of random rows of the retain set."""
+    rows = _drawn(len(data.retain), generator)
+    captions = [data.captions[row] for row in rows]
+    return _loss(denoiser, data.retain[rows], captions, generator)
+
+
+def _loss(
+    denoiser: Denoiser, latents: Tensor, prompts: Sequence[str], generator: torch.Generator
+) -> Tensor:
+    times = denoiser.drawn_times(len(latents), generator)
+    noise = denoiser.noise(len(latents), generator)
+    predicted = denoiser.predict(
+        denoiser.noised(latents, noise, times), times, denoiser.conditions(prompts)[0]
+    )
+    return nn.functional.mse_loss(predicted, denoiser.target(latents, noise, times))
+
+
+def _drawn(rows: int, generator: torch.Generator, count: int = BATCH) -> list[int]:
+    """Return `count` random rows, with replacement."""
+    return torch.randint(rows, (count,), generator=generator).tolist()
+
+
+@on_unet(Method.SALUN, label="SalUn")
+def on_pipeline(training: UnetTraining, plan: PipelinePlan) -> None:
+    """Train the pipeline's UNet on the set's forget and retain rows."""
+    forget, _ = training.latents("forget")
+    retain, captions = training.latents("retain")
+    judged = training.judged
+    data = SalunData(
+        forget=forget,
+        retain=retain,
+        captions=captions,
+        concept=judged.name,
+        others=[name for name in judged.judge.names if name != judged.name],
+        prompt=judged.prompt,
+    )
+    unlearn(training.denoiser, data, plan)

@@ -1,0 +1,127 @@
+"""How long the gradient passes of a set take, measured when they are needed."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from slsgu_cli.clip.devices import device_name, pick_device
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.engine.gradients import GradResult, compute_gradients, load_graded, open_pairs
+from slsgu_cli.records.figures import PassTime
+from slsgu_cli.records.method import GradientHeader, GradientPointer, Precision
+from slsgu_cli.records.options import PassOptions
+from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.catalog import Catalog
+from slsgu_cli.store.store import Store
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ROLES = ("forget", "retain")
+
+
+@dataclass
+class PassTimes:
+    """The times of the gradient passes of one set.
+
+    `known` has those measured or recorded so far, by the digest of the gradient.
+    """
+
+    store: Store
+    manifest: SetManifest
+    device_option: str
+    known: dict[str, PassTime] = field(default_factory=dict)
+
+    def remember(self, passes: Mapping[str, PassTime]) -> None:
+        """Add recorded times of passes that are not measured yet."""
+        self.known = {**passes, **self.known}
+
+    @cached_property
+    def device(self) -> str:
+        """The device that passes run on."""
+        return pick_device(self.device_option)
+
+    @cached_property
+    def where(self) -> str:
+        """The name of the device."""
+        return device_name(self.device)
+
+    def compute(self, pointer: GradientPointer | None, *, squares: bool) -> GradientPointer:
+        """Compute missing gradients or squares, and record the time."""
+        options = PassOptions(device=self.device_option)
+        if pointer is not None:
+            precision = Precision(pointer.precision)
+            options = replace(
+                options,
+                batch_size=pointer.batch_size,
+                precision=precision,
+                prefixes=pointer.prefixes,
+            )
+        result: GradResult = compute_gradients(
+            self.store,
+            self.manifest.name,
+            model=pointer.model if pointer else None,
+            options=options,
+            squares=squares,
+        )
+        for role, seconds in result.seconds.items():
+            key = _pass_key(getattr(result.pointer, role), squares)
+            self.known[key] = PassTime(seconds, self.where)
+        return result.pointer
+
+    def seconds(
+        self,
+        pointer: GradientPointer,
+        roles: Iterable[str],
+        *,
+        squares: bool,
+        model: "nn.Module | None" = None,
+    ) -> float:
+        """Return the time of the passes of `roles`; `model` is the original, if it is loaded."""
+        total = 0.0
+        for role in roles:
+            key = _pass_key(getattr(pointer, role), squares)
+            if key not in self.known:
+                time = self._in_other_comparisons(key)
+                if time is None:
+                    model = model or load_graded(self.manifest, pointer, self.device)[1]
+                    time = self._measure(model, pointer, role, squares)
+                self.known[key] = time
+            total += self.known[key].seconds
+        return total
+
+    def _in_other_comparisons(self, key: str) -> PassTime | None:
+        """Return the time of the same pass in the comparison of another set."""
+        for comparison in Catalog(self.store).readable(Artifact.COMPARISON).values():
+            time: PassTime | None = comparison.passes.get(key)
+            if time is not None and time.where == self.where:
+                return time
+        return None
+
+    def _measure(
+        self, model: "nn.Module", pointer: GradientPointer, role: str, squares: bool
+    ) -> PassTime:
+        from slsgu_cli.engine.gradient_pass import GradientPass
+
+        path = Artifact.GRADIENT.path(getattr(pointer, role))
+        header = self.store.read_header(path, GradientHeader)
+        graded = resolve(pointer.model)
+        prefixes = pointer.prefixes if role == "forget" else ()
+        block = open_pairs(self.store, self.manifest, role, prefixes, graded)
+        options = PassOptions(
+            batch_size=min(header.batch_size, block.rows),
+            precision=Precision(header.precision),
+            device=self.device,
+        )
+        start = perf_counter()
+        run = GradientPass.prepare(model, header.loss, spec=self.manifest.input, options=options)
+        label = f"time of the {role} gradient"
+        (run.run_squared if squares else run.run)(block, label)
+        return PassTime(perf_counter() - start, self.where)
+
+
+def _pass_key(digest: str, squares: bool) -> str:
+    return f"squares {digest}" if squares else digest

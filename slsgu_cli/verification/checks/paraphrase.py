@@ -1,0 +1,89 @@
+"""`paraphrase`: templates that the set does not use."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slsgu_cli.errors import UsageError
+from slsgu_cli.records.verification import Check, Finding, Settings, Variant
+from slsgu_cli.sets.prompt_files import read_templates
+from slsgu_cli.store.artifacts import read_manifest
+from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.store.store import Store
+from slsgu_cli.verification.model import ModelUnderTest
+from slsgu_cli.verification.registry import register
+from slsgu_cli.verification.verdicts import VerdictRow, variant_row, variants_of_both, worst_of
+
+# They suit people, brands and objects; none has an article.
+TEMPLATES = (
+    "a photo of {}",
+    "a drawing of {}",
+    "a sketch of {}",
+    "a simple {} symbol",
+    "the {} logo",
+    "a close-up of {}",
+    "an image showing {}",
+    "this is {}",
+    "a picture with {} in it",
+    "what everybody knows as {}",
+    "the one and only {}",
+    "{}, as seen on the web",
+)
+TOGETHER = "all templates"
+TEMPLATE = "template: "
+
+
+def unseen_templates(store: Store, name: str, wanted: str | None) -> tuple[str, ...]:
+    """Return the templates, built-in or of a file, that the set `name` does not use.
+
+    Raises UsageError if the set uses all of them, MissingError and InputError.
+    """
+    refs = read_manifest(store, name).evals.values()
+    known = {template for ref in refs for template in DataBlock.open(store, ref).templates}
+    offered = TEMPLATES if wanted is None else read_templates(wanted)
+    unseen = tuple(template for template in dict.fromkeys(offered) if template not in known)
+    if not unseen:
+        raise UsageError(
+            f"{name} is already measured with every template of --templates {wanted}",
+            hint="give templates that the set does not use",
+        )
+    return unseen
+
+
+def rows(before: Finding, after: Finding) -> Iterator[VerdictRow]:
+    """Yield a line for each variant; of single templates, all but the worst are detail."""
+    pairs = variants_of_both(before, after)
+    single = [pair for pair in pairs if pair[1].name.startswith(TEMPLATE)]
+    worst = worst_of(single)
+    for pair in pairs:
+        yield variant_row(after.check, pair, detail=pair in single and pair != worst)
+
+
+@register(
+    Check.PARAPHRASE,
+    fills="variants",
+    settings=("templates", "rows", "seed"),
+    rows=rows,
+    effort="other words ({})",
+)
+def paraphrase(model: ModelUnderTest, settings: Settings) -> list[Variant]:
+    """Measure with all unseen templates together, and with each alone."""
+    sets = model.evaluation.utility
+    all_names = {model.names, *(group.names for group in sets.values())}
+    single = {
+        names: torch.stack([model.classes(names, (template,)) for template in settings.templates])
+        for names in sorted(all_names)
+    }
+    together: dict[tuple[str, ...], Tensor] = {
+        names: F.normalize(each.sum(dim=0), dim=-1) for names, each in single.items()
+    }
+    utility = {
+        name: group.accuracy(group.images.features, together[group.names])
+        for name, group in sets.items()
+    }
+    variants = [Variant(TOGETHER, model.forget_accuracy(together[model.names]), utility)]
+    for template, embeddings in zip(settings.templates, single[model.names], strict=True):
+        variants.append(Variant(TEMPLATE + template, model.forget_accuracy(embeddings)))
+    return variants

@@ -1,0 +1,131 @@
+"""`typos`: typing errors, other forms of the name, and other names."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.verification import KIND, Check, Finding, Settings, Variant
+from slsgu_cli.verification.model import ModelUnderTest
+from slsgu_cli.verification.registry import register
+from slsgu_cli.verification.verdicts import (
+    READABLE,
+    VerdictRow,
+    variant_row,
+    variants_of_both,
+    verdict,
+    worst_of,
+)
+
+# How many typing errors of each kind to draw, and the rows of a keyboard.
+ERRORS_PER_KIND = 3
+KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+SHORTEST_PART = 2
+
+
+def rows(before: Finding, after: Finding) -> Iterator[VerdictRow]:
+    """Yield the mean over the variants, then each; all but the worst are detail.
+
+    Mean and worst are over variants that the original model reads, if there are any.
+    """
+    pairs = variants_of_both(before, after)
+    readable = [pair for pair in pairs if pair[0].forget.top1 >= READABLE] or pairs
+    worst, worst_of_all = worst_of(readable), worst_of(pairs)
+    if worst is None or worst_of_all is None:
+        return
+    was, now = (_mean([pair[side].forget for pair in readable]) for side in (0, 1))
+    mean = f"{len(readable)} of {len(pairs)}, mean"
+    yield VerdictRow(after.check, mean, was, now, verdict(was, now))
+    note = ""
+    if worst_of_all[1].forget.top1 > worst[1].forget.top1:
+        was, now = (variant.forget for variant in worst_of_all)
+        note = f"{worst_of_all[1].name} finds {now.top1:.1f}%, in the original {was.top1:.1f}%"
+    for pair in pairs:
+        is_worst = pair is worst
+        yield variant_row(after.check, pair, note=note if is_worst else "", detail=not is_worst)
+
+
+def _mean(accuracies: Sequence[Accuracy]) -> Accuracy:
+    """Return the mean of accuracies on the same images."""
+    top1 = sum(each.top1 for each in accuracies) / len(accuracies)
+    top5 = sum(each.top5 for each in accuracies) / len(accuracies)
+    return replace(accuracies[0], top1=top1, top5=top5)
+
+
+@register(
+    Check.TYPOS,
+    fills="variants",
+    settings=("spellings", "aliases", "seed"),
+    rows=rows,
+    effort="typing errors and other names ({})",
+)
+def typos(model: ModelUnderTest, settings: Settings) -> list[Variant]:
+    """Measure with variants of the name, and with other names, in its place.
+
+    Variants that the tokenizer cannot distinguish from the name are omitted.
+    """
+    name = model.names[model.concept_class]
+    texts = [*variants_of(name, seed=settings.seed)]
+    texts += [("alias", alias) for alias in settings.aliases]
+    texts += [(kind, text) for kind, _, text in (s.partition(KIND) for s in settings.spellings)]
+    tokens, *rows_of_tokens = model.tokenize([name, *(text for _, text in texts)])
+    distinct = [
+        pair for pair, row in zip(texts, rows_of_tokens, strict=True) if (row != tokens).any()
+    ]
+    if not distinct:
+        return []
+    embeddings = model.classes(tuple(text for _, text in distinct), model.templates)
+    return [
+        Variant(f"{kind}{KIND}{text}", model.accuracy_with(embedding))
+        for (kind, text), embedding in zip(distinct, embeddings, strict=True)
+    ]
+
+
+def variants_of(name: str, *, seed: int) -> Iterator[tuple[str, str]]:
+    """Yield kinds and texts of the variants of a name, each text once.
+
+    Typing errors are drawn by seed: two letters swapped, one dropped, one doubled, one
+    replaced by its neighbour on the keyboard. Other forms are all listed: the word split in
+    two or two words joined, capitals, plural, possessive, and the name repeated.
+    """
+    known = {name}
+    for kind, text in (*_errors(name, np.random.default_rng(seed)), *_forms(name)):
+        if text not in known:
+            known.add(text)
+            yield kind, text
+
+
+def _errors(name: str, generator: np.random.Generator) -> Iterator[tuple[str, str]]:
+    letters = [place for place, letter in enumerate(name) if letter.isalnum()]
+    pairs = [place for place in letters if name[place + 1 : place + 2].isalnum()]
+    changes: dict[str, tuple[list[int], Callable[[int], str]]] = {
+        "swapped": (pairs, lambda i: name[:i] + name[i + 1] + name[i] + name[i + 2 :]),
+        "dropped": (letters, lambda i: name[:i] + name[i + 1 :]),
+        "doubled": (letters, lambda i: name[: i + 1] + name[i:]),
+        "mistyped": (
+            [place for place in letters if _adjacent(name[place])],
+            lambda i: name[:i] + str(generator.choice(list(_adjacent(name[i])))) + name[i + 1 :],
+        ),
+    }
+    for kind, (places, change) in changes.items():
+        texts = [change(place) for place in generator.permutation(places).tolist()]
+        valid = [text for text in dict.fromkeys(texts) if text.strip() and text != name]
+        yield from ((kind, text) for text in valid[:ERRORS_PER_KIND])
+
+
+def _adjacent(letter: str) -> str:
+    """Return the letters on the keys to the left and right; empty for other characters."""
+    row = next((row for row in KEYS if letter.lower() in row), "")
+    place = row.find(letter.lower())
+    return row[max(0, place - 1) : place] + row[place + 1 : place + 2] if row else ""
+
+
+def _forms(name: str) -> Iterator[tuple[str, str]]:
+    for place in range(SHORTEST_PART, len(name) - SHORTEST_PART + 1):
+        if name[place - SHORTEST_PART : place + SHORTEST_PART].isalnum():
+            yield from (("split", name[:place] + mark + name[place:]) for mark in " -")
+    yield from (("joined", name.replace(" ", mark)) for mark in ("", "-"))
+    yield from (("case", text) for text in (name.lower(), name.upper(), name.title()))
+    yield from (("form", name + ending) for ending in ("s", "'s"))
+    yield "twice", f"{name} {name}"

@@ -1,0 +1,93 @@
+"""The registry of checks: the declarations next to their code, imported on demand."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from slsgu_cli.records.verification import Check, Finding, Settings, VerifiedModel
+from slsgu_cli.verification.verdicts import VerdictRow, variant_rows
+
+if TYPE_CHECKING:
+    from slsgu_cli.verification.model import ModelUnderTest
+
+Run = Callable[["ModelUnderTest", Settings], Any]
+RunT = TypeVar("RunT", bound=Run)
+Rows = Callable[[Finding, Finding], Iterator[VerdictRow]]
+Strongest = Callable[[VerdictRow, Finding, Finding], VerdictRow]
+Sentence = Callable[[VerifiedModel, VerifiedModel, VerdictRow | None], str | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckSpec:
+    """The declaration of a check.
+
+    `run` returns the value of the field `fills` of a Finding. `settings` are the fields of
+    Settings that change its result. Count `revision` up when the result changes for another
+    reason: recorded findings are then not reused. `needs_original` is for checks that
+    compare with the original model, `requires` names an optional package.
+
+    `rows` makes the lines of the verdict table from the findings on the original and on the
+    other model. `effort` says what the check does ("{}" is the variant) and `control` what
+    its control does, as parts of a sentence. `strongest` picks the line that the conclusion
+    uses, by default the line itself, and `sentence` adds a sentence to the conclusion.
+    """
+
+    check: Check
+    run: Run
+    fills: str
+    settings: tuple[str, ...]
+    revision: int
+    needs_original: bool
+    requires: str | None
+    rows: Rows
+    effort: str
+    control: str
+    strongest: Strongest | None
+    sentence: Sentence | None
+
+
+_SPECS: dict[Check, CheckSpec] = {}
+
+
+def register(
+    check: Check,
+    *,
+    fills: str,
+    settings: tuple[str, ...] = (),
+    revision: int = 1,
+    needs_original: bool = False,
+    requires: str | None = None,
+    rows: Rows = variant_rows,
+    effort: str = "",
+    control: str = "its control",
+    strongest: Strongest | None = None,
+    sentence: Sentence | None = None,
+) -> Callable[[RunT], RunT]:
+    """Register a function as the run of a check; see CheckSpec for the arguments."""
+
+    def registered(run: RunT) -> RunT:
+        _SPECS[check] = CheckSpec(
+            check=check,
+            run=run,
+            fills=fills,
+            settings=settings,
+            revision=revision,
+            needs_original=needs_original,
+            requires=requires,
+            rows=rows,
+            effort=effort or f"{check} ({{}})",
+            control=control,
+            strongest=strongest,
+            sentence=sentence,
+        )
+        return run
+
+    return registered
+
+
+def spec_of(check: Check) -> CheckSpec:
+    """Return the declaration of a check; import its module at the first call."""
+    if check not in _SPECS:
+        import_module(f"slsgu_cli.verification.checks.{check.replace('-', '_')}")
+    return _SPECS[check]

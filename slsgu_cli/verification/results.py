@@ -1,0 +1,108 @@
+"""The results of all checks of a model: lines with verdicts, and a conclusion in sentences."""
+
+from dataclasses import dataclass
+
+from slsgu_cli.records.figures import Share
+from slsgu_cli.records.method import Tower
+from slsgu_cli.records.verification import Check, VerifiedModel
+from slsgu_cli.verification.registry import spec_of
+from slsgu_cli.verification.verdicts import Verdict, VerdictRow
+
+
+def verdict_rows(original: VerifiedModel, other: VerifiedModel) -> list[VerdictRow]:
+    """Return the lines of all checks that ran on both models with the same settings."""
+    lines: list[VerdictRow] = []
+    for check in Check:
+        before, after = original.finding(check), other.finding(check)
+        if before and after and before.settings == after.settings:
+            lines += spec_of(check).rows(before, after)
+    return lines
+
+
+@dataclass(frozen=True, slots=True)
+class Conclusion:
+    """The conclusion of all checks of a model.
+
+    `strongest` is the line that brings most back beyond its control, None if none does. The
+    first of the `sentences` is about it.
+    """
+
+    model: str
+    strongest: VerdictRow | None
+    sentences: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """All sentences."""
+        return " ".join(self.sentences)
+
+
+def conclusion(concept: str, original: VerifiedModel, other: VerifiedModel) -> Conclusion:
+    """Summarise what brings a concept back, what remains of it, and what the edit cost."""
+    lines = [_strongest(row, original, other) for row in verdict_rows(original, other)]
+    returning = [row for row in lines if row.brings_back]
+    strongest = max(returning, key=lambda row: row.gain, default=None)
+    sentences = [_of_name(concept, lines, strongest)]
+    for check in Check:
+        if other.finding(check) and (sentence := spec_of(check).sentence):
+            sentences.append(sentence(original, other, strongest) or "")
+    sentences.append(_of_scope(other))
+    return Conclusion(other.label, strongest, tuple(filter(None, sentences)))
+
+
+def _strongest(row: VerdictRow, original: VerifiedModel, other: VerifiedModel) -> VerdictRow:
+    pick = spec_of(row.check).strongest
+    before, after = original.finding(row.check), other.finding(row.check)
+    return pick(row, before, after) if pick and before and after else row
+
+
+def _effort(row: VerdictRow) -> str:
+    return spec_of(row.check).effort.format(row.variant)
+
+
+def against(row: VerdictRow) -> str:
+    """Return how the control of a line does, as the end of a clause."""
+    if row.control is None:
+        return ""
+    return f", against {row.control.top1:.0f}% for {spec_of(row.check).control}"
+
+
+def _of_name(concept: str, lines: list[VerdictRow], strongest: VerdictRow | None) -> str:
+    """Return what brings the name back, or the bound where nothing does."""
+    telling = [row for row in lines if row.verdict is not Verdict.NOTHING]
+    count = sum(row.check is not Check.BASELINE for row in telling)
+    attempts = f"{count} attempt{'s' * (count != 1)}"
+    if strongest is not None:
+        return (
+            f"Strongest of {attempts} to bring {concept} back: {_effort(strongest)}. "
+            f"{strongest.after.top1:.0f}% of its images get its name{against(strongest)} "
+            f"(original: {strongest.before.top1:.0f}%)."
+        )
+    if not telling:
+        return f"The checks say nothing: the original hardly recognises {concept} either."
+    most = max(telling, key=lambda row: (row.after.top1, row.gain))
+    share = Share.of(most.after.top1, most.after.rows)
+    hits = share.in_words("unseen images" if most.after.unseen else "images")
+    if count == 0:
+        return f"The model names {concept} for {hits}."
+    if share.count == 0:
+        return f"None of {attempts} brings {concept} back: {hits}."
+    lead = f"None of {attempts} brings {concept} back beyond chance. Strongest: {_effort(most)}"
+    if most.control is None:
+        return f"{lead}, {hits}."
+    adds = "The name adds nothing to it."
+    if most.added and most.added.points > 0:
+        adds = f"The name adds {most.added}, which may be chance."
+    return f"{lead}, {most.after.top1:.0f}%{against(most)}. {adds}"
+
+
+def _of_scope(model: VerifiedModel) -> str:
+    """Return which tower an edit leaves unchanged."""
+    if model.edit is None:
+        return ""
+    towers = [("image", "text tower, with the name's embedding,"), ("text", "image tower")]
+    tower, rest = towers[model.edit.tower is not Tower.VISION]
+    return (
+        f"The edit changed one layer of the {tower} tower. The {rest} is unchanged, and training "
+        "on its images can teach the name again."
+    )
