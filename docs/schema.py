@@ -35,7 +35,7 @@ from slsgu_cli.records.targets import (
     TargetTrial,
     TargetTrials,
 )
-from slsgu_cli.records.words import Place
+from slsgu_cli.records.words import OptionField
 from slsgu_cli.store.catalog import Entry
 from slsgu_cli.store.check import Finding
 from slsgu_cli.verification.verdicts import Conclusion
@@ -439,7 +439,7 @@ def _recipe_table(table: Table) -> Schema:
     }
 
 
-def _recipe_value(place: Place) -> Schema:
+def _recipe_value(place: OptionField) -> Schema:
     """Return the schema of a key: what its option takes, in the types of TOML."""
     said, kind = place.option, place.metavar
     (item,) = typing.get_args(place.kind)[:1] or (place.kind,)

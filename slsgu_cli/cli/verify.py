@@ -7,6 +7,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from slsgu_cli.cli.app import Name, Session, command
+from slsgu_cli.cli.formats import brief_state
 from slsgu_cli.figures.html import roughly
 from slsgu_cli.records.options import ReportRequest
 from slsgu_cli.records.recipe import EvidenceRequest
@@ -438,7 +439,6 @@ def evidence(session: Session, request: EvidenceRequest) -> None:
 
 def show_evidence(console: "Console", written: "WrittenEvidence") -> None:
     """Print what evidence says of each request, and warn of what it lacks."""
-    from slsgu_cli.cli import tables
     from slsgu_cli.cli.console import Column
 
     evidence = written.evidence
@@ -458,7 +458,7 @@ def show_evidence(console: "Console", written: "WrittenEvidence") -> None:
         )
     columns = (
         "request",
-        Column("state", shown=tables.brief_state),
+        Column("state", shown=brief_state),
         Column("edit", label="its edit"),
         "verification",
         Column("FA@1 before", shown=roughly, on_terminal=False),

@@ -31,11 +31,11 @@ from slsgu_cli.records.words import (
     EVALUATION,
     OUTPUT,
     ROWS,
-    Place,
+    OptionField,
     build,
     command_line,
     option,
-    places,
+    option_fields,
 )
 
 
@@ -327,11 +327,15 @@ class Table:
     omit: Collection[str] = ()
     many: bool = False
 
-    def places(self) -> dict[str, Place]:
+    def places(self) -> dict[str, OptionField]:
         """Return the options of the table by their keys, each called by its key, once."""
-        keyed = {each.path[-1]: each for each in places(self.kind) if each.path[0] not in self.omit}
+        keyed = {
+            each.path[-1]: each
+            for each in option_fields(self.kind)
+            if each.path[0] not in self.omit
+        }
         return {
-            key: replace(each, option=replace(each.option, flags=(key,), once=False))
+            key: replace(each, option=replace(each.option, flags=(key,)))
             for key, each in keyed.items()
         }
 
@@ -481,7 +485,7 @@ class _Reading:
         except UsageError as error:
             self._refuse(error.message, at, "name", number, hint=error.hint)
 
-    def _value(self, place: Place, value: Any, at: str, number: int) -> Any:
+    def _value(self, place: OptionField, value: Any, at: str, number: int) -> Any:
         """Return the value of a key. Raises InputError where it is of another kind."""
         key = place.path[-1]
         if place.is_flag:
@@ -520,7 +524,7 @@ class _Reading:
         return found
 
 
-def _word(place: Place, value: Any) -> str:
+def _word(place: OptionField, value: Any) -> str:
     """Return a value of TOML as a word of the command line. Raises UsageError."""
     key, kind = place.path[-1], place.metavar
     if isinstance(value, date):

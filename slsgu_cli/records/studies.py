@@ -85,7 +85,8 @@ class CompareOptions:
         without="all",
         read=choices(CLIP_METHODS, always=[Method.ORIGINAL]),
         write=lambda methods: ",".join(m for m in methods if m is not Method.ORIGINAL),
-        help=f"Of {','.join(CLIP_METHODS[1:])}; on a pipeline esd, salun, ours.",
+        help=f"Comma-separated methods: {','.join(CLIP_METHODS[1:])}. On a pipeline: esd, "
+        f"salun, ours.",
         panel=SEARCH,
     )
     rates: Sequence[float] | None = option(
@@ -93,8 +94,8 @@ class CompareOptions:
         "--lr",
         metavar="RATES",
         read=rates,
-        without="the papers': 1e-6,1e-7; on a pipeline 1e-5",
-        help="Learning rates, or auto.",
+        without="the papers' 1e-6,1e-7, or 1e-5 on a pipeline",
+        help="Comma-separated learning rates, or auto.",
         panel=SEARCH,
         write=lambda rates: "auto" if rates is None else ",".join(map(figure, rates)),
     )
@@ -104,25 +105,29 @@ class CompareOptions:
         metavar="LAYER",
         panel=LAYERS,
         completes="layer",
-        help="What rome, memit, uce and alphaedit edit.",
-        without="the middle text mlp.c_proj",
+        help="Layer that rome, memit, uce and alphaedit edit.",
+        without="the middle mlp.c_proj of the text tower",
     )
-    epochs: int = option(10, "--epochs", min=1, help="Epochs of a baseline.", panel=SEARCH)
-    batch_size: int = option(32, "--batch-size", min=2, help="Pairs in a mini-batch.", panel=SPEED)
+    epochs: int = option(
+        10, "--epochs", min=1, help="Training epochs of each baseline.", panel=SEARCH
+    )
+    batch_size: int = option(
+        32, "--batch-size", min=2, help="Image-text pairs in each mini-batch.", panel=SPEED
+    )
     retain_rows: int | None = option(
         None,
         "--retain-rows",
         min=2,
-        help="Train on this many retain rows at most.",
+        help="Maximum number of retain rows to train on.",
         panel=SEARCH,
         without="all",
     )
     seed: int = option(
         0,
         "--seed",
-        help="Of the order of retain rows, or of a pipeline's pictures.",
+        help="Random seed of the order of retain rows, or of a pipeline's images.",
         panel=SEARCH,
-        without="0; of a pipeline's pictures 1000",
+        without="0, or 1000 for a pipeline's images",
     )
     device: str = DEVICE()
 
@@ -170,9 +175,9 @@ class PipelineCompareOptions:
         ...,
         "--target",
         "-t",
-        help="Folder of a diffusion pipeline to compare on.",
+        help="Folder of the diffusion pipeline to compare on.",
         panel=TARGET,
-        without="on CLIP itself",
+        without="CLIP itself",
     )
     methods: Sequence[Method] = option(
         PIPELINE_METHODS,
@@ -180,22 +185,27 @@ class PipelineCompareOptions:
         metavar="METHODS",
         without="all",
         read=choices(PIPELINE_METHODS, always=[Method.ORIGINAL]),
-        help="Of esd, salun, ours.",
+        help="Comma-separated methods: esd, salun, ours.",
         panel=SEARCH,
     )
     rates: Sequence[float] = option(
-        (1e-5,), "--lr", metavar="RATES", read=_fixed_rates, help="Learning rates.", panel=SEARCH
+        (1e-5,),
+        "--lr",
+        metavar="RATES",
+        read=_fixed_rates,
+        help="Comma-separated learning rates.",
+        panel=SEARCH,
     )
     iterations: int = option(
-        1000, "--iterations", min=1, help="Updates of a trained method.", panel=TARGET
+        1000, "--iterations", min=1, help="Training iterations of a trained method.", panel=TARGET
     )
     # Our search paints with the seeds from 0: these are others.
     budget: Budget = options(
         Budget(seed=1000),
         omit=("questions",),
         panel=TARGET,
-        concept={"help": "Pictures of the concept."},
-        others={"help": "Pictures of other classes."},
+        concept={"help": "Images of the concept."},
+        others={"help": "Images of other classes."},
     )
     judges: Sequence[ModelSpec] = judge_option("set")
     device: str = DEVICE()
@@ -478,7 +488,7 @@ class SweepRequest:
         "--folds",
         min=1,
         metavar="K",
-        help="Deal the classes to K retain sets; each leaves out its own.",
+        help="Split the classes into K folds. Each fold's retain set excludes its own classes.",
     )
     build: BuildRequest = options(
         BuildRequest(),
@@ -582,15 +592,17 @@ class TrajectoryOptions:
             "shard",
         ),
     )
-    points: int = option(20, "--points", min=2, help="Steps a layer.", panel=SEARCH)
+    points: int = option(
+        20, "--points", min=2, help="Number of steps for each layer.", panel=SEARCH
+    )
     until: float | None = option(
         None,
         "--until",
         metavar="PERCENT",
         panel=SEARCH,
         read=percent,
-        help="Move a layer this far, in % of its norm.",
-        without="until it forgets",
+        help="Largest move of a layer, in percent of its norm.",
+        without="until the concept is forgotten",
         write=lambda share: f"{100 * share:.15g}",
     )
 

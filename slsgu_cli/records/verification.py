@@ -66,60 +66,64 @@ class Settings:
     templates: tuple[str, ...] = ()
     spellings: tuple[str, ...] = ()
     aliases: tuple[str, ...] = option(
-        (), "--alias", help="Another name of the concept.", panel=EVALUATION, metavar="NAME"
+        (), "--alias", help="Alternative name of the concept.", panel=EVALUATION, metavar="NAME"
     )
-    steps: int = option(16, "--steps", min=1, help="Training steps.", panel=SEARCH)
+    steps: int = option(16, "--steps", min=1, help="Number of training steps.", panel=SEARCH)
     shots: int = option(
-        8, "--shots", min=1, help="Images of the concept to learn it from.", panel=SEARCH
+        8, "--shots", min=1, help="Images of the concept to relearn it from.", panel=SEARCH
     )
     learning_rate: float = option(
-        3e-5, "--lr", min=0.0, help="Learning rate of the training.", panel=SEARCH
+        3e-5, "--lr", min=0.0, help="Learning rate for training.", panel=SEARCH
     )
     batch_size: int = option(
-        16, "--batch-size", min=2, help="Pairs in a mini-batch of the losses.", panel=SPEED
+        16,
+        "--batch-size",
+        min=2,
+        help="Image-text pairs in each mini-batch of the losses.",
+        panel=SPEED,
     )
     rows: int = option(
         200,
         "--rows",
         min=1,
-        help="Images of each evaluation set to measure TA on.",
+        help="Images of each evaluation set used to measure TA.",
         panel=EVALUATION,
     )
     attack_tokens: int = option(
         5,
         "--attack-tokens",
         min=1,
-        help="Words that `prefix` puts before the name.",
+        help="Number of tokens that `prefix` puts before the name.",
         panel=SEARCH,
     )
     attack_steps: int = option(
         20,
         "--attack-steps",
         min=1,
-        help="Words that `prefix` exchanges, one at a time.",
+        help="Number of single-token replacements that `prefix` makes.",
         panel=SEARCH,
     )
     attack_starts: int = option(
-        2, "--attack-starts", min=1, help="Times that `prefix` starts anew.", panel=SEARCH
+        2, "--attack-starts", min=1, help="Number of restarts of `prefix`.", panel=SEARCH
     )
     population: int = option(
         128,
         "--population",
         min=4,
-        help="Texts that `ring-a-bell` breeds at a time.",
+        help="Population size of `ring-a-bell`.",
         panel=SEARCH,
     )
     generations: int = option(
-        100, "--generations", min=1, help="Times that `ring-a-bell` breeds them.", panel=SEARCH
+        100, "--generations", min=1, help="Number of generations of `ring-a-bell`.", panel=SEARCH
     )
     inversion_steps: int = option(
         150,
         "--inversion-steps",
         min=1,
-        help="Steps in which `inversion` learns a word.",
+        help="Training steps of `inversion`.",
         panel=SEARCH,
     )
-    seed: int = option(0, "--seed", help="Seed of all draws.", panel=EVALUATION)
+    seed: int = option(0, "--seed", help="Random seed for all sampling.", panel=EVALUATION)
 
 
 CHECKS = tuple(check for check in Check if check is not Check.BASELINE)
@@ -139,10 +143,10 @@ class VerifyRequest:
     edits: Sequence[str] = option(
         (),
         "--edit",
-        help="Verify this edit, by name or file.",
+        help="Edit to verify: a name or a file.",
         panel=MODEL,
         metavar="EDIT",
-        without="the set's",
+        without="the set's own",
         completes="edit",
     )
     checks: Sequence[Check] = option(
@@ -151,7 +155,7 @@ class VerifyRequest:
         metavar="CHECKS",
         panel=EVALUATION,
         read=choices(CHECKS),
-        help=f"Some of {','.join(CHECKS)}.",
+        help=f"Comma-separated checks: {','.join(CHECKS)}.",
         without="all",
         write=lambda checks: ",".join(checks),
         repeatable=False,
@@ -161,8 +165,8 @@ class VerifyRequest:
         "--templates",
         metavar="FILE",
         panel=EVALUATION,
-        without="built in",
-        help="File of unseen templates, or a built-in list's name.",
+        without="built-in templates",
+        help="File of prompt templates the search did not use, or the name of a built-in list.",
     )
     spellings: str | None = option(
         None,
@@ -170,7 +174,7 @@ class VerifyRequest:
         metavar="FILE",
         panel=EVALUATION,
         without="none",
-        help="File of other names, one a line; # heads those of a kind.",
+        help="File of alternative spellings, one per line. Lines starting with # name a group.",
     )
     settings: Settings = options(Settings())
     device: str = DEVICE()

@@ -16,7 +16,7 @@ from slsgu_cli.checkpoints.apply import apply_edits
 from slsgu_cli.checkpoints.edits import by_origin, write_edit
 from slsgu_cli.checkpoints.layers import Layer, is_candidate, tensor_places
 from slsgu_cli.checkpoints.targets import Family, layers_read_by, prompt_note, read_target
-from slsgu_cli.cli.tables import applied
+from slsgu_cli.cli.apply import show_applied
 from slsgu_cli.downstream.models import LiveEncoder
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.edit import Presence, find_edits
@@ -107,7 +107,7 @@ def test_two_encoders_are_edited_by_one_command_and_back(tiny_pipeline, states, 
     assert listener.heard[-1].endswith("edits go into all of them")
     # On a terminal, their files of one name are told apart.
     tables = []
-    applied(SimpleNamespace(table=lambda *table, **_: tables.append(table)), result)
+    show_applied(SimpleNamespace(table=lambda *table, **_: tables.append(table)), result)
     ((_, (file, *_), rows),) = tables
     files = [f"{name}/model.safetensors" for name in states]
     assert [file.shown(row[0]) for row in rows] == files

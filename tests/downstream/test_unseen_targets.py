@@ -13,7 +13,7 @@ from worlds import Listener
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.cli.console import Console
-from slsgu_cli.cli.downstream import require_reached, show_target_search
+from slsgu_cli.cli.search_on_target import require_reached, show_target_search
 from slsgu_cli.clip.models import load, resolve
 from slsgu_cli.downstream.generate import sample_pictures
 from slsgu_cli.downstream.judge import REPORTED, SEARCHED, JudgedPrompts, prompts_for

@@ -133,7 +133,7 @@ def test_a_shared_retain_set_is_about_none_of_the_requests():
         ("= 64", "= 0", 6, "retain_samples 0 is out of range", "retain_samples 1"),
         ("= 64", '= "64"', 6, "retain_samples '64' is no number", None),
         ("= 64", "= true", 6, "retain_samples is not of one value", None),
-        ('"fa1"', '"fa3"', 16, "criterion fa3 is none of fa1, fa5, margin", None),
+        ('"fa1"', '"fa3"', 16, "criterion fa3 is not one of fa1, fa5, margin", None),
         ('["visual.proj"]', '"visual.proj"', 17, "layers is no list", 'layers = ["..."]'),
         ("2026-01-31", '"soon"', 32, "received soon is no date", "received = 2026-11-01"),
         ('["fa1 <= 0"]', '["fa1"]', 34, "bounds 'fa1' compares no figure", "bounds 'fa1<=0'"),

@@ -1,0 +1,87 @@
+"""The command `trajectory`."""
+
+from typing import TYPE_CHECKING
+
+from slsgu_cli.checkpoints.layers import known_as
+from slsgu_cli.cli.app import Name, Session, command
+from slsgu_cli.cli.formats import step_size
+from slsgu_cli.figures.html import roughly
+from slsgu_cli.records.studies import Trajectory, TrajectoryOptions
+
+if TYPE_CHECKING:
+    from slsgu_cli.cli.console import Console
+    from slsgu_cli.store.store import Store
+
+
+@command("trajectory")
+def trajectory(session: Session, name: Name, options: TrajectoryOptions) -> None:
+    """Example: slsgu trajectory facebook --points 40"""
+    from slsgu_cli.study.series import trajectory_and_plots
+
+    steps, plots = trajectory_and_plots(session.store, name, options=options)
+    show_trajectory(session.console, session.store, steps, plots)
+
+
+def show_trajectory(
+    console: "Console", store: "Store", trajectory: "Trajectory", plots: list[str]
+) -> None:
+    """Print how far each figure rises on each layer's way; every step too, but on a terminal."""
+    from slsgu_cli.cli.console import Column
+    from slsgu_cli.store.artifacts import Artifact
+
+    trials = trajectory.trials
+    if not console.brief:
+        _steps(console, trajectory)
+    columns = [
+        Column("layer", shown=known_as),
+        Column("damping"),
+        Column("steps"),
+        Column("% of norm", shown=roughly, label="move\nup to"),
+    ]
+    for figure in trajectory.figures():
+        at = f"{figure} rise at % of norm"
+        label = figure.replace("TA@1 ", "TA@1\n")
+        columns += [
+            Column(f"{figure} rise", shown=_rise, label=label, of=("figures", figure, "rise")),
+            Column(at, on_terminal=False, of=("figures", figure, "rise at % of norm")),
+        ]
+    rows = []
+    for line in trajectory.lines():
+        steps, rises = trajectory.of(line), trajectory.rises(line).values()
+        cells = [cell for rise in rises for cell in (rise.points, 100 * rise.share)]
+        rows.append([*line, len(steps), 100 * steps[-1].share, *cells])
+    title = f"trajectories of {trials.name}: does a figure fall at every step, or how far it rises"
+    console.table("rises", columns, rows, title=title)
+    console.paths("files", [store.where(Artifact.TRAJECTORY.path(trials.name)), *plots])
+    again = len(trials.trials) - trajectory.measured
+    if again:
+        console.note(f"{again} recorded steps were used again")
+
+
+def _steps(console: "Console", trajectory: "Trajectory") -> None:
+    from slsgu_cli.cli.console import Column
+
+    columns = [
+        Column("layer", shown=known_as),
+        Column("damping"),
+        Column("step", shown=step_size),
+        Column("% of norm", shown=roughly, label="move"),
+        *(Column(figure, shown=roughly) for figure in trajectory.figures()),
+    ]
+    rows = [
+        [
+            trial.layer,
+            trial.damping,
+            trial.step,
+            100 * trial.share,
+            *trajectory.figures(trial).values(),
+        ]
+        for line in trajectory.lines()
+        for trial in trajectory.of(line)
+    ]
+    title = f"accuracies of {trajectory.trials.name} by layer and step"
+    console.table("trajectory", columns, rows, title=title, data=trajectory.trials)
+
+
+def _rise(points: float) -> str:
+    return f"+{points:.2f}" if points else "falls"
