@@ -22,7 +22,7 @@ def apply(session: Session, request: ApplyRequest) -> None:
 
 
 def show_applied(console: "Console", result: "AppliedResult") -> None:
-    """Print the files that were written, or would be, and what changed in each."""
+    """Print the files that were or would be written, and the changes in each."""
     from slsgu_cli.cli.console import Column
 
     rows = [

@@ -25,7 +25,7 @@ NamesFile = Annotated[
     str | None,
     Option(
         ("--names",),
-        "File of many names: NAME<tab>alias<tab>!exclusion a line.",
+        "File of several names, one per line: NAME<tab>alias<tab>!exclusion.",
         ROWS,
         metavar="FILE",
         without="NAME alone",
@@ -34,7 +34,7 @@ NamesFile = Annotated[
 
 
 Replay = Annotated[
-    bool, Option(("--replay",), "Build NAME again as it was built, dropped rows too.", ROWS)
+    bool, Option(("--replay",), "Rebuild NAME with its original options and dropped rows.", ROWS)
 ]
 
 
@@ -73,20 +73,20 @@ def build_sets(
 
 
 def _replayed(session: Session, request: ParsedOptions[BuildRequest]) -> str:
-    """Return the name to build again. Raises UsageError where more is asked for."""
+    """Return the name of the set to rebuild. Raises UsageError if there are other options."""
     if "name" not in request:
         raise UsageError("--replay needs the name of a set", hint="slsgu build-sets NAME --replay")
     if others := [name for name in session.options if name != "--replay"]:
         raise UsageError(
-            "--replay builds a set as it was built and takes no other options: "
+            "--replay uses the original options of a set and takes no other options: "
             f"not {', '.join(others)}",
-            hint="leave --replay out to build another",
+            hint="remove --replay to build a new set",
         )
     return str(request.values["name"])
 
 
 def _wanted(request: BuildRequest, names: str | None) -> tuple[BuildRequest, "list[Concept]"]:
-    """Return the request with the first of a file of names, and all of these."""
+    """Return the request for the first concept of a file of names, and all its concepts."""
     if bool(request.name) == (names is not None):
         raise UsageError("build-sets needs either NAME or --names FILE")
     if not request.model.name:
@@ -99,7 +99,7 @@ def _wanted(request: BuildRequest, names: str | None) -> tuple[BuildRequest, "li
 
 
 def show_manifest(console: "Console", built: SetManifest) -> None:
-    """Print a set's parts: rows kept, rows seen, rows left out by reason."""
+    """Print the parts of a set: rows, rows read, and rows excluded by reason."""
     from slsgu_cli.cli.console import Column
 
     parts = {"forget": built.forget, "retain": built.retain}
@@ -119,7 +119,7 @@ def show_manifest(console: "Console", built: SetManifest) -> None:
 
 
 def show_manifests(console: "Console", built: Sequence[SetManifest]) -> None:
-    """Print the sets that were built for many names."""
+    """Print the sets of a file of names."""
     from slsgu_cli.sets.context import counted
 
     cells = [(m.name, m.forget.rows, m.retain.rows, counted(m.forget.refused)) for m in built]
@@ -128,10 +128,10 @@ def show_manifests(console: "Console", built: Sequence[SetManifest]) -> None:
 
 
 def show_replayed(console: "Console", result: "Replayed") -> None:
-    """Print whether a set that was built again is what it was."""
+    """Print whether a rebuilt set equals the original."""
     cells = [(part, "same rows" if same else "other rows") for part, same in result.same.items()]
     title = f"set {result.manifest.name}, built again"
     console.table("replayed", ("part", "rows"), cells, title=title)
     for part, same in result.same.items():
         if not same:
-            console.warn(f"the {part} rows are not those they were: a source has changed")
+            console.warn(f"the {part} rows differ from the original ones: a source has changed")

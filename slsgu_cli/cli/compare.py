@@ -28,8 +28,8 @@ def compare(
     options: ParsedOptions[CompareOptions],
     on_pipeline: ParsedOptions[PipelineCompareOptions],
 ) -> None:
-    """With --target, ESD-x, SalUn and the edit that was steered on that pipeline are compared
-    by the pictures it makes (its Figure 4).
+    """With --target, ESD-x, SalUn and the edit of `search --target` are compared by the images
+    that the pipeline generates (Figure 4 of the paper).
 
     Example: slsgu compare facebook --lr auto --retain-rows 256
     """
@@ -55,7 +55,7 @@ def compare(
 def show_comparison(
     console: "Console", rows: "Sequence[TableRow]", names: Sequence[str], plot: str
 ) -> None:
-    """Print a row for each method and setting, and say which baselines beat ours."""
+    """Print a row for each method and setting, and warn about baselines that beat ours."""
     from slsgu_cli.cli.console import Column
     from slsgu_cli.compare.comparison import LABELS, PARAMETERS, better
 
@@ -113,7 +113,7 @@ def show_comparison(
 
 
 def comparison_plot(rows: "Sequence[TableRow]", *, title: str) -> bytes:
-    """Draw utility against forgetting, a mark for each method and setting.
+    """Draw utility against forgetting, with a mark for each method and setting.
 
     The best methods stand at the top right.
     """
@@ -158,12 +158,12 @@ def _mark(axes: "Axes", row: "TableRow") -> None:
 def compare_on_pipeline(
     session: Session, names: Sequence[str], options: PipelineCompareOptions
 ) -> None:
-    """Compare on one set by a pipeline's pictures, and print. Raises UsageError for several."""
+    """Compare methods on one set by the images of a pipeline, and print the result."""
     from slsgu_cli.compare.on_pipeline import compare_on_pipeline as run
     from slsgu_cli.compare.on_pipeline import sheet_path
 
     if len(names) > 1:
-        raise UsageError("a pipeline is compared on one set at a time", hint="name one set")
+        raise UsageError("--target compares one set at a time", hint="name one set")
     compared = run(session.store, names[0], options=options)
     sheet = session.store.where(sheet_path(names[0], options.target))
     show_pipeline_comparison(session.console, compared, sheet)
@@ -199,7 +199,7 @@ def show_pipeline_comparison(
     ]
     title = (
         f"forgetting {comparison.concept} on {comparison.target}: "
-        f"{comparison.budget.concept} pictures of it, {comparison.budget.others} of other classes"
+        f"{comparison.budget.concept} images of it, {comparison.budget.others} of other classes"
     )
     console.table("comparison", columns, rows, title=title, data=comparison)
     console.paths("sheets", [sheet])

@@ -34,15 +34,14 @@ def evaluate(
         Sequence[Assertion],
         Option(
             ("--assert",),
-            "Exit with 5 unless so: fa1<=0, ta1.SET>=75, loss.SET<=0.5.",
+            "Exit with code 5 unless this holds, such as fa1<=0, ta1.SET>=75 or loss.SET<=0.5.",
             EVALUATION,
             metavar="ASSERTION",
             read=read_assertions,
         ),
     ] = (),
 ) -> None:
-    """The original model is compared with --model, or else with the edits of the sets in
-    memory.
+    """Compares the original model with --model, or with the edits of the sets.
 
     Example: slsgu eval facebook --model local-dir:clip-without-facebook
     """
@@ -59,7 +58,7 @@ def evaluate(
 
 
 def show_evaluated(console: "Console", result: "EvalResult") -> None:
-    """Print the accuracies of each model that was measured."""
+    """Print the accuracy of each model."""
     single = result.names[0] if len(result.names) == 1 else None
     figures: Figures = {
         model.label: (model.forget[single] if single else model.forget, model.utility)
@@ -72,7 +71,7 @@ def show_evaluated(console: "Console", result: "EvalResult") -> None:
 def show_asserted(
     console: "Console", result: "EvalResult", assertions: Sequence[Assertion]
 ) -> None:
-    """Print each assertion with its figure. Raises AssertionsError where one does not hold."""
+    """Print each assertion with its figure. Raises AssertionsError if one fails."""
     from slsgu_cli.cli.console import Column
 
     if not assertions:
@@ -90,7 +89,7 @@ def show_asserted(
 
 
 def show_before_after(console: "Console", models: Figures) -> None:
-    """Print forget accuracy and utility, a column for each model."""
+    """Print forget accuracy and utility, with a column for each model."""
     from slsgu_cli.cli.console import Column
 
     labels = list(models)
@@ -128,7 +127,7 @@ def show_before_after(console: "Console", models: Figures) -> None:
 
 
 def recognised(name: str, forget: Accuracy) -> str:
-    """Return in words how often a concept is recognised, and on which images that was seen."""
+    """Return a sentence that says how often a concept is recognised, and on which images."""
     images = "unseen images" if forget.unseen else "images, which the edit was chosen by"
     share = Share.of(forget.top1, forget.rows)
     return f"{name.strip() or 'the concept'} is recognised in {share.in_words(images)}"

@@ -21,18 +21,18 @@ def export(session: Session, request: ExportRequest) -> None:
 
 
 def show_exported(console: "Console", result: "ExportResult") -> None:
-    """Print the ranks of the edits in a LoRA, and what it does at each strength."""
+    """Print the ranks of the edits in a LoRA, and forget accuracy at each strength."""
     from slsgu_cli.cli.console import Column
 
     edits = [(one.name, one.layer, one.rank, one.full_rank) for one in result.edits]
     columns = ("edit", Column("layer", shown=known_as), "rank", "of")
-    console.table("edits", columns, edits, title="directions of each edit")
+    console.table("edits", columns, edits, title="rank of each edit")
     rows = [(one.strength, one.name, one.forget.top1, one.forget.top5) for one in result.figures]
     figures = (Column("FA@1", shown=roughly), Column("FA@5", shown=roughly))
     console.table(
         "strengths",
         ("strength", "set", *figures),
         rows,
-        title="at each strength, on images that chose nothing",
+        title="on the test split, by strength",
     )
     console.paths("files", list(result.files))

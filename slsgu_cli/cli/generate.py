@@ -34,10 +34,15 @@ def generate(
     request: Annotated[ParsedOptions[GenerateRequest], NEEDED],
     answer_set: ParsedOptions[CanvasRequest],
     protocol: Annotated[
-        Protocol, Option(("--protocol",), "Own prompts, or a benchmark's answer set.", GENERATION)
+        Protocol,
+        Option(
+            ("--protocol",),
+            "Use your own prompts, or generate the answer set of a benchmark.",
+            GENERATION,
+        ),
     ] = Protocol.PROMPTS,
 ) -> None:
-    """Both from the same prompts and seeds.
+    """Both models use the same prompts and seeds.
 
     Example: slsgu generate facebook --target stable-diffusion --prompt 'the facebook logo'
     """
@@ -45,10 +50,10 @@ def generate(
         from slsgu_cli.downstream import judge
 
         hint = "--themes FILE --objects FILE --out FOLDER, and no --prompt"
-        request.refuse("for prompts of one's own", hint=hint, shared=[answer_set])
+        request.refuse("for --protocol prompts", hint=hint, shared=[answer_set])
         if not all(field in answer_set for field in ("out", "themes", "objects")):
             raise UsageError(
-                "--protocol unlearncanvas makes its own prompts and needs a place for the answers",
+                "--protocol unlearncanvas needs themes, objects and an output folder",
                 hint=hint,
             )
         canvas = judge.answer_set(session.store, answer_set.record())
@@ -62,7 +67,7 @@ def generate(
 
 
 def show_generation(console: "Console", record: Generation, output: "OutputFolder") -> None:
-    """Print which prompts still give what they ask for, and the figures of a judge."""
+    """Print which prompts still generate their class, and the figures of each judge."""
     from slsgu_cli.cli.console import Column
 
     rows = [
@@ -82,7 +87,7 @@ def show_generation(console: "Console", record: Generation, output: "OutputFolde
         Column("original", shown=roughly),
         Column("unlearned", shown=roughly),
     )
-    title = "images taken for the class" if record.judge else "generated"
+    title = "images classified as the class" if record.judge else "generated"
     if console.as_json:
         console.table("generation", columns, rows, data=record)
     else:
@@ -92,7 +97,7 @@ def show_generation(console: "Console", record: Generation, output: "OutputFolde
 
 
 def show_effects(console: "Console", judged: Sequence[JudgeFigures]) -> None:
-    """Print unlearning and retained accuracy before and after, by each judge."""
+    """Print unlearning and retained accuracy before and after, for each judge."""
     from slsgu_cli.cli.console import Column
 
     rows: list[tuple[str | float | None, ...]] = []
@@ -118,7 +123,7 @@ def show_effects(console: "Console", judged: Sequence[JudgeFigures]) -> None:
         "of",
         Column("95% interval"),
     )
-    title = "UA: images of the concept not taken for it. IRA: others taken for what they are"
+    title = "UA: images of the concept not recognised as it. IRA: other images recognised"
     if rows:
         console.table("effect", columns, rows, title=title, data=data)
 
@@ -144,7 +149,7 @@ def ask(session: Session, request: AskRequest) -> None:
 
 
 def show_answers(console: "Console", record: Answers, output: "OutputFolder") -> None:
-    """Print what was said about each image."""
+    """Print the answers about each image."""
     from slsgu_cli.cli.console import Column
 
     rows = [(a.image, a.question, a.before, a.after) for a in record.answers]

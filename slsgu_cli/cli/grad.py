@@ -22,10 +22,16 @@ def grad(
     options: PassOptions,
     model: ModelSpec | None = None,
     squares: Annotated[
-        bool, Option(("--squares",), "Mean squared mini-batch gradients as well (slower).", MODEL)
+        bool,
+        Option(("--squares",), "Also compute mean squared mini-batch gradients (slower).", MODEL),
     ] = False,
     adversarial: Annotated[
-        bool, Option(("--adversarial",), "Prefixes that `verify` found, and random ones.", ROWS)
+        bool,
+        Option(
+            ("--adversarial",),
+            "Also forget the name behind the prefixes that `verify` found, and behind random ones.",
+            ROWS,
+        ),
     ] = False,
 ) -> None:
     """Example: slsgu grad facebook"""
@@ -39,7 +45,7 @@ def grad(
 
 
 def show_gradients(console: "Console", result: "GradResult") -> None:
-    """Print both gradients of a set and whether they were computed now."""
+    """Print both gradients of a set, and whether each was computed or cached."""
     from slsgu_cli.cli.console import Column
 
     pointer = result.pointer

@@ -28,7 +28,7 @@ def rank(session: Session, name: Name, options: RankOptions) -> None:
 def show_ranking(
     console: "Console", ranked: Ranking, plots: Sequence[str], *, front_only: bool = False
 ) -> None:
-    """Print every candidate layer, each tower's front first; or the fronts alone."""
+    """Print all candidate layers, each front first, or only the fronts."""
     from slsgu_cli.cli.console import Column
 
     ranked_along = ranked.by_direction()
@@ -54,7 +54,7 @@ def show_ranking(
     console.table("ranking", columns, rows, title=f"layers for {ranked.name}", data=ranked)
     if console.brief and len(rows) < len(ranked.scores):
         left_out = {s.layer for s in ranked.scores} - {s.layer for s in ranked.scores if s.front}
-        console.note(f"{len(left_out)} layers are on no front; -v shows them too")
+        console.note(f"{len(left_out)} layers are not on a front; -v shows them")
     for reason, count in sorted(Counter(ranked.unreached.values()).items()):
         console.note(f"{count} layers cannot influence {ranked.target}: {reason}")
     if note := prompt_note(str(ranked.target), ranked.readers):

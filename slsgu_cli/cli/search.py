@@ -21,11 +21,9 @@ if TYPE_CHECKING:
     from slsgu_cli.store.store import Store
 
 
-# Points of accuracy on an evaluation set that an edit should not cost unnoticed.
+# Warn if an edit costs more points of accuracy than this on an evaluation set.
 COSTLY = 5.0
-
-
-# Classes that a person is shown without -v, of those harmed and of those with near names.
+# Number of harmed classes, and of classes with near names, on a terminal without -v.
 HARM_SHOWN = 5
 
 
@@ -36,11 +34,11 @@ def search(
     options: ParsedOptions[SearchOptions],
     on_target: ParsedOptions[TargetSearchOptions],
     joint: Annotated[
-        bool, Option(("--joint",), "Search edits that forget all of them together.", SEARCH)
+        bool, Option(("--joint",), "Search for edits that forget all sets jointly.", SEARCH)
     ] = False,
 ) -> None:
-    """Several sets are searched one after another; with --joint, for edits that forget all
-    their concepts together. With --target, on what a model built on CLIP generates or answers.
+    """Several sets are searched one after another, or jointly with --joint. With --target, trials
+    are measured on the images or answers of a model built on CLIP.
 
     Example: slsgu search facebook --criterion fa5
     """
@@ -50,8 +48,8 @@ def search(
 
         refuse("search --target")
         if joint:
-            raise UsageError("--joint is for a search on CLIP", hint="leave --target out")
-        options.refuse("for a search on CLIP", hint="leave --target out", shared=[on_target])
+            raise UsageError("--joint is for a search on CLIP", hint="remove --target")
+        options.refuse("for a search on CLIP", hint="remove --target", shared=[on_target])
         search_on_target(session, names, on_target.record())
         return
     from slsgu_cli.cli.search_jointly import search_jointly
@@ -66,7 +64,7 @@ def search(
 
 
 def search_sets(session: Session, names: Sequence[str], options: SearchOptions) -> None:
-    """Search sets one after another. Raises NotForgottenError at the end if a concept is left."""
+    """Search sets one after another, then raise NotForgottenError if any was not forgotten."""
     from slsgu_cli.method.edit import draw_steps, require_forgotten, search_and_plot
 
     store, console = session.store, session.console
@@ -96,10 +94,9 @@ def search_sets(session: Session, names: Sequence[str], options: SearchOptions) 
 def show_search(
     console: "Console", store: "Store", result: "SearchResult", *, brief: bool = False
 ) -> None:
-    """Print the chosen trial, and its figures on images that chose nothing.
+    """Print the chosen trial, its accuracy on the test split, and the harmed classes.
 
-    All trials are shown as well where they are not for a person to read, or with -v. In
-    `brief`, neither is.
+    Trials are printed too, except on a terminal without -v. If `brief`, print the choice only.
     """
     from slsgu_cli.cli.console import Column
     from slsgu_cli.store.artifacts import Artifact
@@ -133,7 +130,7 @@ def show_search(
         )
         for trial in order
     ]
-    title = f"trials for {trials.name}, on the images to choose by"
+    title = f"trials for {trials.name}, on the validation split"
     if console.as_json or not (brief or console.brief):
         console.table("trials", columns, rows, title=title, data=trials)
     damping = chosen.damping
@@ -153,7 +150,7 @@ def show_search(
     files = (Artifact.EDIT, Artifact.TRIALS)
     console.paths("files", [store.where(kind.path(trials.name)) for kind in files])
     if result.reused:
-        console.note(f"{result.reused} recorded trials were used again")
+        console.note(f"{result.reused} recorded trials were reused")
     before, after, ground = result.report.before, result.report.after, result.report.ground
     if before.forget.top1 < 20:
         console.warn(
@@ -165,15 +162,12 @@ def show_search(
         if lost > COSTLY:
             console.warn(
                 f"the edit costs {lost:.1f} points of top-1 accuracy on {name}: "
-                "look at other layers, or criterion on fa1"
+                "try other layers, or --criterion fa1"
             )
 
 
 def chosen_figures(result: "SearchResult") -> Figures:
-    """Return what the original model and the edited one make of images that chose nothing.
-
-    Between them stands the model with the edits that came before.
-    """
+    """Return test accuracy of the original model, of earlier edits if any, and of the edit."""
     report = result.report
     models = {"original": report.before, "edited": report.after}
     if report.ground is not None:
@@ -182,7 +176,7 @@ def chosen_figures(result: "SearchResult") -> Figures:
 
 
 def show_earlier(console: "Console", report: Report) -> None:
-    """Print how well the concepts of earlier edits are recognised; nothing where there are none."""
+    """Print how well the concepts of earlier edits are recognised, if there are any."""
     from slsgu_cli.cli.console import Column
 
     if report.ground is None:
@@ -196,14 +190,14 @@ def show_earlier(console: "Console", report: Report) -> None:
         Column("edit"),
         *(Column(f"FA@{k} {when}", shown=percent, label=f"FA@{k}\n{when}") for k, when in figures),
     )
-    title = "concepts of the edits that came before"
+    title = "concepts of earlier edits"
     console.table("earlier", columns, rows, title=title, data=report.ground)
     for name, edit in report.ground.edits.items():
         console.note(recognised(name, edit.after))
 
 
 def show_harm(console: "Console", report: Report) -> None:
-    """Print the classes that an edit harms most, and those of the nearest names."""
+    """Print the most harmed classes, and the classes with the nearest names."""
     from slsgu_cli.cli.console import Column
 
     columns = (

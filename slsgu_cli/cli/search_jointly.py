@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 
 def search_jointly(session: Session, names: Sequence[str], options: SearchOptions) -> None:
-    """Search for edits that forget the concepts of several sets together."""
+    """Search for edits that forget the concepts of several sets jointly."""
     from slsgu_cli.clip.processes import refuse
     from slsgu_cli.study.joint import joint_search, require_joint
 
     refuse("search --joint")
     if options.shard:
-        raise UsageError("--joint takes the whole model", hint="leave --shard out")
+        raise UsageError("--joint cannot be combined with --shard", hint="remove --shard")
     result = joint_search(session.store, names, options=options)
     show_joint(session.console, session.store, result)
     require_joint(result)
 
 
 def show_joint(console: "Console", store: "Store", result: "JointResult") -> None:
-    """Print each concept's layer and step, and what is kept as concepts are added."""
+    """Print layer and step for each concept, and retained accuracy as concepts are added."""
     from slsgu_cli.cli.console import Column
     from slsgu_cli.store.artifacts import Artifact, joint_label
 
@@ -52,7 +52,7 @@ def show_joint(console: "Console", store: "Store", result: "JointResult") -> Non
         before, after = record.baseline_forget[move.name], chosen.forget[move.name]
         fall = (before.top1, after.top1, before.top5, after.top5)
         rows.append((move.name, move.layer, move.damping, move.step, 100 * move.share, *fall))
-    title = "all edits in place, each concept on its own images"
+    title = "all edits applied, each concept on its own images"
     console.table("edits", concepts, rows, title=title, data=record)
     sets = sorted(record.baseline_utility)
     hundredths = "{:.2f}".format
@@ -76,9 +76,9 @@ def show_joint(console: "Console", store: "Store", result: "JointResult") -> Non
         worst = max(each.top1 for each in stage.forget.values())
         figures = accuracies(stage.utility or record.baseline_utility, sets)
         stages.append((len(stage.moves), added.name, added.layer, worst, *figures))
-    title = "what is kept as concepts are added, on images of none of them"
+    title = "accuracy on other classes as concepts are added"
     console.table("stages", columns, stages, title=title)
     files = [*map(Artifact.EDIT.path, record.names), Artifact.JOINT.path(joint_label(record.names))]
     console.paths("files", [*map(store.where, files), *result.plots])
     if result.reused:
-        console.note(f"{result.reused} recorded joint trials were used again")
+        console.note(f"{result.reused} recorded joint trials were reused")

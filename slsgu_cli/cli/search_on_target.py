@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def search_on_target(session: Session, names: Sequence[str], options: TargetSearchOptions) -> None:
-    """Search each set on the target and print what is found.
+    """Search each set on the target and print the result.
 
     Raises NotForgottenError, after all of them, for the first that misses its goal.
     """
@@ -35,23 +35,23 @@ def search_on_target(session: Session, names: Sequence[str], options: TargetSear
 
 
 def require_reached(result: "TargetSearchResult") -> None:
-    """Raise NotForgottenError where no step reached the goal."""
+    """Raise NotForgottenError if no step reached the goal."""
     if result.forgotten:
         return
     left = result.chosen.concept
     raise NotForgottenError(
-        f"no step reaches the goal of {result.trials.goal:g}% on {result.trials.target} and costs "
-        f"others at most {result.max_loss:g} points: the best leaves the concept recognised in "
-        f"{left.count} of the {left.total} searched by",
-        hint="the trials and this edit are kept; try more --steps, --top, another --layer or a "
+        f"no step reaches the goal of {result.trials.goal:g}% on {result.trials.target} while "
+        f"costing other classes at most {result.max_loss:g} points: after the best step, "
+        f"{left.count} of {left.total} validation images still show the concept",
+        hint="the trials and this edit are stored; try more --steps or --top, another --layer or a "
         "larger --max-loss",
     )
 
 
 def show_target_search(console: "Console", store: "Store", result: "TargetSearchResult") -> None:
-    """Print what was chosen, and its figures on what nothing was chosen by.
+    """Print the chosen trial and its figures on the test split.
 
-    Trials are shown as well where they are not for a person to read, or with -v.
+    Trials are printed too, except on a terminal without -v.
     """
     from slsgu_cli.store.artifacts import Artifact
 
@@ -74,11 +74,11 @@ def show_target_search(console: "Console", store: "Store", result: "TargetSearch
         console.note(f"all of it with {', '.join(figures.beside)} in place, the original too")
     console.paths("edit", [store.where(Artifact.EDIT.path(result.edit))])
     if result.reused:
-        console.note(f"{result.reused} recorded trials were used again")
+        console.note(f"{result.reused} recorded trials were reused")
 
 
 def _show_trials(console: "Console", result: "TargetSearchResult") -> None:
-    """Print each layer's best trial, or where all were measured in full every trial."""
+    """Print the best trial of each layer, or all trials if all were measured in full."""
     from slsgu_cli.cli.console import Column
 
     trials, chosen = result.trials, result.chosen
@@ -105,7 +105,7 @@ def _show_trials(console: "Console", result: "TargetSearchResult") -> None:
         Column("IRA", shown=roughly),
         "chosen",
     )
-    title = f"trials on {trials.target}, on the images to choose by"
+    title = f"trials on {trials.target}, on the validation split"
     title = title if full else f"the best {title}, by layer"
     data = {"trials": trials, "chosen": chosen, "forgotten": result.forgotten, "edit": result.edit}
     if console.as_json:

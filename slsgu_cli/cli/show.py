@@ -25,13 +25,15 @@ def show(session: Session, name: Name, options: ShowOptions) -> None:
     wanted = [*options.drop, *(read_keys(options.drop_from) if options.drop_from else ())]
     if wanted:
         drop_from_set(session.store, name, wanted, part=part)
-        session.console.note(f"{part} of {name} has other rows now; what was made of it is stale")
+        session.console.note(
+            f"the {part} rows of {name} have changed; artifacts made from them are stale"
+        )
     seen = inspect_set(session.store, name, part=part, images=options.images)
     show_inspection(session.console, session.store, seen)
 
 
 def show_inspection(console: "Console", store: "Store", seen: "Inspection") -> None:
-    """Print what a part of a set holds and where it comes from."""
+    """Print the contents of a part of a set and their sources."""
     from slsgu_cli.records.codec import by_name
     from slsgu_cli.sets.context import counted
 
@@ -62,7 +64,7 @@ def show_inspection(console: "Console", store: "Store", seen: "Inspection") -> N
 
 
 def show_rows(console: "Console", shown: Sequence["SeenRow"]) -> None:
-    """Print rows with their captions and origins; on a terminal the first of them."""
+    """Print rows with their captions and origins; on a terminal, only the first ones."""
     from slsgu_cli.cli.console import Column
 
     columns = (
@@ -78,4 +80,4 @@ def show_rows(console: "Console", shown: Sequence["SeenRow"]) -> None:
     ]
     console.table("rows", columns, cells, title="rows")
     if len(brief) < len(shown):
-        console.note(f"{len(shown) - len(brief)} more rows; -v shows them too")
+        console.note(f"{len(shown) - len(brief)} more rows; -v shows them")

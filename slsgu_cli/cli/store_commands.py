@@ -43,7 +43,7 @@ def ls(session: Session) -> None:
 
 
 def show_listing(console: "Console", entries: "Sequence[Entry]") -> None:
-    """Print what the store holds."""
+    """Print the artifacts in the store."""
     from slsgu_cli.cli.console import Column
 
     rows = [
@@ -74,30 +74,43 @@ def check(
         Sequence[str],
         Option(
             metavar="NAME|FILE...",
-            help="Sets, edits or files of artifacts; with --edit, a model.",
+            help="Sets, edits or artifact files; with --edit, a model.",
             completes="edit",
         ),
     ] = (),
     edit: Annotated[
         Sequence[str],
-        Option(("--edit",), "Is this edit in the model? Name or file.", OUTPUT, metavar="EDIT"),
+        Option(
+            ("--edit",),
+            "Check whether the model contains this edit: a name or a file.",
+            OUTPUT,
+            metavar="EDIT",
+        ),
     ] = (),
     *,
     strength: ParsedOptions[StrengthOptions],
     repair: Annotated[
         bool,
-        Option(("--repair",), "Remove what is damaged and made again, and dead writes.", OUTPUT),
+        Option(
+            ("--repair",),
+            "Remove damaged artifacts that can be recomputed, and unfinished writes.",
+            OUTPUT,
+        ),
     ] = False,
     irreplaceable: Annotated[
         bool,
-        Option(("--irreplaceable",), "With --repair: what no command makes again too.", OUTPUT),
+        Option(
+            ("--irreplaceable",),
+            "With --repair, also remove artifacts that cannot be recomputed.",
+            OUTPUT,
+        ),
     ] = False,
 ) -> None:
-    """Everything is read, and compared with the digests it carries. Without names, all of the
-    store is. Exit code 3 where something is damaged.
+    """Reads artifacts and compares them with their digests; without names, the whole store. The
+    exit code is 3 if an artifact is damaged.
 
-    With --edit, a checkpoint is compared with it: exit code 0 where the edit is in it, 5 where
-    it is not, 3 where other weights are.
+    With --edit, checks whether a checkpoint contains the edit: the exit code is 0 if it does, 5
+    if it does not, and 3 if its weights are different ones.
 
     Example: slsgu check --repair
     """
@@ -107,7 +120,7 @@ def check(
     if edit:
         if len(names) != 1 or repair or irreplaceable:
             raise UsageError(
-                "--edit is looked for in one model, and nothing is repaired",
+                "--edit takes one model and cannot be combined with --repair",
                 hint="slsgu check MODEL --edit NAME",
             )
         from slsgu_cli.method.edit import find_edits
@@ -120,7 +133,7 @@ def check(
     if not names:
         _require_store(session.store)
     if irreplaceable and not repair:
-        raise UsageError("--irreplaceable goes with --repair", hint="--repair --irreplaceable")
+        raise UsageError("--irreplaceable requires --repair", hint="--repair --irreplaceable")
     checked = run(
         session.store, names, repair=repair, irreplaceable=irreplaceable, has_model=has_model
     )
@@ -128,16 +141,16 @@ def check(
 
 
 def _require_store(store: "Store") -> None:
-    """Raise MissingError where no store is: a mistyped one is not well."""
+    """Raise MissingError if the store does not exist, so that typos do not look like success."""
     if not store.exists(""):
         raise MissingError(
             f"there is no store {store.where('').rstrip('/')}",
-            hint="name it with --store or SLSGU_STORE",
+            hint="set --store or SLSGU_STORE",
         )
 
 
 def show_checked(console: "Console", result: "Checked") -> None:
-    """Print what is wrong with a store. Raises InputError where something is damaged."""
+    """Print the findings of a check. Raises InputError if an artifact is damaged."""
     from slsgu_cli.store.check import State
 
     _findings(console, "check", result.findings)
@@ -151,16 +164,16 @@ def show_checked(console: "Console", result: "Checked") -> None:
         return
     again = any(found.removable for found in damaged)
     raise InputError(
-        f"{len(damaged)} of them {'is' if len(damaged) == 1 else 'are'} damaged",
-        hint="`slsgu check --repair` removes what is made again, then run the commands listed"
+        f"{len(damaged)} artifact{'' if len(damaged) == 1 else 's'} damaged",
+        hint="run `slsgu check --repair`, then the commands listed"
         if again
-        else "run the commands listed, or put copies back; "
-        "--repair --irreplaceable removes what cannot be read",
+        else "run the commands listed, or restore copies; "
+        "--repair --irreplaceable removes unreadable artifacts",
     )
 
 
 def show_presence(console: "Console", found: "Sequence[FoundEdit]", model: Path) -> None:
-    """Print whether edits are in a model. Raises AbsentError or InputError where one is not."""
+    """Print which edits a model contains. Raises AbsentError or InputError if one is missing."""
     from slsgu_cli.cli.console import Column
     from slsgu_cli.method.edit import Presence
 
@@ -171,22 +184,23 @@ def show_presence(console: "Console", found: "Sequence[FoundEdit]", model: Path)
     for one in others[:1]:
         along = one.share is not None
         raise InputError(
-            f"{one.file} holds other weights in {one.layer} than the edit {one.name} makes or met",
-            hint=f"they lie {one.share:.4g} of the way along it: --scale {one.share:.4g}"
+            f"{one.layer} in {one.file} has neither the original weights nor those of the edit "
+            f"{one.name}",
+            hint=f"the weights match the edit at scale {one.share:.4g}: --scale {one.share:.4g}"
             if along
-            else "name all edits of this layer, with the --scale or --rank they had",
+            else "name all edits of this layer, with their --scale or --rank",
         )
     absent = [one for one in found if one.presence is Presence.ABSENT]
     for one in absent[:1]:
         raise AbsentError(
-            f"the edit {one.name} is not in {one.file}: {one.layer} is the original one"
+            f"the edit {one.name} is not in {one.file}: {one.layer} has its original weights"
         )
 
 
 @command("gc")
 def gc(
     session: Session,
-    yes: Annotated[bool, Option(("--yes", "-y"), "Remove what is listed.", OUTPUT)] = False,
+    yes: Annotated[bool, Option(("--yes", "-y"), "Remove the listed artifacts.", OUTPUT)] = False,
 ) -> None:
     """Example: slsgu gc --yes"""
     from slsgu_cli.store.check import garbage, remove
@@ -197,13 +211,13 @@ def gc(
 
 
 def show_unused(console: "Console", found: "Sequence[Finding]") -> None:
-    """Print what nothing in a store refers to, and whether it was removed."""
+    """Print artifacts that nothing refers to, and whether they were removed."""
     _findings(console, "unused", found)
     size = file_size(sum(one.size for one in found))
     if any(one.removed for one in found):
         console.note(f"removed {size}")
     elif found:
-        console.note(f"{size} to be freed; --yes removes them")
+        console.note(f"{size} can be freed; --yes removes them")
 
 
 def _findings(console: "Console", key: str, found: "Sequence[Finding]") -> None:

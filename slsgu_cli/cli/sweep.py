@@ -23,12 +23,12 @@ def sweep(
     session: Session,
     request: SweepRequest,
     classes: Annotated[
-        Path, Option(("--classes",), "File of classes to forget, one a line.", ROWS)
+        Path, Option(("--classes",), "File of classes to forget, one per line.", ROWS)
     ],
 ) -> None:
-    """Runs build-sets, grad, rank and search for each class, under the class's name. All, or all
-    of a fold (--folds), are kept out of the retain set and share its gradient. `{}` in a
-    --source stands for the class.
+    """Runs build-sets, grad, rank and search for each class. All classes, or those of a fold
+    (--folds), are excluded from the retain set and share its gradient. `{}` in a --source
+    stands for the class.
 
     Example: slsgu sweep objects --classes seven.txt -m local-dir:clip -s icons.parquet --eval ...
     """
@@ -43,7 +43,7 @@ def sweep(
 
 
 def show_sweep(console: "Console", store: "Store", result: "SweepResult") -> None:
-    """Print each class's figures before and after, and their means (the paper's Table 2)."""
+    """Print accuracies before and after for each class, and their means (Table 2 of the paper)."""
     from slsgu_cli.cli.console import Column
     from slsgu_cli.store.artifacts import Artifact
 
@@ -77,11 +77,11 @@ def show_sweep(console: "Console", store: "Store", result: "SweepResult") -> Non
     console.table("sweep", columns, rows, title=title, data=record)
     console.paths("files", [store.where(Artifact.SWEEP.path(record.name))])
     if result.reused:
-        console.note(f"{result.reused} classes were done before")
+        console.note(f"reused the results of {result.reused} classes")
 
 
 def _paired(console: "Console", before: Sequence[float], after: Sequence[float]) -> list[object]:
-    """Return figures before and after: in one cell for a person, in two for a program."""
+    """Return figures before and after: in one cell on a terminal, else in two."""
     pairs = zip(before, after, strict=True)
     if console.on_terminal:
         return [f"{one:.1f} {other:.1f}" for one, other in pairs]

@@ -25,7 +25,7 @@ def trajectory(session: Session, name: Name, options: TrajectoryOptions) -> None
 def show_trajectory(
     console: "Console", store: "Store", trajectory: "Trajectory", plots: list[str]
 ) -> None:
-    """Print how far each figure rises on each layer's way; every step too, but on a terminal."""
+    """Print the largest rise of each figure along each layer, and off a terminal every step."""
     from slsgu_cli.cli.console import Column
     from slsgu_cli.store.artifacts import Artifact
 
@@ -50,12 +50,12 @@ def show_trajectory(
         steps, rises = trajectory.of(line), trajectory.rises(line).values()
         cells = [cell for rise in rises for cell in (rise.points, 100 * rise.share)]
         rows.append([*line, len(steps), 100 * steps[-1].share, *cells])
-    title = f"trajectories of {trials.name}: does a figure fall at every step, or how far it rises"
+    title = f"trajectories of {trials.name}: largest rise of each figure between steps"
     console.table("rises", columns, rows, title=title)
     console.paths("files", [store.where(Artifact.TRAJECTORY.path(trials.name)), *plots])
     again = len(trials.trials) - trajectory.measured
     if again:
-        console.note(f"{again} recorded steps were used again")
+        console.note(f"{again} recorded steps were reused")
 
 
 def _steps(console: "Console", trajectory: "Trajectory") -> None:

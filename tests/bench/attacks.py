@@ -6,7 +6,7 @@
 
 Each concept is built, graded and ranked as the demo does it. `ours` is the search by its
 defaults, `paper` by the paper's choice; the others are tuned on the first concept as `compare`
-tunes them, on the images to choose by. `ours+leace` is our edit in the model that LEACE leaves
+tunes them, on the validation split. `ours+leace` is our edit in the model that LEACE leaves
 of the image projection. `adversarial` is our search of the first text layer once more, on
 gradients that go through the words which the attack tried on `ours` as well. What a method
 leaves is written as a checkpoint and verified as `slsgu verify --model` does it. All figures are
