@@ -41,7 +41,7 @@ from slsgu_cli.records.words import (
 DAMPING = 0.01
 # A cosine, for `Criterion.MARGIN`.
 MARGIN = 0.02
-# Factor on the shortest step that forgets the validation images: see docs/results/unseen.md.
+# Factor on the shortest step that forgets the validation images: see docs/results/test-images.md.
 OVERSHOOT = 1.25
 # In points of accuracy: more than a class with few rows can lose by chance.
 MAX_CLASS_LOSS = 25.0
