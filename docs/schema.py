@@ -29,7 +29,7 @@ from slsgu_cli.records.method import Ranking, Trial, Trials
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import JointSearch, Sweep
 from slsgu_cli.records.targets import Answers, AnswerSet, Generation, TargetTrial, TargetTrials
-from slsgu_cli.records.words import Place
+from slsgu_cli.records.words import OptionField
 from slsgu_cli.removals.tables import HEAD, TABLES, Table
 from slsgu_cli.store.catalog import Entry
 from slsgu_cli.store.check import Finding
@@ -424,7 +424,7 @@ def recipe_schema() -> Schema:
 
 
 def _recipe_table(table: Table) -> Schema:
-    places = table.places()
+    places = table.option_fields()
     return {
         "type": "object",
         "description": table.about,
@@ -434,8 +434,8 @@ def _recipe_table(table: Table) -> Schema:
     }
 
 
-def _recipe_value(place: Place) -> Schema:
-    """Return the schema of a key, in the types of TOML."""
+def _recipe_value(place: OptionField) -> Schema:
+    """Return the schema of a key: what its option takes, in the types of TOML."""
     said, kind = place.option, place.metavar
     (item,) = typing.get_args(place.kind)[:1] or (place.kind,)
     one: Schema = {"type": "string"}

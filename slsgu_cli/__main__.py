@@ -9,7 +9,7 @@ from typing import Any
 
 from slsgu_cli.errors import Ended, ExitCode
 
-# Signals that end a command as Ctrl-C does, where nobody asked to ignore them (`nohup`).
+# Signals that end a command like Ctrl-C, unless they are ignored, as under `nohup`.
 ENDING = {"SIGTERM": ExitCode.TERMINATED, "SIGHUP": ExitCode.HUNG_UP}
 
 
@@ -19,11 +19,11 @@ def main() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _ending(code))
-    # Threads that spin while they wait make torch many times slower on a shared machine.
+    # Spinning threads make PyTorch many times slower on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A name that the terminal's encoding lacks is shown escaped, not refused.
+            # Escape characters that the encoding of the terminal lacks.
             stream.reconfigure(errors="backslashreplace")
     try:
         from slsgu_cli.cli import app
@@ -32,11 +32,10 @@ def main() -> None:
     try:
         app(prog_name="slsgu")
     except OSError as error:
-        # Commands tell this themselves; `--help` and `--version` come here.
+        # Commands report this themselves; `--help` and `--version` do not.
         sys.exit(f"error: cannot write the output: {error.strerror}")
     finally:
-        # As Python ends it looks for garbage among all that PyTorch and open_clip brought,
-        # for a second. The process gives everything back at once anyway.
+        # At exit, Python would spend a second collecting the objects of PyTorch and open_clip.
         gc.freeze()
 
 

@@ -1,7 +1,7 @@
-"""The command line: the only rooms that know typer and rich.
+"""The command line, the only package that knows typer and rich.
 
-`app` says which room each command is in and loads it when the command is wanted. Nothing
-heavy is imported at the top of these rooms: every command imports what it needs when it runs.
+`app` lists the commands and the modules that hold them. Heavy packages are imported inside the
+command functions.
 """
 
 from slsgu_cli.cli.app import app

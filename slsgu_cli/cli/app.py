@@ -1,7 +1,7 @@
-"""The application, and what every command shares: options, the store, how it ends.
+"""The application: its commands, their common options, the store, exit codes.
 
-A command is a function `(session, ...)`. Its parameters are records, and each is spread
-into the options that its fields carry; the records are made of what was given.
+A command is a function `(session, ...)`. Its other parameters are records; the fields of these
+records become the options of the command.
 """
 
 import contextlib
@@ -12,8 +12,9 @@ import os
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -23,58 +24,58 @@ from typer.core import TyperGroup
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.cli import usage
-from slsgu_cli.cli.usage import Asked, Words
+from slsgu_cli.cli.usage import ParsedOptions
 from slsgu_cli.errors import Ended, ExitCode, MissingError, SlsguError, ended_by
 from slsgu_cli.records.codec import without_none
-from slsgu_cli.records.words import COMMON, Option, Place, places
+from slsgu_cli.records.words import COMMON, Option, OptionField, option_fields
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
     from slsgu_cli.store.store import Store
 
-# The commands as the help lists them, in the order of use: in which room of `slsgu_cli.cli`
-# each is, and what it does. A room is loaded when one of its commands is wanted.
+# The commands in the order of the help: the module of `slsgu_cli.cli` and a summary.
+# A module is imported when one of its commands is needed.
 GROUPS = {
-    "The five steps, and a look at a set": {
-        "build-sets": ("steps", "Curate a forget set, a retain set and evaluation sets."),
-        "show": ("steps", "Look at a set before it is used; drop rows."),
-        "grad": ("steps", "Compute the forget and retain gradients of a set, once."),
-        "rank": ("steps", "Score layers by importance and alignment; mark Pareto fronts."),
-        "search": ("steps", "Find each front layer's step size and write the best edit."),
-        "apply": ("steps", "Write a copy of a model with edits in it."),
+    "Unlearning, step by step": {
+        "build-sets": ("build_sets", "Curate a forget set, a retain set and evaluation sets."),
+        "show": ("show", "Inspect a set before using it, and drop rows."),
+        "grad": ("grad", "Compute the forget and retain gradients of a set."),
+        "rank": ("rank", "Score layers by importance and alignment, and mark Pareto fronts."),
+        "search": ("search", "Find step sizes for the layers on the front; write the best edit."),
+        "apply": ("apply", "Write a copy of a model with edits applied."),
     },
-    "What an edit does": {
-        "eval": ("steps", "Measure what is forgotten and what is kept."),
-        "verify": ("verify", "Try to bring a forgotten concept back, and say what comes back."),
-        "report": ("verify", "Write one HTML page: what was forgotten, how, at what cost."),
-        "compare": ("study", "Compare with other unlearning methods (the paper's Table 1)."),
+    "Measuring an edit": {
+        "eval": ("evaluate", "Measure forgetting and retained accuracy."),
+        "verify": ("verify", "Try to recover a forgotten concept, and report what comes back."),
+        "report": ("verify", "Write an HTML report of an edit and its cost."),
+        "compare": ("compare", "Compare with other unlearning methods (Table 1 of the paper)."),
     },
-    "On a model built on CLIP": {
-        "export": ("downstream", "Write edits as a LoRA, for the clients of such models."),
-        "generate": ("downstream", "Generate images before and after an edit."),
-        "ask": ("downstream", "Ask a LLaVA about images before and after an edit."),
+    "Models built on CLIP": {
+        "export": ("export", "Write edits as a LoRA."),
+        "generate": ("generate", "Generate images before and after an edit."),
+        "ask": ("generate", "Ask a LLaVA about images before and after an edit."),
     },
     "Studies": {
-        "trajectory": ("study", "Follow accuracies over a fine grid of steps, layer by layer."),
-        "sweep": ("study", "Forget each class of a list, one at a time."),
+        "trajectory": ("trajectory", "Measure accuracy along a fine grid of steps."),
+        "sweep": ("sweep", "Forget each class of a list, one at a time."),
     },
-    "A whole job, from request to proof": {
-        "init": ("removals", "Write a recipe to fill in, or a demonstration."),
+    "Removal requests": {
+        "init": ("removals", "Write a starter recipe."),
         "run": ("removals", "Run the remaining stages of a recipe: forget, write, measure, gate."),
-        "requests": ("removals", "List the removal requests of a recipe and their states."),
-        "evidence": ("removals", "Write evidence of a removal: page, figures, digests."),
+        "requests": ("removals", "List the removal requests of a recipe and their status."),
+        "evidence": ("removals", "Write the evidence of a removal: page, figures, digests."),
     },
-    "The store, and a demonstration": {
-        "ls": ("steps", "List what the store holds and what each thing was made from."),
-        "check": ("steps", "Read a store and say what is damaged; tell if an edit is in a model."),
-        "gc": ("steps", "List what nothing in the store refers to, and remove it."),
-        "env": ("env", "Show versions, devices and extras."),
-        "demo": ("demo", "Make the embedded CLIP forget a brand, command by command."),
+    "Store and environment": {
+        "ls": ("store_commands", "List the artifacts in the store and their origins."),
+        "check": ("store_commands", "Check a store for damage, or a model for an edit."),
+        "gc": ("store_commands", "List or remove artifacts that nothing refers to."),
+        "env": ("env", "Print versions, devices and installed extras."),
+        "demo": ("demo", "Make the embedded CLIP forget a brand, step by step."),
     },
 }
-# The commands that a launcher may start in several processes.
+# Commands that may run in several processes.
 IN_SEVERAL = {"grad", "rank", "search", "sweep"}
-# The commands that take their options from a recipe where one is named.
+# Commands with the option --recipe.
 IN_RECIPE = {
     "build-sets",
     "grad",
@@ -88,72 +89,76 @@ IN_RECIPE = {
 }
 COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
 
-# The functions of the commands whose rooms are loaded.
+# The functions of the commands whose modules are loaded.
 _FUNCTIONS: dict[str, Callable[..., None]] = {}
 
 
 class _Group(TyperGroup):
-    """The commands in groups; each is spread into its options when it is wanted."""
+    """The commands in groups. A command is imported when it is needed."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the commands in the order of use."""
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return a command with its options; None where there is none of that name."""
+        """Return a command with its options, or None if there is none of this name."""
         if cmd_name in COMMANDS and cmd_name not in self.commands:
             from typer.models import CommandInfo
 
-            room, summary = COMMANDS[cmd_name]
-            importlib.import_module(f"slsgu_cli.cli.{room}")
+            module, summary = COMMANDS[cmd_name]
+            importlib.import_module(f"slsgu_cli.cli.{module}")
             function = _FUNCTIONS[cmd_name]
-            about = f"{summary}\n\n{inspect.getdoc(function)}"
-            run = _runner(cmd_name, function)
-            info = CommandInfo(cmd_name, cls=usage.Command, callback=run, help=about)
+            info = CommandInfo(
+                cmd_name,
+                cls=usage.Command,
+                callback=_runner(cmd_name, function),
+                help=f"{summary}\n\n{inspect.getdoc(function)}",
+            )
             self.commands[cmd_name] = typer.main.get_command_from_info(
                 info, pretty_exceptions_short=False, rich_markup_mode=None
             )
         return self.commands.get(cmd_name)
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
-        """Run a command line; one that is refused ends as a command does that is."""
-        words = list(sys.argv[1:] if args is None else args)
+        """Run a command line, and report usage errors like all other errors."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        command = next((word for word in arguments if word in COMMANDS), None)
         try:
-            return super().main(words, *more, **extra)
-        except SlsguError as error:
-            from slsgu_cli import processes
-            from slsgu_cli.cli.console import Console
+            sys.exit(super().main(arguments, *more, **{**extra, "standalone_mode": False}) or 0)
+        except usage.ParserError as caught:
+            if type(caught).__name__ == "NoArgsIsHelpError":
+                typer.echo(str(caught))
+                sys.exit(ExitCode.USAGE)
+            error: SlsguError = usage.usage_error(caught, command or "")
+        except SlsguError as caught:
+            error = caught
+        from slsgu_cli import processes
+        from slsgu_cli.cli.console import Console
 
-            named = next((word for word in words if word in COMMANDS), None)
-            console = Console(command=named, as_json=usage.wants_json(words))
-            if processes.reports_error():
-                console.error(error)
-                console.flush(error)
-            sys.exit(error.exit_code)
+        console = Console(command=command, as_json=usage.wants_json(arguments))
+        if processes.reports_error():
+            console.error(error)
+            console.flush(error)
+        sys.exit(error.exit_code)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that is named; an interrupt before it begins has its exit code too."""
+        """Run the command; an interrupt before it begins has the same exit code as later."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
             sys.exit(Ended.code(interrupt))
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Take the options before the command. Raises UsageError."""
-        with usage.explained(ctx):
-            return super().parse_args(ctx, [] if args == ["--"] else args)
-
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Return the command that is named. Raises UsageError."""
+        """Return the command. Raises UsageError if it does not exist."""
         if args[0] not in COMMANDS and not ctx.resilient_parsing:
             raise usage.unknown_command(ctx, args[0])
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write each group with what each command does."""
+        """Write the groups of commands."""
         for title, commands in GROUPS.items():
             with formatter.section(title):
-                formatter.write_dl([(name, does) for name, (_, does) in commands.items()])
+                formatter.write_dl([(name, summary) for name, (_, summary) in commands.items()])
 
 
 app = typer.Typer(
@@ -164,7 +169,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make a trained CLIP forget a concept with one gradient pass and one edited layer.\n\n"
-    "The usual way: build-sets, grad, rank, search, apply. `slsgu demo` shows all of it.",
+    "Typical use: build-sets, grad, rank, search, apply. Run `slsgu demo` to see every step.",
 )
 
 
@@ -180,27 +185,29 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Hold the options that stand before any command."""
+    """Take the options before the command."""
 
 
-_STORE = Option(
-    ("--store",),
-    "Folder or fsspec URL where artifacts are kept; SLSGU_STORE sets it, as "
-    "such a variable does every option: SLSGU_MAX_LOSS is --max-loss.",
-    COMMON,
-    metavar="STORE",
-    without=usage.STORE,
-)
-_FLAGS = (
-    Option(("--no-wait",), "Compute what another process is computing for the store, too.", COMMON),
-    Option(("--json",), "Print one JSON document.", COMMON),
-    Option(("--quiet", "-q"), "Results only.", COMMON),
-    Option(("--verbose", "-v"), "Say how it is done.", COMMON),
-    Option(("--debug",), "Show tracebacks.", COMMON),
-)
+_COMMON = {
+    Option(
+        ("--store",),
+        "Folder or fsspec URL of the artifacts. SLSGU_STORE sets it; every other option has a "
+        "variable as well, such as SLSGU_MAX_LOSS for --max-loss.",
+        COMMON,
+        metavar="STORE",
+        without=usage.STORE,
+    ): str,
+    Option(
+        ("--no-wait",), "Do not wait for another process that computes the same artifact.", COMMON
+    ): bool,
+    Option(("--json",), "Print the results as one JSON document.", COMMON): bool,
+    Option(("--quiet", "-q"), "Print results and errors only.", COMMON): bool,
+    Option(("--verbose", "-v"), "Print details of the computation.", COMMON): bool,
+    Option(("--debug",), "Print tracebacks.", COMMON): bool,
+}
 _RECIPE = Option(
     ("--recipe",),
-    "Take the options that are not given from this recipe.",
+    "Recipe that provides options not given here.",
     COMMON,
     metavar="FILE",
     without="none",
@@ -209,16 +216,14 @@ _RECIPE = Option(
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The store and the console of one command, and the options of its own that were typed."""
+    """The store and the console of a command, and the names of the options that were typed."""
 
     store: "Store"
     console: "Console"
     options: tuple[str, ...] = ()
 
 
-# Marks a parameter whose options are taken and not shown.
-HIDDEN = "hidden"
-# Marks a record that is asked for in one way or another: what it requires must be given.
+# Marks ParsedOptions whose required options must be given.
 NEEDED = "needed"
 Names = Annotated[Sequence[str], Option(metavar="NAME...", help="Names of sets.", completes="set")]
 Name = Annotated[str, Option(metavar="NAME", help="Name of the set.", completes="set")]
@@ -226,53 +231,48 @@ Name = Annotated[str, Option(metavar="NAME", help="Name of the set.", completes=
 
 @dataclass(frozen=True, slots=True)
 class _Parameter:
-    """A parameter of a command function: the options it is spread into, and how it is made."""
+    """A parameter of a command function: its options, and how to make it of their values.
 
-    places: list[Place]
-    make: Callable[[Words], Any]
-    optional: bool = False
-    hidden: bool = False
+    `make` takes the values of options by key, and the keys that were typed.
+    """
+
+    fields: list[OptionField]
+    required: bool
+    make: Callable[[Mapping[str, Any], Collection[str]], Any]
 
     @classmethod
     def of(cls, parameter: inspect.Parameter) -> "_Parameter":
-        kind, marks = parameter.annotation, list[Any]()
+        kind, marks, default = parameter.annotation, list[Any](), parameter.default
         if typing.get_origin(kind) is Annotated:
             kind, *marks = typing.get_args(kind)
-        for mark in marks:
-            if isinstance(mark, Option):
-                return cls._alone(mark, kind, parameter.default, hidden=HIDDEN in marks)
-        if typing.get_origin(kind) is Asked:
+        if marks and isinstance(marks[0], Option):
+            key = marks[0].key
+            required = default is inspect.Parameter.empty
+            field = OptionField((), marks[0], without_none(kind), MISSING if required else default)
+            return cls(
+                [field],
+                required,
+                lambda values, typed: field.value(values[key]) if key in values else default,
+            )
+        if typing.get_origin(kind) is ParsedOptions:
             (record,) = typing.get_args(kind)
-            make = functools.partial(Asked, record)
-            return cls(places(record), make, NEEDED not in marks, HIDDEN in marks)
-        optional = parameter.default is None
+            fields = option_fields(record)
+            return cls(fields, NEEDED in marks, functools.partial(ParsedOptions, record))
         record = without_none(kind)
-        listed = places(record)
+        fields = option_fields(record)
+        keys = {field.option.key for field in fields}
+        needed = {field.option.key for field in fields if field.required}
 
-        def made(words: Words) -> Any:
-            keys = {place.option.key for place in listed}
-            needed = {place.option.key for place in listed if place.required}
-            wanted = keys & words.typed or (keys & set(words) and needed <= set(words))
-            return words.record(record) if wanted or not optional else None
+        def make(values: Mapping[str, Any], typed: Collection[str]) -> Any:
+            # A variable alone does not ask for an optional record, unless it makes it complete.
+            given = keys & set(typed) or (keys & set(values) and needed <= set(values))
+            return usage.made(record, values) if given or default is not None else None
 
-        return cls(listed, made, optional=optional)
-
-    @classmethod
-    def _alone(cls, option: Option, kind: Any, default: Any, *, hidden: bool) -> "_Parameter":
-        required = default is inspect.Parameter.empty
-        place = Place((), option, without_none(kind), MISSING if required else default)
-
-        def made(words: Words) -> Any:
-            return place.value(words[option.key]) if option.key in words else default
-
-        return cls([place], made, optional=not required, hidden=hidden)
+        return cls(fields, default is not None, make)
 
 
 def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function `(session, ...)` as the command `name` with the common options.
-
-    Its docstring stands in the help below what the command does.
-    """
+    """Register a function `(session, ...)` as a command. Its docstring is part of the help."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         _FUNCTIONS[name] = function
@@ -282,55 +282,58 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 
 def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
-    """Return what typer calls: it takes every option, and calls `function` with its records."""
+    """Return the function that typer calls with all options of a command."""
     signature = inspect.signature(function, eval_str=True).parameters
-    spread = {key: _Parameter.of(each) for key, each in list(signature.items())[1:]}
-    options = [place.option for each in spread.values() for place in each.places]
+    parameters = {key: _Parameter.of(each) for key, each in list(signature.items())[1:]}
+    options = [field.option for each in parameters.values() for field in each.fields]
 
     @functools.wraps(function)
-    def run(ctx: typer.Context, **values: Any) -> None:
-        # Not for `--help`, which takes a third of the time without them.
+    def run(ctx: typer.Context, **given: Any) -> None:
+        # Not needed for `--help`, which would take a third longer with them.
         from slsgu_cli import processes
         from slsgu_cli.cli.console import Console
         from slsgu_cli.store.ranks import RankStore
 
-        environment: usage.FromEnvironment = ctx.obj
-        words = Words(values, environment.variables)
-        verbosity = -1 if words["quiet"] else int(words["verbose"])
-        console = Console(name, verbosity=verbosity, as_json=words["json"])
-        with _ending(console, debug=words["debug"]):
+        values = {key: value for key, value in given.items() if value not in (None, [], ())}
+        typed = set(values) - set(ctx.obj) | {
+            key
+            for key in ctx.obj
+            if getattr(ctx.get_parameter_source(key), "name", "") == "COMMANDLINE"
+        }
+        verbosity = -1 if values["quiet"] else int(values["verbose"])
+        console = Console(name, verbosity=verbosity, as_json=values["json"])
+        with _ending(console, debug=values["debug"]):
             _require_folder()
             if name not in IN_SEVERAL:
                 processes.refuse_several(name)
-            # Results go through the console alone; what a library prints is no result.
-            heard, others = _heard(console)
+            # Only the console prints results; libraries print to stderr.
+            heard, others = _of_rank(console)
             with (
                 contextlib.redirect_stdout(others),
                 contextlib.redirect_stderr(others),
                 progress.using(heard),
                 processes.joined(),
-                environment.naming_variables(options),
+                usage.naming_origins(options, ctx.obj),
             ):
-                words.setdefault("store", usage.STORE)
-                made = {key: each.make(words) for key, each in spread.items()}
-                store = RankStore(words["store"], waits=not words["no_wait"])
+                made = {key: each.make(values, typed) for key, each in parameters.items()}
+                url = values.get("store", usage.STORE)
+                store = RankStore(url, waits=not values["no_wait"])
                 if not store.is_lasting:
-                    progress.warn(f"{store.url} keeps nothing when this command has ended")
-                typed = [each.name for each in options if each.flags and each.key in words.typed]
-                session = Session(store, heard, tuple(dict.fromkeys(typed)))
-                function(session, **made)
+                    progress.warn(f"{store.url} is discarded when this command ends")
+                names = [each.name for each in options if each.flags and each.key in typed]
+                function(Session(store, heard, tuple(dict.fromkeys(names))), **made)
             heard.flush()
 
     context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    parameters = [context, *_signature(spread, recipe=name in IN_RECIPE)]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    listed = [context, *_signature(parameters.values(), recipe=name in IN_RECIPE)]
+    run.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in listed}
     return run
 
 
 @contextlib.contextmanager
 def _ending(console: "Console", *, debug: bool) -> Iterator[None]:
-    """End a command: exit with the code for what was raised, and a message for the user."""
+    """Report what a command raises, and exit with its code."""
     from slsgu_cli import processes
 
     try:
@@ -338,9 +341,8 @@ def _ending(console: "Console", *, debug: bool) -> Iterator[None]:
     except (typer.Exit, SystemExit):
         raise
     except BrokenPipeError:
-        # The reader of the pipe has gone, as `head` does: there is nothing to tell.
         raise typer.Exit(ExitCode.UNREAD) from None
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the user is told
+    except BaseException as error:  # noqa: BLE001 - every error is reported
         interrupted = isinstance(error, KeyboardInterrupt)
         if debug and not interrupted:
             traceback.print_exception(error)
@@ -351,24 +353,24 @@ def _ending(console: "Console", *, debug: bool) -> Iterator[None]:
             else:
                 console.error(ended)
         if processes.prints():
-            # Results that were ready are in the document, beside the error.
+            # The document contains the results so far and the error.
             with contextlib.suppress(OSError, SlsguError):
                 console.flush(ended)
         raise typer.Exit(ended.exit_code) from None
 
 
 def _require_folder() -> None:
-    """Raise MissingError where the folder that this runs in is gone: MKL would end the process."""
+    """Raise MissingError if the working directory is gone: MKL would end the process."""
     try:
         Path.cwd()
     except FileNotFoundError as error:
         raise MissingError(
-            "the folder that this runs in is gone", hint="cd to a folder that is there"
+            "the working directory no longer exists", hint="cd to an existing folder"
         ) from error
 
 
-def _heard(console: "Console") -> "tuple[Console, TextIO]":
-    """Return what a command tells, and where others print; nobody hears but the first process."""
+def _of_rank(console: "Console") -> "tuple[Console, TextIO]":
+    """Return the console of this rank, and the stream for other output. Only rank 0 prints."""
     from slsgu_cli import processes
 
     if processes.prints():
@@ -377,34 +379,39 @@ def _heard(console: "Console") -> "tuple[Console, TextIO]":
     return console.writing_to(nowhere), nowhere
 
 
-def _signature(spread: Mapping[str, _Parameter], *, recipe: bool) -> list[inspect.Parameter]:
-    """Return a parameter for each option; records that have the same option share it.
-
-    With `recipe`, a recipe can be named.
-    """
+def _signature(parameters: Collection[_Parameter], *, recipe: bool) -> list[inspect.Parameter]:
+    """Return a parameter for each option. Records share options of the same name."""
     options: dict[str, inspect.Parameter] = {}
-    for each in spread.values():
-        for place in each.places:
-            required = place.required and not each.optional
-            parameter = _parameter(place, required=required, hidden=each.hidden)
-            options.setdefault(place.option.key, parameter)
-    named = [_parameter(Place((), _RECIPE, Path, None))] if recipe else []
-    store = _parameter(Place((), _STORE, str, None))
-    flags = [_parameter(Place((), each, bool, False)).replace(default=False) for each in _FLAGS]
-    return [*options.values(), *named, store, *flags]
+    for each in parameters:
+        for field in each.fields:
+            parameter = _parameter(field, required=field.required and each.required)
+            options.setdefault(field.option.key, parameter)
+    common = [OptionField((), _RECIPE, Path, None)] if recipe else []
+    common += [OptionField((), option, kind, None) for option, kind in _COMMON.items()]
+    for field in common:
+        parameter = _parameter(field)
+        default = False if field.is_flag else None
+        options[field.option.key] = parameter.replace(default=default)
+    return list(options.values())
 
 
-def _parameter(place: Place, *, required: bool = False, hidden: bool = False) -> inspect.Parameter:
-    option = place.option
-    settings: dict[str, Any] = {"help": place.help(required=required), "show_default": False}
-    if option.completes is not None:
-        settings["autocompletion"] = usage.completion(option.completes)
-    if not place.is_flag:
-        settings["metavar"] = place.metavar
+def _parameter(field: OptionField, *, required: bool = False) -> inspect.Parameter:
+    option = field.option
+    help_text = option.help
+    if field.repeatable and option.flags:
+        help_text += " Repeatable."
+    default = None if required else field.default_words()
+    if default is not None:
+        help_text += f"  [default: {default}]"
+    settings: dict[str, Any] = {"help": help_text, "show_default": False}
+    if option.completes or issubclass(field.item, StrEnum):
+        settings["autocompletion"] = _completion(field)
+    if not field.is_flag:
+        settings["metavar"] = field.metavar
     if option.flags:
-        settings |= {"rich_help_panel": option.panel, "hidden": hidden}
-    kind: Any = bool if place.is_flag else Path if place.item is Path else str
-    kind = list[kind] if place.repeatable or option.once else kind
+        settings["rich_help_panel"] = option.panel
+    kind: Any = bool if field.is_flag else Path if field.item is Path else str
+    kind = list[kind] if field.repeatable else kind
     what = typer.Option(*option.flags, **settings) if option.flags else typer.Argument(**settings)
     return inspect.Parameter(
         option.key,
@@ -412,3 +419,12 @@ def _parameter(place: Place, *, required: bool = False, hidden: bool = False) ->
         default=inspect.Parameter.empty if required else None,
         annotation=Annotated[kind if required else kind | None, what],
     )
+
+
+def _completion(field: OptionField) -> Callable[..., list[str]]:
+    def complete(ctx: typer.Context, incomplete: str) -> list[str]:
+        if field.option.completes is None:
+            return [str(each) for each in field.item if each.startswith(incomplete)]
+        return usage.complete(field.option.completes, ctx.params, ctx.args, incomplete)
+
+    return complete

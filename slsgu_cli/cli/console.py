@@ -1,4 +1,4 @@
-"""What the user sees: results on stdout, everything else on stderr."""
+"""Output of the command line: results on stdout, everything else on stderr."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from slsgu_cli.errors import InputError, SlsguError
 from slsgu_cli.progress import terminal_safe
 from slsgu_cli.records.codec import document, finite
 
-# Of the JSON documents: counted up where a key goes, or means something else.
+# Version of the JSON documents: incremented when a key is removed or changes its meaning.
 SCHEMA = 1
 
 Rows = Sequence[Sequence[Any]]
@@ -34,12 +34,11 @@ Rows = Sequence[Sequence[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of results: its name everywhere, and how a terminal shows it.
+    """A column of a table.
 
-    `shown` turns a value that is there into the text of a terminal's cell; `label` replaces
-    the name in its header. With `on_terminal` off, the column is for TSV and JSON only.
-    Where the name depends on data, `of` says where a value stands in JSON, in which no key
-    does: in a list, in the row of that name, under a key.
+    On a terminal, `shown` formats the values, `label` replaces the name in the header, and
+    without `on_terminal` the column is omitted. If the name depends on data, `of` gives the
+    place of the values in JSON, where keys never do: a list, the name of a row, and a key.
     """
 
     name: str
@@ -49,14 +48,14 @@ class Column:
     of: tuple[str, str, str] | None = None
 
     def cell(self, value: Any) -> str:
-        """Return a value as a terminal shows it."""
+        """Return the text of a value on a terminal."""
         return text(value if self.shown is None or value is None else self.shown(value))
 
 
 def drawn(columns: Sequence[Column], rows: Rows) -> Table:
-    """Return a table for a terminal; a column that is empty in every row is left out.
+    """Return a table for a terminal, without empty columns.
 
-    Where it is too wide, text is folded and figures are not.
+    If it is too wide, text is folded but numbers are not.
     """
     table = Table(
         box=SIMPLE_HEAD, header_style="", show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
@@ -77,14 +76,14 @@ def drawn(columns: Sequence[Column], rows: Rows) -> Table:
 
 
 def tab_separated(columns: Sequence[Column], rows: Rows) -> str:
-    """Return a header and rows as lines; figures are in full, for the next program to read."""
+    """Return a header and rows as lines, with numbers in full precision."""
     lines = ["\t".join(column.name for column in columns)]
     lines += ["\t".join(map(_plain, row)) for row in rows]
     return "".join(f"{line}\n" for line in lines)
 
 
 def text(value: Any) -> str:
-    """Return a value as a person reads it, on one line."""
+    """Return a value as one line of text for a person."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -110,17 +109,17 @@ def _is_empty(value: Any) -> bool:
 
 
 def _stdout() -> TextIO:
-    # Python has no stdout where the shell closed it (`>&-`).
+    # Python has no stdout if the shell closed it (`>&-`).
     return sys.stdout or StringIO()
 
 
 @dataclass(slots=True)
 class Console(progress.Sink):
-    """Where output goes and how much of it there is.
+    """The console of a command.
 
-    `verbosity` is -1 (results and errors only), 0, or 1 (how things were done as well).
-    With `as_json`, the results of a `command` are collected and written once by `flush`. One
-    that `streams` writes them while it works: no bar moves on the terminal where they go.
+    `verbosity` is -1 (results and errors only), 0, or 1 (details too). With `as_json`, results
+    are collected and `flush` writes them as one document. A command that `streams` prints
+    results while it runs, so no progress bar is shown on the terminal that receives them.
     """
 
     command: str | None = None
@@ -130,7 +129,7 @@ class Console(progress.Sink):
     _stderr: RichConsole = field(
         default_factory=lambda: RichConsole(stderr=True, highlight=False, emoji=False)
     )
-    # Held here, so that what others print can be sent elsewhere meanwhile.
+    # Kept here, so that sys.stdout can be redirected for libraries.
     _stdout: TextIO = field(default_factory=_stdout)
     _results: dict[str, Any] = field(default_factory=dict)
     _parts: int = 0
@@ -143,12 +142,12 @@ class Console(progress.Sink):
 
     @property
     def on_terminal(self) -> bool:
-        """Whether results are read by a person, as tables on a terminal."""
+        """Whether results are printed as tables on a terminal."""
         return not self.as_json and self._stdout.isatty()
 
     @property
     def brief(self) -> bool:
-        """Whether long tables may be cut to what matters: on a terminal, without -v."""
+        """Whether to shorten long tables: on a terminal, without -v."""
         return self.on_terminal and self.verbosity <= 0
 
     def table(
@@ -167,7 +166,7 @@ class Console(progress.Sink):
             named = [_named(heads, row) for row in rows]
             self._results[key] = document(named if data is None else data)
             return
-        # Several tables in one pipe are told apart by an empty line.
+        # An empty line separates tables in a pipe.
         self._write("\n" if self._parts else "")
         self._parts += 1
         if self.on_terminal:
@@ -187,7 +186,7 @@ class Console(progress.Sink):
             self._write("\t".join(map(terminal_safe, line.split("\t"))) + "\n")
 
     def paths(self, key: str, paths: Sequence[str]) -> None:
-        """Name files that were written: in JSON a result, else a note."""
+        """Report files that were written: a result in JSON, else a note."""
         if self.as_json:
             self._results[key] = list(paths)
         for path in paths:
@@ -211,7 +210,7 @@ class Console(progress.Sink):
             self._results = whole
 
     def flush(self, error: SlsguError | None = None) -> None:
-        """Write the one JSON document, if that is what was asked for: results, and what failed."""
+        """Write the JSON document with the results and the error, if JSON was requested."""
         if self.as_json and not self._flushed:
             self._flushed = True
             whole = {"schema": SCHEMA, "command": self.command, **self._results}
@@ -224,21 +223,21 @@ class Console(progress.Sink):
             self._write(json.dumps(finite(whole), indent=1, allow_nan=False) + "\n")
 
     def note(self, text: str) -> None:
-        """Tell what was done, unless quiet."""
+        """Print a note, unless quiet."""
         if self.verbosity >= 0:
             self._say(text)
 
     def detail(self, text: str) -> None:
-        """Tell how it was done, with -v."""
+        """Print a detail, with -v."""
         if self.verbosity > 0:
             self._say(text, "dim")
 
     def warn(self, text: str) -> None:
-        """Tell what the user should look at, even when quiet."""
+        """Print a warning, even when quiet."""
         self._say(f"warning: {text}", "yellow")
 
     def error(self, error: SlsguError) -> None:
-        """Report an error with its hint."""
+        """Print an error with its hint."""
         self._say(f"error: {error.message}", "bold red")
         if error.hint:
             self._say(f"  try: {error.hint}")
@@ -253,10 +252,7 @@ class Console(progress.Sink):
 
     @property
     def _moves(self) -> bool:
-        """Whether bars are shown: on a terminal that can move its cursor, unless quiet.
-
-        One that cannot would be left with an empty line for every bar.
-        """
+        """Whether to show bars: on a terminal that can move its cursor, unless quiet."""
         cursor = self._stderr.file.isatty() and not self._stderr.is_dumb_terminal
         return self.verbosity >= 0 and cursor and not (self.streams and self._stdout.isatty())
 
@@ -273,12 +269,12 @@ class Console(progress.Sink):
         )
 
     def _say(self, text: str, style: str | None = None) -> None:
-        # Hours of work do not end because a log is full or nobody listens.
+        # A full log or a closed pipe must not end hours of work.
         with suppress(OSError):
             self._stderr.print(terminal_safe(text), markup=False, soft_wrap=True, style=style)
 
     def _draw(self, title: str | None, table: Table) -> None:
-        """Print a table on the terminal, through the one way by which results are written."""
+        """Print a table on the terminal."""
         drawing = RichConsole(file=self._stdout, highlight=False, markup=False, emoji=False)
         with drawing.capture() as lines:
             if title:
@@ -287,12 +283,12 @@ class Console(progress.Sink):
         self._write("".join(f"{line.rstrip()}\n" for line in lines.get().splitlines()))
 
     def _write(self, text: str) -> None:
-        """Write results. Raises BrokenPipeError where nobody reads them, or InputError."""
+        """Write results. Raises BrokenPipeError if the reader is gone, else InputError."""
         try:
             self._stdout.write(text)
             self._stdout.flush()
         except OSError as error:
-            # What is left in the buffer would fail once more as Python ends, with a traceback.
+            # Otherwise flushing the buffer at exit would fail again, with a traceback.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stdout.fileno())
             if isinstance(error, BrokenPipeError):
                 raise
@@ -300,7 +296,7 @@ class Console(progress.Sink):
 
 
 def _named(columns: Sequence[Column], row: Sequence[Any]) -> dict[str, Any]:
-    """Return a row as JSON has it: each value under the name of its column, or in a list."""
+    """Return a row as JSON: values by the names of their columns, or in lists (see `of`)."""
     named: dict[str, Any] = {}
     lists: dict[tuple[str, str], dict[str, Any]] = {}
     for column, value in zip(columns, row, strict=True):
@@ -323,5 +319,5 @@ class _Ticker(progress.Ticker):
     _task: Any
 
     def advance(self, count: int = 1) -> None:
-        """Count `count` more items as done."""
+        """Mark `count` more items as done."""
         self._bar.advance(self._task, count)

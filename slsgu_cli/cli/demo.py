@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from slsgu_cli.cli import tables
 from slsgu_cli.cli.app import Session, command
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.options import ApplyRequest, BuildRequest, DemoOptions, PassOptions
@@ -22,6 +21,12 @@ LINE = 100
 @command("demo")
 def demo(session: Session, options: DemoOptions) -> None:
     """Example: slsgu demo castle --criterion fa5"""
+    from slsgu_cli.cli.apply import show_applied
+    from slsgu_cli.cli.build_sets import show_manifest
+    from slsgu_cli.cli.evaluate import show_before_after
+    from slsgu_cli.cli.grad import show_gradients
+    from slsgu_cli.cli.rank import show_ranking
+    from slsgu_cli.cli.search import chosen_figures, show_search
     from slsgu_cli.clip.devices import pick_device
     from slsgu_cli.engine.apply import apply
     from slsgu_cli.engine.examples import draw_examples
@@ -40,33 +45,33 @@ def demo(session: Session, options: DemoOptions) -> None:
         f"1/5 build-sets: icons of {concept!r} to forget, others to retain and to measure on"
     )
     manifest = build_sets(store, request)
-    tables.manifest(console, manifest)
+    show_manifest(console, manifest)
     console.note("\n2/5 grad: one gradient pass over the forget set and one over the retain set")
     passes = PassOptions(device=device)
-    tables.gradients(console, compute_gradients(store, name, model=None, options=passes))
+    show_gradients(console, compute_gradients(store, name, model=None, options=passes))
     console.note(
         "\n3/5 rank: layers with high importance for the concept and low alignment with the rest"
     )
     ranked = replace(options.ranking, device=device)
     ranking, plots = rank_and_plot(store, name, options=ranked)
-    tables.ranking(console, ranking, plots, front_only=True)
+    show_ranking(console, ranking, plots, front_only=True)
     console.note(
         "\n4/5 search: for each of these layers, a step size at which the concept is forgotten"
     )
     search = replace(options.search, device=device)
     result = search_and_plot(store, name, options=search)
-    tables.search(console, store, result, brief=True)
+    show_search(console, store, result, brief=True)
     require_forgotten(result)
     console.note("\n5/5 apply: a copy of the checkpoint with one edited layer")
     out = Path(store.root if store.is_local else ".") / "checkpoints" / f"clip-without-{name}"
     edited = apply(store, ApplyRequest(names=[name], out=out, overwrite=True))
-    tables.applied(console, edited)
+    show_applied(console, edited)
 
     after = ModelSpec(f"{LOCAL}{out}")
     picture = plot_path(name, "before-after")
     drawn = draw_examples(store, manifest, before=manifest.model, after=after, device=device)
     store.write_bytes(picture, drawn)
-    tables.before_after(console, tables.chosen_figures(result))
+    show_before_after(console, chosen_figures(result))
     console.paths("pictures", [store.where(picture)])
     commands = _commands(request, store.url, options, out)
     console.value(

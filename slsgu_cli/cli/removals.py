@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from slsgu_cli.checkpoints.layers import known_as
-from slsgu_cli.cli import tables
 from slsgu_cli.cli.app import Session, command
+from slsgu_cli.cli.formats import brief_state
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.figures.numbers import percent, roughly
 from slsgu_cli.records.words import OUTPUT, Option
@@ -124,7 +124,7 @@ def evidence(session: Session, request: EvidenceRequest) -> None:
     ]
     columns = (
         "request",
-        Column("state", shown=tables.brief_state),
+        Column("state", shown=brief_state),
         Column("edit", label="its edit"),
         "verification",
         Column("FA@1 before", shown=roughly, on_terminal=False),
@@ -222,7 +222,7 @@ def show_requests(console: "Console", rows: "Sequence[LedgerRow]") -> None:
         "id",
         "received",
         "reference",
-        Column("state", shown=tables.brief_state),
+        Column("state", shown=brief_state),
         "since",
         Column("layer", shown=known_as),
         Column("FA@1 before", shown=roughly, on_terminal=False),

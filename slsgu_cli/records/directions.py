@@ -73,7 +73,7 @@ REGISTRY: dict[Direction, Entry] = {
     ),
     Direction.WHITENED: Entry(
         implementation="slsgu_cli.method.directions.whitened:Whitened",
-        help="that whitened",
+        help="the whitened gradient",
         words="the forget gradient, whitened by the layer's inputs on the retain set",
         parameters={"damping": DAMPING},
         needs_inputs=True,

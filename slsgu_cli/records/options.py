@@ -1,6 +1,6 @@
-"""What each command is asked for, and how each of these is said on the command line.
+"""The options of each command, as records.
 
-Functions take these records; commands are spread out of their fields.
+The Python functions take these records. The command line derives its options from their fields.
 """
 
 from collections.abc import Sequence
@@ -37,152 +37,164 @@ from slsgu_cli.records.words import (
     options,
 )
 
-# A cosine, for a search that is steered on a margin.
+# A cosine, for `Criterion.MARGIN`.
 MARGIN = 0.02
-# Beyond the shortest step that forgets what the search sees: see docs/results/unseen.md.
+# Factor on the shortest step that forgets the validation images: see docs/results/test-images.md.
 OVERSHOOT = 1.25
-# Points of a class's accuracy that are more than its few rows can lose by chance.
+# In points of accuracy: more than a class with few rows can lose by chance.
 MAX_CLASS_LOSS = 25.0
 NO_BOUND = 100.0
-OF_RANKING = "that of the ranking"
+OF_RANKING = "the ranking's"
 
-# Options that several records have.
+# Options that several records share.
 PRECISION = partial(
     option,
     Precision.FP32,
     "--precision",
-    help="Arithmetic; gradients are summed in fp32.",
+    help="Arithmetic precision. Gradients are always summed in fp32.",
     panel=SPEED,
 )
 BATCH_SIZE = partial(
-    option, 16, "--batch-size", min=2, help="Pairs in a mini-batch of the losses.", panel=SPEED
+    option,
+    16,
+    "--batch-size",
+    min=2,
+    help="Image-text pairs in each mini-batch of the losses.",
+    panel=SPEED,
 )
 ENCODER = partial(
     option,
     None,
     "--encoder",
-    help="Which encoder of the target: text_encoder_2, for SDXL.",
+    help="Text encoder of the target, such as text_encoder_2 of SDXL.",
     panel=TARGET,
-    without="the one that fits",
+    without="the one whose weights fit",
 )
 DAMPING_OPTION = partial(
     option,
     None,
     "--damping",
     min=1e-6,
-    help="Of whitening: a share of the mean covariance.",
+    help="Damping of the input covariance, as a fraction of its mean eigenvalue.",
     panel=LAYERS,
-    once=True,
 )
-BUDGET = partial(option, None, panel=SPEED, metavar="SIZE", read=bytes_of, without="what is free")
-COLUMN = partial(option, None, panel=ROWS, metavar="COLUMN", without="found by its name")
-NAMES = partial(option, ..., metavar="NAME|EDIT...", help="Sets, or edit files.", completes="edit")
-OVERWRITE = partial(option, False, "--overwrite", help="Replace what is at --out.", panel=OUTPUT)
+BUDGET = partial(option, None, panel=SPEED, metavar="SIZE", read=bytes_of, without="free memory")
+COLUMN = partial(option, None, panel=ROWS, metavar="COLUMN", without="detected by name")
+NAMES = partial(
+    option, ..., metavar="NAME|EDIT...", help="Names of sets, or edit files.", completes="edit"
+)
+OVERWRITE = partial(
+    option, False, "--overwrite", help="Replace existing files at --out.", panel=OUTPUT
+)
 
 
 def direction_option(usual: Direction | None, words: str) -> Any:
-    """Return the field of a direction; `words` say which it is without the option."""
+    """Return the field of a direction. The help shows `words` as its default."""
     return option(
         usual,
         "--direction",
-        help=f"Along {', '.join(entry.help for entry in REGISTRY.values())}, or try both.",
+        help=f"Steps follow {', '.join(entry.help for entry in REGISTRY.values())}, or both.",
         panel=LAYERS,
         without=words,
     )
 
 
 def qkv_option(usual: Qkv | None, words: str) -> Any:
-    """Return the field of what an attention's layers are; `words` are for no option."""
+    """Return the field that fuses or splits query, key and value. `words`: see above."""
     return option(
         usual,
         "--qkv",
-        help="Query, key and value as one layer, or as a layer each.",
+        help="Treat query, key and value as one fused layer or as three layers.",
         panel=LAYERS,
         without=words,
     )
 
 
 def overshoot_option(usual: float) -> Any:
-    """Return the field of how far to go beyond the shortest step that is enough."""
+    """Return the field of the factor on the shortest step that forgets."""
     return option(
         usual,
         "--overshoot",
         min=1.0,
         panel=SEARCH,
-        help="Times the shortest step that does: room for images nobody chose by.",
+        help="Multiply the shortest forgetting step by this factor, so that unseen images are "
+        "forgotten too.",
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRequest:
-    """What `build-sets` is asked for.
+    """Options of `build-sets`.
 
-    Sources are in the grammar of `sources.parse_source`. `concept` defaults to the name,
-    `match` to the concept itself, `retain_sources` to `sources`. `evals`, `classes`,
-    `templates` and `tests` go by the evaluation set's name; `forget_eval` names the set that
-    has the concept as a class. Figures are of `test_fraction` of each class, or of the rows of
-    `tests`; layer and step are chosen by the others. With `collect`, sources are what it
-    collects. `dropped` has keys or hashes of rows that a person has taken out, by part
-    (forget, retain or an evaluation set).
+    `sources` follow the grammar of `sources.parse_source`. `concept` defaults to the name,
+    `match` to the concept, `retain_sources` to `sources`. The keys of `evals`, `classes`,
+    `templates` and `tests` are names of evaluation sets; `forget_eval` is the one that has the
+    concept as a class. The test split is `test_fraction` of each class, or the rows of `tests`;
+    all other rows form the validation split, which chooses layer and step. `collect` replaces
+    the sources by a download. `dropped` holds keys or hashes of rows that a person removed, for
+    each part (forget, retain or an evaluation set).
     """
 
-    name: str = option("", metavar="NAME", help="Name of the set; none with --names.")
-    concept: str = option("", "--concept", help="What to forget.", panel=ROWS, without="NAME")
-    model: ModelSpec = options(ModelSpec(""), name={"without": "none; a new set needs one"})
+    name: str = option("", metavar="NAME", help="Name of the set. Omit it with --names.")
+    concept: str = option("", "--concept", help="Concept to forget.", panel=ROWS, without="NAME")
+    model: ModelSpec = options(ModelSpec(""), name={"without": "none, but a new set needs one"})
     sources: Sequence[str] = option(
         (),
         "--source",
         "-s",
         metavar="SOURCE",
         panel=ROWS,
-        help="Tar shards, parquet, table, folder or glob; rows by ?column=value.",
+        help="Source of rows: tar shards, parquet, table, folder or glob. ?column=value "
+        "selects rows.",
     )
     match: Sequence[str] = option(
         (),
         "--match",
-        help="Captions to forget hold these words.",
+        help="Words that mark a caption as part of the forget set.",
         panel=ROWS,
         without="the concept",
     )
     not_match: Sequence[str] = option(
-        (), "--not-match", help="Captions that are in neither set.", panel=ROWS
+        (), "--not-match", help="Words that exclude a caption from both sets.", panel=ROWS
     )
-    regex: bool = option(False, "--regex", help="Patterns are regular expressions.", panel=ROWS)
+    regex: bool = option(
+        False, "--regex", help="Treat patterns as regular expressions.", panel=ROWS
+    )
     max_forget: int | None = option(
         None,
         "--max-forget",
         min=1,
-        help="At most this many forget rows.",
+        help="Maximum number of forget rows.",
         panel=ROWS,
-        without="all that match",
+        without="all matching rows",
     )
     retain_sources: Sequence[str] = option(
         (),
         "--retain-source",
-        help="Where retain rows come from.",
+        help="Source of retain rows.",
         panel=ROWS,
         metavar="SOURCE",
         without="--source",
     )
     retain_samples: int = option(
-        8000, "--retain-samples", min=1, help="Retain rows drawn by seed.", panel=ROWS
+        8000, "--retain-samples", min=1, help="Number of retain rows to sample.", panel=ROWS
     )
     retain_exclude: Sequence[str] = option(
-        (), "--retain-exclude", help="Captions kept out of the retain set.", panel=ROWS
+        (), "--retain-exclude", help="Words that exclude a caption from the retain set.", panel=ROWS
     )
     evals: dict[str, str] = option(
         {},
         "--eval",
         metavar="NAME=SOURCE",
         panel=EVALUATION,
-        help="What to measure on, with labels.",
+        help="Evaluation set: a source of labelled images.",
     )
     classes: dict[str, str] = option(
         {},
         "--classes",
         metavar="NAME=FILE",
         panel=EVALUATION,
-        help="Class names, a file or `imagenet`.",
+        help="Class names of an evaluation set: a file, or imagenet.",
         without="the labels",
     )
     templates: dict[str, str] = option(
@@ -190,7 +202,7 @@ class BuildRequest:
         "--templates",
         metavar="NAME=FILE",
         panel=EVALUATION,
-        help="Prompts: a file, or imagenet, imagenet-simple, celeba.",
+        help="Prompt templates: a file, or imagenet, imagenet-simple, celeba.",
         without="imagenet-simple",
     )
     test_fraction: float = option(
@@ -201,7 +213,7 @@ class BuildRequest:
         max=0.9,
         panel=EVALUATION,
         metavar="SHARE",
-        help="Of each class: images for figures, which nothing is chosen by.",
+        help="Fraction of each class held out as the test split; figures are of these images.",
     )
     tests: dict[str, str] = option(
         {},
@@ -209,48 +221,48 @@ class BuildRequest:
         later=True,
         metavar="NAME=SOURCE",
         panel=EVALUATION,
-        help="Other rows for the figures of an evaluation set.",
-        without="a share of --eval",
+        help="Separate source of test images for an evaluation set.",
+        without="a fraction of --eval",
     )
     forget_eval: str | None = option(
         None,
         "--forget-eval",
-        help="Evaluation set that shows the concept.",
+        help="Evaluation set that has the concept as a class.",
         panel=EVALUATION,
         metavar="NAME",
         without="the one with that class",
     )
-    image_column: str | None = COLUMN("--image-column", help="Column of images or paths.")
+    image_column: str | None = COLUMN("--image-column", help="Column of images or image paths.")
     caption_column: str | None = COLUMN(
         "--caption-column", "--caption-col", help="Column of captions."
     )
     label_column: str | None = COLUMN(
         "--label-column", help="Column of evaluation labels.", panel=EVALUATION
     )
-    seed: int = option(0, "--seed", help="Seed of the draws.", panel=ROWS)
+    seed: int = option(0, "--seed", help="Random seed for sampling.", panel=ROWS)
     screening: Screening = options(Screening())
     collect: CollectRequest | None = None
     dropped: dict[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Take the name for the concept where there is no other."""
+        """Default the concept to the name."""
         if not self.concept:
             object.__setattr__(self, "concept", self.name)
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """The patterns that make a caption one of the forget set."""
+        """The patterns of captions in the forget set."""
         return tuple(self.match) or (self.concept,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetadataSource:
-    """Metadata to collect samples from, and how their images are downloaded."""
+    """Metadata to collect samples from, and options of the download."""
 
     metadata: Sequence[str] = option(
         (),
         "--metadata",
-        help="Parquet of captions and URLs to download.",
+        help="Parquet files of captions and image URLs to download.",
         panel=DOWNLOAD,
         metavar="PARQUET",
     )
@@ -262,40 +274,40 @@ class MetadataSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassOptions:
-    """How to run a gradient pass. `memory_budget` is in bytes, None for what is free.
+    """Options of a gradient pass. `memory_budget` is in bytes; None means all free memory.
 
-    With `prefixes`, the forget set is gone through with captions that have these before the name
-    as well.
+    `prefixes` repeat the forget set with each of these words before the name.
     """
 
     batch_size: int = BATCH_SIZE()
     precision: Precision = PRECISION()
     device: str = DEVICE()
-    memory_budget: int | None = BUDGET("--memory-budget", help="Limit for activations, such as 8G.")
+    memory_budget: int | None = BUDGET(
+        "--memory-budget", help="Memory limit for activations, such as 8G."
+    )
     prefixes: Sequence[str] = option(
         (),
         "--prefix",
         later=True,
         metavar="WORDS",
         panel=ROWS,
-        help="Forget the name behind these words too.",
+        help="Also forget the name when these words precede it.",
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankOptions:
-    """Which layers compete, for which direction, and how alignment is read.
+    """Options of `rank`: the layers to rank, the direction, and the measure of alignment.
 
-    `damping` is of the whitened direction alone (None: DAMPING), as is `device`, where covariances
-    are computed.
-    With `qkv` split, query, key and value compete as layers of their own.
-    With `target`, a path or a kind of model, layers that cannot influence it are left out.
+    `damping` (None: DAMPING) and `device` (where covariances are computed) apply only to the
+    whitened direction. With `qkv` split, query, key and value are ranked as separate layers. With
+    `target`, a path or a kind of model, layers that cannot influence it are excluded.
     """
 
     alignment: Alignment = option(
         Alignment.ABS,
         "--alignment",
-        help="Magnitude of the cosine, or with its sign.",
+        help="Measure alignment by the magnitude of the cosine, or by its signed value.",
         panel=LAYERS,
     )
     direction: Direction = direction_option(Direction.BOTH, "both")
@@ -304,16 +316,16 @@ class RankOptions:
     include: Sequence[str] = option(
         (),
         "--include",
-        help="Layers to rank: text or glob.",
+        help="Rank only layers whose names contain this text or match this glob.",
         panel=LAYERS,
         metavar="LAYER",
         without="all",
     )
     exclude: Sequence[str] = option(
-        (), "--exclude", help="Layers to leave out.", panel=LAYERS, metavar="LAYER"
+        (), "--exclude", help="Layers to exclude from the ranking.", panel=LAYERS, metavar="LAYER"
     )
     tower: Tower | None = option(
-        None, "--tower", help="Rank one tower only.", panel=LAYERS, without="both"
+        None, "--tower", help="Rank the layers of one tower only.", panel=LAYERS, without="both"
     )
     target: str | None = option(
         None,
@@ -321,13 +333,14 @@ class RankOptions:
         "-t",
         panel=TARGET,
         without="CLIP itself",
-        help="Leave out what a path, sd1, sd2, sdxl, sd3, flux, llava, paligemma does not read.",
+        help="Rank only layers that this model reads: a path, sd1, sd2, sdxl, sd3, flux, "
+        "llava, paligemma.",
     )
     encoder: str | None = ENCODER()
     device: str = DEVICE()
 
     def __post_init__(self) -> None:
-        """Refuse what is of the whitened direction alone for the gradient."""
+        """Refuse options that only the whitened direction has."""
         self.direction.check(self.damping)
 
     @property
@@ -338,26 +351,26 @@ class RankOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchOptions:
-    """How to search. `full` measures the utility of every trial, winner or not.
+    """Options of `search`.
 
-    Unless `exact`, each line's shortest step that forgets is sought by what steps lack, and
-    vision steps that may win are raced.
+    For each layer and direction, the search finds the shortest step that meets `criterion` and
+    multiplies it by `overshoot`. It chooses the candidate with the highest `utility` among those
+    where no class loses more than `max_class_loss` points. Expected utility is the default
+    because a count of few images favours the candidate that was selected by it.
 
-    `direction`, `qkv` and, of the whitened one, `damping` are those of the ranking where none
-    are given. `margin` is a cosine, for that criterion. Of the layers and directions, that one is
-    chosen which keeps most at `overshoot` times its shortest step that leaves nothing of what
-    `criterion` counts, among those where no class loses more than `max_class_loss`. `utility` says
-    by what that is judged: a count of few images flatters the choice that is made by it. The
-    edits of `after`, and those they stand on, are in place; no step is chosen that undoes them.
+    `direction`, `qkv` and `damping` default to those of the ranking. `margin` is the cosine for
+    the margin criterion. Unless `exact`, the search interpolates step sizes and stops early on
+    vision layers that cannot win. `full` measures the utility of every trial. The edits of
+    `after`, and the edits below them, stay applied; the search chooses no step that undoes them.
     """
 
     layers: Sequence[str] = option(
         (),
         "--layer",
-        help="Search this layer, on the front or not.",
+        help="Search this layer, whether or not it is on the Pareto front.",
         panel=LAYERS,
         metavar="LAYER",
-        without="the fronts",
+        without="all layers on the fronts",
         completes="layer",
     )
     direction: Direction | None = direction_option(None, OF_RANKING)
@@ -367,13 +380,14 @@ class SearchOptions:
         Criterion.FA5,
         "--criterion",
         panel=SEARCH,
-        help="Bring FA@1 or FA@5 to 0, or the name a margin below fifth.",
+        help="When the concept counts as forgotten: FA@1 or FA@5 is 0, or its name ranks below "
+        "fifth by a margin.",
     )
     utility: UtilityMetric = option(
         UtilityMetric.EXPECTED,
         "--utility",
         panel=SEARCH,
-        help="Compare by TA@1, or by the TA@1 expected of like images.",
+        help="Compare edits by measured TA@1, or by the TA@1 expected on similar images.",
     )
     overshoot: float = overshoot_option(OVERSHOOT)
     max_class_loss: float = option(
@@ -382,36 +396,46 @@ class SearchOptions:
         min=0.0,
         panel=SEARCH,
         metavar="POINTS",
-        help="Points that no class may lose where another step avoids it.",
+        help="Avoid steps that cost any class more than this many points of accuracy.",
     )
     paper: bool = option(
         False,
         "--paper",
         panel=SEARCH,
-        help="Choose as the paper does: along the gradient, FA@1 and TA@1, no overshoot, no bound.",
+        help="Search as in the paper: gradient direction, FA@1 and TA@1, no overshoot, no "
+        "class limit.",
     )
     margin: float = option(
-        MARGIN, "--margin", min=0.0, help="For --criterion margin: a cosine.", panel=SEARCH
+        MARGIN,
+        "--margin",
+        min=0.0,
+        help="Margin for --criterion margin, as a cosine.",
+        panel=SEARCH,
     )
-    steps: int = option(10, "--steps", min=1, help="Trials a layer (K in the paper).", panel=SEARCH)
+    steps: int = option(
+        10, "--steps", min=1, help="Trials for each layer (K in the paper).", panel=SEARCH
+    )
     exact: bool = option(
         False,
         "--exact",
         panel=SEARCH,
-        help="Double and bisect steps (Alg. 3), and prove which one keeps most.",
+        help="Double and bisect the step size (Algorithm 3) and rule layers out only by proof.",
     )
     full: bool = option(
-        False, "--full", help="Measure the utility of every trial, winner or not.", panel=SEARCH
+        False,
+        "--full",
+        help="Measure utility for every trial, not only for candidates.",
+        panel=SEARCH,
     )
     device: str = DEVICE()
     precision: Precision = PRECISION()
     cache_budget: int | None = BUDGET(
-        "--cache-budget", help="Limit for kept activations, such as 8G."
+        "--cache-budget", help="Memory limit for cached activations, such as 8G."
     )
     after: Sequence[str] = option(
         (),
         "--after",
-        help="Search on top of this edit, which stays in place.",
+        help="Search on top of this edit, which stays applied.",
         panel=SEARCH,
         metavar="EDIT",
         without="the original model",
@@ -419,7 +443,7 @@ class SearchOptions:
     )
 
     def __post_init__(self) -> None:
-        """Spell out the paper's choice. Raises UsageError for what contradicts it."""
+        """Set the paper's options. Raises UsageError for options that contradict them."""
         if not self.paper:
             return
         paper = {
@@ -434,22 +458,23 @@ class SearchOptions:
         for name, value in paper.items():
             if getattr(self, name) not in (usual[name], value):
                 raise UsageError(
-                    f"--paper says --{name.replace('_', '-')} itself", hint="leave one of them out"
+                    f"--paper sets --{name.replace('_', '-')} itself",
+                    hint="remove one of the two options",
                 )
             object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StrengthOptions:
-    """Where edits go, and how much of them: `encoder` names one of several encoders."""
+    """Scale and rank of edits, and the text encoder that they are for."""
 
     encoder: str | None = ENCODER()
-    scale: float = option(1.0, "--scale", help="Apply this much of the edit.", panel=LAYERS)
+    scale: float = option(1.0, "--scale", help="Scale the edit by this factor.", panel=LAYERS)
     rank: int | None = option(
         None,
         "--rank",
         min=1,
-        help="Keep this many singular directions of the edit.",
+        help="Truncate the edit to this rank.",
         panel=LAYERS,
         without="all",
     )
@@ -457,105 +482,119 @@ class StrengthOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApplyOptions(StrengthOptions):
-    """How edits go into a model, and how the result is written.
+    """Options for applying edits to a model and writing the result.
 
-    `revert` undoes the edits. `force` leaves out the check that the weights are those the edits
-    were made for. `overwrite` replaces what stands there, `dry_run` writes nothing, and `link`
-    makes hard links of the files that stay as they are.
+    `revert` removes the edits. `force` skips the check that the edits were made for these
+    weights. `overwrite` replaces existing files, `dry_run` writes nothing, and `link` hard-links
+    unchanged files.
     """
 
-    revert: bool = option(False, "--revert", help="Take the edits out again.", panel=OUTPUT)
-    force: bool = option(False, "--force", help="Even to other weights.", panel=OUTPUT)
+    revert: bool = option(
+        False, "--revert", help="Remove the edits instead of applying them.", panel=OUTPUT
+    )
+    force: bool = option(
+        False,
+        "--force",
+        help="Apply even if the checkpoint is not the one the edit was made for.",
+        panel=OUTPUT,
+    )
     overwrite: bool = OVERWRITE()
-    dry_run: bool = option(False, "--dry-run", help="Check and tell, write nothing.", panel=OUTPUT)
+    dry_run: bool = option(
+        False,
+        "--dry-run",
+        help="Check the edit and print the changes without writing files.",
+        panel=OUTPUT,
+    )
     link: bool = option(
         False,
         "--link",
-        help="Hard links for the files of --target left as they are.",
+        help="Hard-link unchanged files of --target instead of copying them.",
         panel=OUTPUT,
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApplyRequest(ApplyOptions):
-    """What `apply` is asked for. `layer` with `step` takes a direction without a search.
+    """Options of `apply`. `layer` with `step` makes an edit without a search.
 
-    `direction`, `damping` and `qkv` are for what has no ranking yet, or is not searched for; an
-    edit that is there already must be of that direction, and of a layer of that kind.
+    `direction`, `damping` and `qkv` apply to sets without a ranking or an edit. An existing edit
+    must have the same direction and kind of layer.
     """
 
     names: Sequence[str] = NAMES()
-    out: Path = option(..., "--out", "-o", help="Where the new checkpoint goes.", panel=OUTPUT)
+    out: Path = option(..., "--out", "-o", help="Path of the new checkpoint.", panel=OUTPUT)
     model: ModelSpec | None = options(
-        None, name={"help": "Edit this model.", "without": "the edit's"}
+        None, name={"help": "Model to edit.", "without": "the edit's own"}
     )
     target: Path | None = option(
         None,
         "--target",
         "-t",
-        help="Edit this model built on CLIP: folder or file.",
+        help="Model built on CLIP to edit: folder or file.",
         panel=TARGET,
-        without="the CLIP itself",
+        without="CLIP itself",
     )
     layout: ModelLayout | None = option(
         None,
         "--format",
         panel=OUTPUT,
-        without="as it is",
-        help="Write it for transformers, open_clip, or ComfyUI (a text encoder).",
+        without="the model's own",
+        help="Write the format of transformers (hf), open_clip, or ComfyUI (text encoder only).",
     )
     layer: str | None = option(
         None,
         "--layer",
-        help="Move this layer along its direction, unsearched.",
+        help="Edit this layer with --step, without a search.",
         panel=LAYERS,
         metavar="LAYER",
-        without="the one searched for",
+        without="the search result",
         completes="layer",
     )
     step: float | None = option(
         None,
         "--step",
-        help="Step size, instead of the one searched for.",
+        help="Step size to use instead of the search result.",
         panel=LAYERS,
-        without="the one searched for",
+        without="the search result",
     )
-    direction: Direction | None = direction_option(None, "that of the edit, whitened")
-    damping: float | None = DAMPING_OPTION(without="that of the edit")
-    qkv: Qkv | None = qkv_option(None, "that of the edit")
+    direction: Direction | None = direction_option(None, "the edit's, or whitened")
+    damping: float | None = DAMPING_OPTION(without="the edit's")
+    qkv: Qkv | None = qkv_option(None, "the edit's")
     device: str = DEVICE()
 
     def __post_init__(self) -> None:
-        """Refuse a damping of the gradient, and links to files that another layout has not."""
+        """Refuse a damping of the plain gradient, and links to files of another layout."""
         if self.direction is not None:
             self.direction.check(self.damping)
         if self.layout is not None and self.link:
-            raise UsageError("--link does not go with --format", hint="leave one of them out")
+            raise UsageError(
+                "--link cannot be combined with --format", hint="remove one of the two options"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportRequest:
-    """What `export` is asked for: edits as a LoRA, in whose layout, for which text encoder.
+    """Options of `export`, which writes edits as a LoRA.
 
-    Without `rank`, each edit has the smallest one by which its set's choosing rows stay as
-    forgotten as by the whole edit.
+    Without `rank`, each edit gets the lowest rank that forgets the validation rows of its set as
+    well as the full edit.
     """
 
     names: Sequence[str] = NAMES()
-    out: Path = option(..., "--out", "-o", help="File, or for peft the folder.", panel=OUTPUT)
+    out: Path = option(..., "--out", "-o", help="File to write, or folder for peft.", panel=OUTPUT)
     layout: LoraLayout = option(
         LoraLayout.LORA,
         "--format",
         panel=OUTPUT,
-        help="For A1111, ComfyUI and diffusers; or PEFT's, for transformers.",
+        help="LoRA layout: lora for A1111, ComfyUI and diffusers, peft for transformers.",
     )
     rank: int | None = option(
         None,
         "--rank",
         min=1,
-        help="Directions of each edit.",
+        help="Rank of each edit.",
         panel=LAYERS,
-        without="the fewest that keep FA at 0",
+        without="the lowest that keeps FA at 0",
     )
     target: str | None = option(
         None,
@@ -563,7 +602,7 @@ class ExportRequest:
         "-t",
         panel=TARGET,
         without="Stable Diffusion 1 or 2",
-        help="The pipeline it is for: path, sd1, sd2 or sdxl.",
+        help="Pipeline to export for: path, sd1, sd2, sdxl or flux.",
     )
     encoder: str | None = ENCODER()
     overwrite: bool = OVERWRITE()
@@ -572,12 +611,12 @@ class ExportRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoOptions:
-    """What `demo` is asked for: one of the embedded classes, and along which direction."""
+    """Options of `demo`: a class of the embedded CLIP, the direction and the search."""
 
     concept: str = option(
         "facebook",
         metavar="CONCEPT",
-        help="One of the 301 brands and objects of the embedded CLIP.",
+        help="Concept to forget: one of the 301 classes of the embedded CLIP.",
     )
     ranking: RankOptions = options(
         RankOptions(),
@@ -603,12 +642,15 @@ class DemoOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportRequest:
-    """What `report` is asked for. Without `examples` no model is run."""
+    """Options of `report`. Without `examples`, no model is run."""
 
     names: Sequence[str] = option(..., metavar="NAME...", help="Names of sets.", completes="set")
-    out: Path = option(..., "--out", "-o", help="Where the page goes.", panel=OUTPUT)
+    out: Path = option(..., "--out", "-o", help="Path of the HTML page.", panel=OUTPUT)
     examples: bool = option(
-        True, "--examples/--no-examples", help="Run the model over a few images.", panel=OUTPUT
+        True,
+        "--examples/--no-examples",
+        help="Run the model on a few example images.",
+        panel=OUTPUT,
     )
     overwrite: bool = OVERWRITE()
     device: str = DEVICE()

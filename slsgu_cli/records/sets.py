@@ -30,13 +30,14 @@ class ModelSpec:
         "-m",
         metavar="MODEL",
         without="the set's",
-        help="open_clip name, local-dir:PATH, hf-hub:ID, architecture .json, transformers folder.",
+        help="Model: open_clip name, local-dir:PATH, hf-hub:ID, architecture .json or "
+        "transformers folder.",
     )
     pretrained: str | None = option(
         None,
         "--pretrained",
         "-p",
-        help="open_clip tag or checkpoint file, for a name.",
+        help="open_clip tag or checkpoint file for --model NAME.",
         metavar="TAG|FILE",
         without="none",
     )
@@ -190,7 +191,7 @@ def check_name(name: str) -> str:
 
 
 class Distributor(StrEnum):
-    """How img2dataset distributes its work."""
+    """How img2dataset distributes the download."""
 
     MULTIPROCESSING = "multiprocessing"
     PYSPARK = "pyspark"
@@ -258,15 +259,15 @@ class Screening:
     min_similarity: float | None = option(
         None,
         "--min-similarity",
-        help="Least cosine of an image and its own caption.",
+        help="Minimum cosine between an image and its caption.",
         panel=ROWS,
-        without="no filter",
+        without="no minimum",
     )
     near_duplicates: int | None = option(
         None,
         "--near-duplicates",
         metavar="BITS",
-        help="Images whose hashes differ less.",
+        help="Drop images whose perceptual hashes differ by fewer bits.",
         panel=ROWS,
         without="keep all",
     )
@@ -282,18 +283,18 @@ class ShowOptions:
         "--part",
         metavar="PART",
         panel=ROWS,
-        help="forget, retain or the name of an evaluation set.",
+        help="Part of the set: forget, retain or the name of an evaluation set.",
     )
     images: int = option(
         48, "--images", min=1, max=400, help="Images on the contact sheet.", panel=ROWS
     )
     drop: Sequence[str] = option(
-        (), "--drop", help="Drop this row: key or hash.", panel=ROWS, metavar="KEY"
+        (), "--drop", help="Drop the row with this key or hash.", panel=ROWS, metavar="KEY"
     )
     drop_from: str | None = option(
         None,
         "--drop-from",
-        help="File of keys or hashes, one a line.",
+        help="File of keys or hashes of rows to drop, one per line.",
         panel=ROWS,
         metavar="FILE",
         without="none",
@@ -307,23 +308,30 @@ class DownloadOptions:
     distributor: Distributor = option(
         Distributor.MULTIPROCESSING,
         "--distributor",
-        help="How img2dataset distributes its work.",
+        help="How img2dataset distributes the download.",
         panel=DOWNLOAD,
     )
     processes: int | None = option(
-        None, "--processes", min=1, help="Download processes.", panel=DOWNLOAD, without="cores"
+        None,
+        "--processes",
+        min=1,
+        help="Number of download processes.",
+        panel=DOWNLOAD,
+        without="cores",
     )
     threads: int = 64
     timeout: int = option(
-        10, "--timeout", min=1, help="Seconds to wait for an image.", panel=DOWNLOAD
+        10, "--timeout", min=1, help="Timeout for each image, in seconds.", panel=DOWNLOAD
     )
-    retries: int = option(1, "--retries", min=0, help="Retries for each image.", panel=DOWNLOAD)
+    retries: int = option(
+        1, "--retries", min=0, help="Number of retries for each image.", panel=DOWNLOAD
+    )
     shard_rows: int = 1000
     command: str | None = option(
         None,
         "--img2dataset",
         metavar="CMD",
-        help="Its command, if not on the PATH.",
+        help="Path of the img2dataset command.",
         panel=DOWNLOAD,
         without="img2dataset",
     )

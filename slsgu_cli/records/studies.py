@@ -96,7 +96,7 @@ class SweepRequest:
         "--folds",
         min=1,
         metavar="K",
-        help="Deal the classes to K retain sets; each leaves out its own.",
+        help="Split the classes into K folds. Each fold's retain set excludes its own classes.",
     )
     build: BuildRequest = options(
         BuildRequest(),
@@ -198,15 +198,17 @@ class TrajectoryOptions:
             "after",
         ),
     )
-    points: int = option(20, "--points", min=2, help="Steps a layer.", panel=SEARCH)
+    points: int = option(
+        20, "--points", min=2, help="Number of steps for each layer.", panel=SEARCH
+    )
     until: float | None = option(
         None,
         "--until",
         metavar="PERCENT",
         panel=SEARCH,
         read=percent,
-        help="Move a layer this far, in % of its norm.",
-        without="until it forgets",
+        help="Largest move of a layer, in percent of its norm.",
+        without="until the concept is forgotten",
         write=lambda share: f"{100 * share:.15g}",
     )
 

@@ -59,13 +59,13 @@ class DiffusionOptions:
     """
 
     steps: int = option(
-        25, "--denoise", min=1, help="Denoising steps of an image.", panel=GENERATION
+        25, "--denoise", min=1, help="Denoising steps for each image.", panel=GENERATION
     )
     guidance: float | None = option(
         None,
         "--guidance",
         min=0.0,
-        help="Classifier-free guidance.",
+        help="Classifier-free guidance scale.",
         panel=GENERATION,
         without="the pipeline's",
     )
@@ -176,13 +176,13 @@ class Budget:
     """
 
     concept: int = option(
-        20, "--images", min=1, help="Images of the concept a trial.", panel=GENERATION
+        20, "--images", min=1, help="Images of the concept for each trial.", panel=GENERATION
     )
     others: int = option(
-        100, "--others", min=1, help="Images of other classes a trial.", panel=GENERATION
+        100, "--others", min=1, help="Images of other classes for each trial.", panel=GENERATION
     )
-    seed: int = option(0, "--seed", help="Seed of the images.", panel=GENERATION)
-    questions: tuple[str, ...] = QUESTIONS(help="What a LLaVA is asked.")
+    seed: int = option(0, "--seed", help="Random seed of the images.", panel=GENERATION)
+    questions: tuple[str, ...] = QUESTIONS(help="Question for a LLaVA model.")
     diffusion: DiffusionOptions = options(DiffusionOptions(steps=20))
 
 
@@ -191,13 +191,13 @@ class ReportBudget:
     """Of how many images or questions figures are, that no layer or step was chosen by."""
 
     concept: int = option(
-        40, "--report-images", min=1, help="Images of the concept for figures.", panel=GENERATION
+        40, "--report-images", min=1, help="Test images of the concept.", panel=GENERATION
     )
     others: int = option(
         100,
         "--report-others",
         min=1,
-        help="Images of other classes for figures.",
+        help="Test images of other classes.",
         panel=GENERATION,
     )
 
@@ -293,7 +293,7 @@ TARGET_FOLDER = partial(
     ...,
     "--target",
     "-t",
-    help="Folder of the model that is built on CLIP.",
+    help="Folder of the model built on CLIP.",
     panel=TARGET,
 )
 OUT = partial(
@@ -301,7 +301,7 @@ OUT = partial(
     None,
     "--out",
     "-o",
-    help="Folder for the results.",
+    help="Output folder.",
     panel=OUTPUT,
     without="the store",
 )
@@ -339,7 +339,8 @@ def judge_option(words: str) -> Any:
         read=read_judges,
         write=_written,
         without=words,
-        help="CLIP that says what images show: as --model, or MODEL=WEIGHTS; `set`: the set's.",
+        help="CLIP that classifies images: a model as for --model, MODEL=WEIGHTS, or set for "
+        "the set's own.",
     )
 
 
@@ -350,18 +351,20 @@ class SourceRequest:
     prompts: Sequence[str] = option(
         ...,
         "--generate",
-        help="Forget what --pipeline makes of this prompt.",
+        help="Forget the images that --pipeline generates for this prompt.",
         panel=GENERATION,
         metavar="PROMPT",
     )
     pipeline: Path = option(
         ...,
         "--pipeline",
-        help="Folder of a diffusion pipeline, for --generate.",
+        help="Folder of the diffusion pipeline for --generate.",
         panel=GENERATION,
         without="none",
     )
-    count: int = option(500, "--count", min=1, help="Images to generate.", panel=GENERATION)
+    count: int = option(
+        500, "--count", min=1, help="Number of images to generate.", panel=GENERATION
+    )
     seed: int = 0
     diffusion: DiffusionOptions = options(DiffusionOptions())
     device: str = DEVICE()
@@ -384,10 +387,10 @@ class TargetSearchOptions:
     beside: Sequence[str] = option(
         (),
         "--with",
-        help="Edit of another text encoder, which stays in place.",
+        help="Edit of another text encoder, which stays applied.",
         panel=TARGET,
         metavar="EDIT",
-        without="the original ones",
+        without="none",
         completes="edit",
     )
     layers: Sequence[str] = option(
@@ -396,16 +399,16 @@ class TargetSearchOptions:
         help="Search this layer.",
         panel=LAYERS,
         metavar="LAYER",
-        without="the --top most important",
+        without="the --top most important layers",
         completes="layer",
     )
-    top: int = option(3, "--top", min=1, help="Layers to search at most.", panel=LAYERS)
+    top: int = option(3, "--top", min=1, help="Maximum number of layers to search.", panel=LAYERS)
     gradient_of: GradientOf | None = option(
         None,
         "--gradient",
-        help="Of CLIP's forget loss or the target's.",
+        help="Use the gradient of CLIP's forget loss or of the target's own loss.",
         panel=LAYERS,
-        without="CLIP's; of a LLaVA its own",
+        without="clip, or target for a LLaVA",
     )
     direction: Direction = direction_option(Direction.WHITENED, "whitened")
     damping: float | None = DAMPING_OPTION(without=f"{DAMPING:g}")
@@ -416,7 +419,7 @@ class TargetSearchOptions:
         min=0.0,
         max=100.0,
         panel=SEARCH,
-        help="Share of the concept, in percent, that must no longer be recognised.",
+        help="Percentage of the concept's images that must no longer be recognised.",
     )
     overshoot: float = overshoot_option(TARGET_OVERSHOOT)
     max_loss: float = option(
@@ -425,11 +428,16 @@ class TargetSearchOptions:
         min=0.0,
         panel=SEARCH,
         metavar="POINTS",
-        help="Points that others may lose; a step that costs more is shortened.",
+        help="Accuracy that other classes may lose, in points. Costlier steps are shortened.",
     )
-    steps: int = option(10, "--steps", min=1, help="Trials a layer at most.", panel=SEARCH)
+    steps: int = option(
+        10, "--steps", min=1, help="Maximum number of trials for each layer.", panel=SEARCH
+    )
     full: bool = option(
-        False, "--full", help="Measure what every trial keeps, enough or not.", panel=SEARCH
+        False,
+        "--full",
+        help="Measure retained accuracy for every trial, not only for those that reach the goal.",
+        panel=SEARCH,
     )
     budget: Budget = options(Budget(), omit=("seed",))
     report: ReportBudget = options(ReportBudget())
@@ -473,7 +481,7 @@ def numbers(name: str, text: str) -> tuple[int, ...]:
 SEEDS = (0, 1, 2, 3)
 SEEDS_OPTION = partial(
     option,
-    help="Seeds of the noise: 0-3, or 188,288.",
+    help="Noise seeds: a range such as 0-3, or a list such as 188,288.",
     panel=GENERATION,
     metavar="SEEDS",
     read=numbers,
@@ -492,14 +500,14 @@ class GenerateRequest:
     prompts: Sequence[str] = option(
         (),
         "--prompt",
-        help="What to generate.",
+        help="Prompt to generate images for.",
         panel=GENERATION,
         without="the concept and other classes",
     )
     prompt_file: Path | None = option(
         None,
         "--prompts",
-        help="File of prompts, one a line, or prompt<TAB>class.",
+        help="File of prompts, one per line, optionally as prompt<TAB>class.",
         panel=GENERATION,
         without="none",
     )
@@ -509,7 +517,7 @@ class GenerateRequest:
     classes: str | None = option(
         None,
         "--classes",
-        help="File of class names.",
+        help="File of class names for the judge.",
         panel=EVALUATION,
         metavar="FILE",
         without="the set's own classes",
@@ -517,7 +525,7 @@ class GenerateRequest:
     templates: str | None = option(
         None,
         "--templates",
-        help="File of prompts for these classes.",
+        help="File of prompt templates for these classes.",
         panel=EVALUATION,
         metavar="FILE",
         without="imagenet-simple",
@@ -535,9 +543,9 @@ class CanvasRequest:
 
     names: Sequence[str] = NAMES()
     target: Path = TARGET_FOLDER()
-    out: Path = option(..., "--out", "-o", help="Folder for the results.", panel=OUTPUT)
-    themes: str = CANVAS_FILE("--themes", help="File of themes, for unlearncanvas.")
-    objects: str = CANVAS_FILE("--objects", help="File of objects, for unlearncanvas.")
+    out: Path = option(..., "--out", "-o", help="Output folder.", panel=OUTPUT)
+    themes: str = CANVAS_FILE("--themes", help="File of themes for --protocol unlearncanvas.")
+    objects: str = CANVAS_FILE("--objects", help="File of objects for --protocol unlearncanvas.")
     judges: Sequence[ModelSpec] = judge_option("none")
     seeds: Sequence[int] = SEEDS_OPTION((188, 288, 588, 688, 888), "--seeds")
     diffusion: DiffusionOptions = options(DiffusionOptions(steps=100, guidance=9.0), steps=STEPS)
@@ -557,13 +565,17 @@ class AskRequest:
     images: Sequence[Path] = option(
         (),
         "--image",
-        help="Image to ask about.",
+        help="Image to ask the question about.",
         panel=GENERATION,
-        without="from the set",
+        without="images of the set",
     )
     samples: int = option(
-        3, "--samples", min=1, help="Images of the concept, without --image.", panel=GENERATION
+        3,
+        "--samples",
+        min=1,
+        help="Number of images of the concept, without --image.",
+        panel=GENERATION,
     )
-    questions: Sequence[str] = QUESTIONS(help="What to ask.")
+    questions: Sequence[str] = QUESTIONS(help="Question to ask.")
     out: Path | None = OUT()
     device: str = DEVICE()

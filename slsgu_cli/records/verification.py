@@ -82,51 +82,55 @@ class Settings:
     templates: tuple[str, ...] = ()
     spellings: tuple[str, ...] = ()
     aliases: tuple[str, ...] = option(
-        (), "--alias", help="Another name of the concept.", panel=EVALUATION, metavar="NAME"
+        (), "--alias", help="Alternative name of the concept.", panel=EVALUATION, metavar="NAME"
     )
-    steps: int = option(16, "--steps", min=1, help="Training steps.", panel=SEARCH)
+    steps: int = option(16, "--steps", min=1, help="Number of training steps.", panel=SEARCH)
     shots: int = option(
-        8, "--shots", min=1, help="Images of the concept to train on.", panel=SEARCH
+        8, "--shots", min=1, help="Images of the concept to relearn it from.", panel=SEARCH
     )
     learning_rate: float = option(
-        3e-5, "--lr", min=0.0, help="Learning rate of the training.", panel=SEARCH
+        3e-5, "--lr", min=0.0, help="Learning rate for training.", panel=SEARCH
     )
     batch_size: int = option(
-        16, "--batch-size", min=2, help="Pairs in a mini-batch of the losses.", panel=SPEED
+        16,
+        "--batch-size",
+        min=2,
+        help="Image-text pairs in each mini-batch of the losses.",
+        panel=SPEED,
     )
     rows: int = option(
         200,
         "--rows",
         min=1,
-        help="Images of each evaluation set to measure TA on.",
+        help="Images of each evaluation set used to measure TA.",
         panel=EVALUATION,
     )
     attack_tokens: int = option(
         5,
         "--attack-tokens",
         min=1,
-        help="Words that `prefix` puts before the name.",
+        help="Number of tokens that `prefix` puts before the name.",
         panel=SEARCH,
     )
     attack_steps: int = option(
         20,
         "--attack-steps",
         min=1,
-        help="Words that `prefix` replaces, one at a time.",
+        help="Number of single-token replacements that `prefix` makes.",
         panel=SEARCH,
     )
     attack_starts: int = option(
-        2, "--attack-starts", min=1, help="Random starts of `prefix`.", panel=SEARCH
+        2, "--attack-starts", min=1, help="Number of restarts of `prefix`.", panel=SEARCH
     )
     population: int = option(
         128,
         "--population",
         min=4,
-        help="Texts in a generation of `ring-a-bell`.",
+        help="Population size of `ring-a-bell`.",
         panel=SEARCH,
     )
     generations: int = option(
-        100, "--generations", min=1, help="Generations of `ring-a-bell`.", panel=SEARCH
+        100, "--generations", min=1, help="Number of generations of `ring-a-bell`.", panel=SEARCH
     )
     inversion_steps: int = option(
         150,
@@ -135,7 +139,7 @@ class Settings:
         help="Training steps of `inversion`.",
         panel=SEARCH,
     )
-    seed: int = option(0, "--seed", help="Random seed.", panel=EVALUATION)
+    seed: int = option(0, "--seed", help="Random seed for all sampling.", panel=EVALUATION)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,10 +156,10 @@ class VerifyRequest:
     edits: Sequence[str] = option(
         (),
         "--edit",
-        help="Verify this edit, by name or file.",
+        help="Edit to verify: a name or a file.",
         panel=MODEL,
         metavar="EDIT",
-        without="the set's",
+        without="the set's own",
         completes="edit",
     )
     checks: Sequence[Check] = option(
@@ -164,7 +168,7 @@ class VerifyRequest:
         metavar="CHECKS",
         panel=EVALUATION,
         read=choices(CHECKS),
-        help=f"Some of {','.join(CHECKS)}.",
+        help=f"Comma-separated checks: {','.join(CHECKS)}.",
         without="all",
         write=lambda checks: ",".join(checks),
         repeatable=False,
@@ -174,8 +178,8 @@ class VerifyRequest:
         "--templates",
         metavar="FILE",
         panel=EVALUATION,
-        without="built in",
-        help="File of unseen templates, or the name of a built-in list.",
+        without="built-in templates",
+        help="File of prompt templates the search did not use, or the name of a built-in list.",
     )
     spellings: str | None = option(
         None,
@@ -183,7 +187,7 @@ class VerifyRequest:
         metavar="FILE",
         panel=EVALUATION,
         without="none",
-        help="File of other names, one per line; a line with # starts a kind.",
+        help="File of alternative spellings, one per line. Lines starting with # name a group.",
     )
     settings: Settings = options(Settings())
     device: str = DEVICE()

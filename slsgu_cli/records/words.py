@@ -1,8 +1,7 @@
-"""Records to and from the words of a command line.
+"""Options as fields of records.
 
-A field of a record carries its option: flags, help, range, and what stands for no value.
-The command line is read by these, its help is written from them, and so is the command
-line of a record that is there. Nothing here knows a terminal.
+A field declares its option once: flags, help, range and default. The command line, its help, the
+keys of a recipe and the command line that recreates a record are all derived from the field.
 """
 
 import dataclasses
@@ -23,6 +22,7 @@ from slsgu_cli.text import near
 
 R = TypeVar("R")
 
+# The panels of the help, in their order.
 ROWS = "Rows and sources"
 DOWNLOAD = "Download"
 GENERATION = "Generation"
@@ -51,12 +51,11 @@ PANELS = (
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What a field is on the command line; without flags, an argument.
+    """The option of a field, or an argument if it has no flags.
 
-    `without` says what happens where it is not given. `read` makes a value of the word given (of
-    all words, where it is repeatable), `write` the word or words of a value. With `once` it is
-    refused where it is repeated, and else the last one counts. One word gives all of a sequence
-    that is not `repeatable`. `completes` says what a shell may put there: a set, an edit, a layer.
+    `without` describes the default in the help. `read` parses the text (all texts of a
+    repeatable option), and `write` is its inverse. A sequence that is not `repeatable` is
+    given as one text. `completes` names what a shell may complete: set, edit or layer.
     """
 
     flags: tuple[str, ...] = ()
@@ -69,54 +68,57 @@ class Option:
     read: Callable[[str, Any], Any] | None = None
     write: Callable[[Any], str | list[str]] | None = None
     repeatable: bool = True
-    once: bool = False
     completes: str | None = None
 
     @property
     def name(self) -> str:
-        """How the user knows it: its first flag, or what stands for it in the usage."""
+        """The first flag, or the metavar of an argument."""
         return self.flags[0].partition("/")[0] if self.flags else str(self.metavar)
 
     @property
     def key(self) -> str:
-        """Its name as that of a variable."""
+        """The name as a Python identifier."""
         key = re.sub(r"\W+", "_", self.name).strip("_").lower()
         return f"{key}_" if keyword.iskeyword(key) else key
 
 
 @dataclass(frozen=True, slots=True)
 class Nested:
-    """A field that is a record with options of its own, those of the fields `omit` left out.
+    """A field whose record has options of its own, except for the fields in `omit`.
 
-    `said` replaces, by field, what these options say.
+    `changes` replaces attributes of these options, by field.
     """
 
-    said: Mapping[str, Mapping[str, Any]]
+    changes: Mapping[str, Mapping[str, Any]]
     omit: Collection[str] = ()
     panel: str | None = None
 
 
-def option(default: Any, *flags: str, later: bool = False, **said: Any) -> Any:
-    """Return a field that is an option on the command line (see Option), `...` if required.
+def option(default: Any, *flags: str, later: bool = False, **attributes: Any) -> Any:
+    """Return a field with an Option; the default `...` makes it required.
 
-    Records of before an option that came `later` have its default.
+    Records that were written before an option was added (`later`) get its default.
     """
-    metadata = {"option": Option(flags, **said), ADDED: later}
+    metadata = {"option": Option(flags, **attributes), ADDED: later}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=MISSING if default is ... else default, metadata=metadata)
 
 
 def options(
-    default: Any, *, omit: Collection[str] = (), panel: str | None = None, **said: Mapping[str, Any]
+    default: Any,
+    *,
+    omit: Collection[str] = (),
+    panel: str | None = None,
+    **changes: Mapping[str, Any],
 ) -> Any:
-    """Return a field whose record has options of its own (see Nested)."""
-    return dataclasses.field(default=default, metadata={"options": Nested(said, omit, panel)})
+    """Return a field for a record of options (see Nested)."""
+    return dataclasses.field(default=default, metadata={"options": Nested(changes, omit, panel)})
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """An option of a record: where its value stands, of which type, and its default."""
+class OptionField:
+    """An option of a record, with the path, type and default of its field."""
 
     path: tuple[str, ...]
     option: Option
@@ -125,28 +127,28 @@ class Place:
 
     @property
     def required(self) -> bool:
-        """Whether the record cannot be made without it."""
+        """Whether the field has no default."""
         return self.default is MISSING
 
     @property
     def is_flag(self) -> bool:
-        """Whether it takes no value."""
+        """Whether the option takes no value."""
         return self.kind is bool
 
     @property
     def repeatable(self) -> bool:
-        """Whether it may be given more than once."""
+        """Whether the option may be given more than once."""
         several = typing.get_origin(self.kind) in (tuple, list, dict, Sequence)
         return several and self.option.repeatable
 
     @property
     def item(self) -> Any:
-        """The type of its value, or of each where it is repeatable."""
+        """The type of the value, or of each value of a sequence."""
         return typing.get_args(self.kind)[0] if typing.get_origin(self.kind) else self.kind
 
     @property
     def metavar(self) -> str:
-        """What stands for its value in the help."""
+        """The placeholder of the value in the help."""
         if self.option.metavar:
             return self.option.metavar
         if issubclass(self.item, StrEnum):
@@ -154,70 +156,38 @@ class Place:
         return {int: "N", float: "NUMBER", Path: "PATH"}.get(self.item, "TEXT")
 
     def default_words(self) -> str | None:
-        """Return what happens without it, as the help says it; None where there is no need."""
+        """Return the default as the help shows it, or None if there is nothing to show."""
         if self.option.without is not None:
             return self.option.without
         if self.is_flag or self.default in (MISSING, None, "", (), {}):
             return None
         return ", ".join(self._texts(self.default))
 
-    def help(self, *, required: bool) -> str:
-        """Return what the help says of it: what it is, whether once, and what without it."""
-        words = [self.option.help]
-        if self.repeatable and self.option.flags:
-            words.append("Repeatable.")
-        without = None if required else self.default_words()
-        if without is not None:
-            words.append(f" [default: {without}]")
-        return " ".join(words)
-
-    def value(self, words: Any) -> Any:
-        """Return the value that these words mean. Raises UsageError."""
-        name, kind = self.option.name, self.kind
-        if self.option.once:
-            if len(words) > 1:
-                raise UsageError(
-                    f"{name} is given {len(words)} times and takes one value",
-                    hint="run the command once for each",
-                )
-            (words,) = words
+    def value(self, texts: Any) -> Any:
+        """Parse the text of the option, or all texts of a repeatable one. Raises UsageError."""
+        name = self.option.name
         if self.option.read is not None:
-            return self.option.read(name, words)
-        if typing.get_origin(kind) is dict:
-            return pairs(name, words)
+            return self.option.read(name, texts)
+        if typing.get_origin(self.kind) is dict:
+            return pairs(name, texts)
         if self.repeatable:
-            return tuple(self._one(text) for text in words)
-        return words if self.is_flag else self._one(words)
+            return tuple(self._parsed(text) for text in texts)
+        return texts if self.is_flag else self._parsed(texts)
 
-    def _one(self, text: str) -> Any:
-        name, kind, said = self.option.name, self.item, self.option
-        if issubclass(kind, StrEnum):
-            return _chosen(name, text, kind)
-        if kind not in (int, float):
-            return kind(text)
-        try:
-            number = kind(text)
-        except ValueError:
-            what = "whole number" if kind is int else "number"
-            raise UsageError(f"{name} {text} is no {what}", hint=f"such as {name} 4") from None
-        low, high = said.min, said.max
-        below = low is not None and not number >= low
-        if below or (high is not None and not number <= high):
-            limits = f"{low or 0:g} or more" if high is None else f"from {low or 0:g} to {high:g}"
-            raise UsageError(
-                f"{name} {text} is out of range: it must be {limits}",
-                hint=f"{name} {low if below else high:g}",
-            )
-        return number
+    def _parsed(self, text: str) -> Any:
+        if issubclass(self.item, StrEnum):
+            return _chosen(self.option.name, text, self.item)
+        if self.item in (int, float):
+            return _number(self.option, text, self.item)
+        return self.item(text)
 
     def of(self, record: Any) -> Any:
-        """Return its value in a record; None where the record it stands in is not there."""
+        """Return the value in a record, or None if the record that holds it is None."""
         for name in self.path:
             record = None if record is None else getattr(record, name)
         return record
 
     def _texts(self, value: Any) -> list[str]:
-        """Return a value as words of the command line, one unless it is repeatable."""
         if self.option.write is not None:
             written = self.option.write(value)
             return [written] if isinstance(written, str) else written
@@ -226,15 +196,14 @@ class Place:
         items = value if self.repeatable else [value]
         return [figure(item) if isinstance(item, float) else str(item) for item in items]
 
-    def words(self, value: Any) -> Iterator[str]:
-        """Yield the words that give it this value."""
+    def arguments(self, value: Any) -> Iterator[str]:
+        """Yield the command-line arguments that set this value."""
         flags = self.option.flags
         if self.is_flag:
             yes, _, no = flags[0].partition("/")
             yield yes if value else no
             return
         for text in self._texts(value):
-            # A value that could be an option is tied to its own.
             if not flags:
                 yield text
             elif text.startswith("-"):
@@ -243,43 +212,43 @@ class Place:
                 yield from (flags[0], text)
 
 
-def places(kind: type, default: Any = None) -> list[Place]:
-    """Return the options of a record and of the records in it, in their order.
+def option_fields(kind: type, default: Any = None) -> list[OptionField]:
+    """Return the options of a record and of its nested records, in order.
 
-    Defaults are those of `default`, where there is such a record.
+    Defaults are those of the record `default`, if there is one.
     """
     hints = typing.get_type_hints(kind)
-    listed = []
+    fields = []
     for field in dataclasses.fields(kind):
         usual = getattr(default, field.name) if default is not None else usual_value(field)
         bare = without_none(hints[field.name])
-        if said := field.metadata.get("option"):
-            listed.append(Place((field.name,), said, bare, usual))
+        if declared := field.metadata.get("option"):
+            fields.append(OptionField((field.name,), declared, bare, usual))
         elif nested := field.metadata.get("options"):
-            for place in places(bare, None if usual is MISSING else usual):
-                if usual is None and place.required:
-                    # Without it, there is no such record.
-                    place = dataclasses.replace(place, default=None)
-                if place.path[0] not in nested.omit:
-                    listed.append(_within(field.name, place, nested))
-    return listed
+            for inner in option_fields(bare, None if usual is MISSING else usual):
+                if usual is None and inner.required:
+                    # The nested record is optional, and so are its options.
+                    inner = dataclasses.replace(inner, default=None)
+                if inner.path[0] not in nested.omit:
+                    fields.append(_within(field.name, inner, nested))
+    return fields
 
 
-def _within(name: str, place: Place, nested: Nested) -> Place:
-    panel = nested.panel or place.option.panel
-    said = dataclasses.replace(place.option, panel=panel, **nested.said.get(place.path[0], {}))
-    return dataclasses.replace(place, path=(name, *place.path), option=said)
+def _within(name: str, inner: OptionField, nested: Nested) -> OptionField:
+    panel = nested.panel or inner.option.panel
+    changes = nested.changes.get(inner.path[0], {})
+    changed = dataclasses.replace(inner.option, panel=panel, **changes)
+    return dataclasses.replace(inner, path=(name, *inner.path), option=changed)
 
 
 def build(kind: type[R], values: Mapping[tuple[str, ...], Any]) -> R:
-    """Return a record of these values, by their places; the others are as usual.
+    """Return a record with these values, by path, and defaults elsewhere.
 
-    Raises UsageError where one that is required is not there.
+    Raises UsageError if a required value is missing.
     """
-    known = {place.path: place for place in places(kind)}
+    known = {field.path: field for field in option_fields(kind)}
 
     def made(kind: Any, usual: Any, at: tuple[str, ...]) -> Any:
-        """Return the record at `at`: `usual`, or a new one, with the values that are below it."""
         hints = typing.get_type_hints(kind)
         fields: dict[str, Any] = {}
         for field in dataclasses.fields(kind):
@@ -290,9 +259,9 @@ def build(kind: type[R], values: Mapping[tuple[str, ...], Any]) -> R:
             elif any(each[: len(path)] == path for each in values):
                 fields[field.name] = made(without_none(hints[field.name]), default, path)
             elif default is MISSING and path in known:
-                below = [known[each].option.name for each in values if each[: len(at)] == at]
+                given = [known[each].option.name for each in values if each[: len(at)] == at]
                 name = known[path].option.name
-                what = f"{below[0]} needs {name}" if below else f"{name} is missing"
+                what = f"{given[0]} needs {name}" if given else f"{name} is missing"
                 raise UsageError(what, hint=f"{name} {known[path].metavar}")
         return kind(**fields) if usual in (None, MISSING) else dataclasses.replace(usual, **fields)
 
@@ -302,32 +271,49 @@ def build(kind: type[R], values: Mapping[tuple[str, ...], Any]) -> R:
 def command_line(
     record: Any, *, also: Collection[str] = (), fields: Sequence[str] | None = None
 ) -> list[str]:
-    """Return the words that ask for a record: what is not as usual, and the fields of `also`.
+    """Return the arguments that recreate a record: changed values, and the fields in `also`.
 
-    With `fields`, only these are told, in that order.
+    `fields` selects and orders the fields.
     """
-    listed = places(type(record))
+    selected = option_fields(type(record))
     if fields is not None:
-        listed = [place for name in fields for place in listed if place.path[0] == name]
-    words: list[str] = []
-    for place in listed:
-        value = place.of(record)
+        selected = [each for name in fields for each in selected if each.path[0] == name]
+    arguments: list[str] = []
+    for each in selected:
+        value = each.of(record)
         if isinstance(value, list):
             value = tuple(value)
-        said = value is not None or place.option.write is not None
-        if said and (value != place.default or place.path[0] in also):
-            words += place.words(value)
-    return words
+        writable = value is not None or each.option.write is not None
+        if writable and (value != each.default or each.path[0] in also):
+            arguments += each.arguments(value)
+    return arguments
 
 
 def figure(value: float) -> str:
-    """Return the shortest text that is this number again."""
+    """Return the shortest text that parses to this number."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
 
 
+def _number(option: Option, text: str, kind: type[float]) -> float:
+    name, low, high = option.name, option.min, option.max
+    try:
+        number = kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise UsageError(f"{name} {text} is not {what}", hint=f"for example {name} 4") from None
+    below = low is not None and not number >= low
+    if below or (high is not None and not number <= high):
+        limits = f"{low or 0:g} or more" if high is None else f"from {low or 0:g} to {high:g}"
+        raise UsageError(
+            f"{name} {text} is out of range: it must be {limits}",
+            hint=f"{name} {low if below else high:g}",
+        )
+    return number
+
+
 def pairs(name: str, texts: Sequence[str]) -> dict[str, str]:
-    """Return the NAME=VALUE pairs given to a repeatable option. Raises UsageError."""
+    """Parse the NAME=VALUE pairs of a repeatable option. Raises UsageError."""
     values: dict[str, str] = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -343,10 +329,10 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def bytes_of(name: str, text: str) -> int:
-    """Return the bytes meant by `4G`, `512MiB` or `1000000`. Raises UsageError."""
+    """Parse a size such as `4G`, `512MiB` or `1000000`, in bytes. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
     if not match:
-        raise UsageError(f"{name} {text!r} is not a size", hint=f"such as {name} 4G, or 1000000")
+        raise UsageError(f"{name} {text!r} is not a size", hint=f"for example {name} 4G")
     return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
 
 
@@ -356,48 +342,48 @@ def _positive(name: str, text: str, *, what: str, hint: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise UsageError(f"{name} {text} is no {what}", hint=hint)
+        raise UsageError(f"{name} {text} is not a {what}", hint=hint)
     return value
 
 
 def percent(name: str, text: str) -> float:
-    """Return the share that a percentage is. Raises UsageError."""
-    return _positive(name, text, what="share of a norm", hint=f"such as {name} 50") / 100
+    """Parse a percentage as a fraction. Raises UsageError."""
+    return _positive(name, text, what="positive percentage", hint=f"for example {name} 50") / 100
 
 
 def device(name: str, text: str) -> str:
-    """Return the name of a device. Raises UsageError."""
-    # Checked here as well as where torch knows the devices: a command may not come to that.
+    """Check the name of a device. Raises UsageError."""
+    # PyTorch would reject it as well, but only after minutes of other work.
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
-        known = "auto, cpu, cuda, cuda:N and mps"
-        raise UsageError(f"{name} {text!r} is none of {known}", hint=f"{name} auto")
+        known = "auto, cpu, cuda, cuda:N, mps"
+        raise UsageError(f"{name} {text!r} is not one of {known}", hint=f"{name} auto")
     return text
 
 
 def _chosen(name: str, text: str, kinds: Iterable[StrEnum]) -> StrEnum:
     known = {str(kind): kind for kind in kinds}
     if text not in known:
-        raise UsageError(f"{name} {text} is none of {', '.join(known)}", hint=near(text, known))
+        raise UsageError(f"{name} {text} is not one of {', '.join(known)}", hint=near(text, known))
     return known[text]
 
 
 def choices(
     kinds: Sequence[StrEnum], *, always: Sequence[StrEnum] = ()
 ) -> Callable[[str, Any], tuple[StrEnum, ...]]:
-    """Return what reads names of `kinds`, also with commas between; `always` come first."""
+    """Return a parser of comma-separated names of `kinds`; `always` come first."""
 
     def read(name: str, texts: str | Sequence[str]) -> tuple[StrEnum, ...]:
-        wanted = _listed(texts)
-        if not wanted:
+        names = _comma_separated(texts)
+        if not names:
             raise UsageError(f"{name} names none of {', '.join(kinds)}")
-        return (*always, *(_chosen(name, text, kinds) for text in wanted))
+        return (*always, *(_chosen(name, text, kinds) for text in names))
 
     return read
 
 
 def rates(name: str, texts: Sequence[str]) -> tuple[float, ...] | None:
-    """Return the learning rates given, None for `auto`. Raises UsageError."""
-    words = _listed(texts)
+    """Parse learning rates; None stands for `auto`. Raises UsageError."""
+    words = _comma_separated(texts)
     if words == ["auto"]:
         return None
     hint = f"{name} 1e-6,1e-7, or {name} auto alone"
@@ -405,13 +391,16 @@ def rates(name: str, texts: Sequence[str]) -> tuple[float, ...] | None:
     return tuple(dict.fromkeys(values))
 
 
-def _listed(texts: str | Sequence[str]) -> list[str]:
-    """Return the words of an option that takes commas, once or repeated."""
+def _comma_separated(texts: str | Sequence[str]) -> list[str]:
     texts = [texts] if isinstance(texts, str) else texts
     return [word.strip().lower() for text in texts for word in text.split(",") if word.strip()]
 
 
 DEVICE_OPTION = Option(
-    ("--device",), "auto, cpu, cuda, cuda:N or mps.", SPEED, metavar="DEVICE", read=device
+    ("--device",),
+    "Device to compute on: auto, cpu, cuda, cuda:N or mps.",
+    SPEED,
+    metavar="DEVICE",
+    read=device,
 )
 DEVICE = functools.partial(dataclasses.field, default="auto", metadata={"option": DEVICE_OPTION})

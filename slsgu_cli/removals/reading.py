@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.words import Place, build
+from slsgu_cli.records.words import OptionField, build
 from slsgu_cli.removals.recipe import Recipe
 from slsgu_cli.removals.tables import HEAD, TABLES, Head, Table
 from slsgu_cli.text import near
@@ -90,7 +90,7 @@ class _Reader:
         """Return the record of the `number`th table `at`. Raises InputError."""
         if not isinstance(values, dict):
             self._refuse(f"{at} is not a table", "", at, hint=f"[{at}]")
-        known = table.places()
+        known = table.option_fields()
         fields = {}
         for key, value in values.items():
             if key not in known:
@@ -109,7 +109,7 @@ class _Reader:
         except UsageError as error:
             self._refuse(error.message, at, "name", number, hint=error.hint)
 
-    def _value(self, place: Place, value: Any, at: str, number: int) -> Any:
+    def _value(self, place: OptionField, value: Any, at: str, number: int) -> Any:
         """Return the value of a key. Raises InputError for another type."""
         key = place.path[-1]
         if place.is_flag:
@@ -148,7 +148,7 @@ class _Reader:
         return table_line
 
 
-def _word(place: Place, value: Any) -> str:
+def _word(place: OptionField, value: Any) -> str:
     """Return a TOML value as a word of the command line. Raises UsageError."""
     key, numeric = place.path[-1], place.metavar in ("N", "NUMBER")
     if isinstance(value, date):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from slsgu_cli.records.figures import Assertion
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.verification import VerifyRequest
-from slsgu_cli.records.words import ROWS, Place, option, places
+from slsgu_cli.records.words import ROWS, OptionField, option, option_fields
 from slsgu_cli.removals.recipe import BOUNDS, EvaluationRows, Outputs, RemovalRequest, Together
 
 
@@ -22,11 +22,15 @@ class Table:
     omit: Collection[str] = ()
     many: bool = False
 
-    def places(self) -> dict[str, Place]:
+    def option_fields(self) -> dict[str, OptionField]:
         """Return the options of the record by key, each named by its key."""
-        keyed = {each.path[-1]: each for each in places(self.kind) if each.path[0] not in self.omit}
+        keyed = {
+            each.path[-1]: each
+            for each in option_fields(self.kind)
+            if each.path[0] not in self.omit
+        }
         return {
-            key: replace(each, option=replace(each.option, flags=(key,), once=False))
+            key: replace(each, option=replace(each.option, flags=(key,)))
             for key, each in keyed.items()
         }
 

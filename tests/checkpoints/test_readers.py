@@ -18,7 +18,7 @@ from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.naming_schemes import tensor_places
 from slsgu_cli.checkpoints.target_layers import layers_read_by
 from slsgu_cli.checkpoints.targets import Family, prompt_note, read_target
-from slsgu_cli.cli.tables import applied
+from slsgu_cli.cli.apply import show_applied
 from slsgu_cli.engine.find_edits import Presence, find_edits
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.layers import is_candidate
@@ -110,7 +110,7 @@ def test_two_encoders_are_edited_by_one_command_and_back(tiny_pipeline, states, 
     assert listener.heard[-1].endswith("edits go into all of them")
     # On a terminal, their files of one name are told apart.
     tables = []
-    applied(SimpleNamespace(table=lambda *table, **_: tables.append(table)), result)
+    show_applied(SimpleNamespace(table=lambda *table, **_: tables.append(table)), result)
     ((_, (file, *_), rows),) = tables
     files = [f"{name}/model.safetensors" for name in states]
     assert [file.shown(row[0]) for row in rows] == files

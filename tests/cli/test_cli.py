@@ -197,7 +197,7 @@ def test_search_again_tells_the_same_and_as_eval_measured(chain, store, shared_w
     layer = Store(str(store)).read_header("edits/blue.safetensors", EditHeader).layer
     done = inside("search", "blue", "--layer", known_as(layer), "--json", store=store)
     assert done.exit_code == 0
-    assert "recorded trials were used again" in done.stderr
+    assert "recorded trials were reused" in done.stderr
     found = json.loads(done.stdout)
     results = {"trials", "chosen", "accuracy", "harmed", "nearest", "files"}
     assert set(found) == {"schema", "command", *results}
@@ -229,7 +229,7 @@ def test_a_terminal_of_usual_width_gets_whole_layers_and_units(store, columns):
     front = [known_as(score.layer) for score in ranking.scores if score.front]
     assert [line.split()[0] for line in lines[3:]] == front
     assert all(len(line) <= columns for line in lines)
-    assert "layers are on no front; -v shows them too" in told
+    assert "layers are not on a front; -v shows them" in told
     code, shown, _ = on_terminal("ls", "--store", store, columns=columns)
     assert all(len(line) <= columns for line in shown.splitlines())
     assert "5.2 MB" in shown
@@ -348,7 +348,7 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(store):
         (["apply", "blue", "blue", "--out", "x"], 2, "is named twice"),
         (["apply", "no/edit.safetensors", "--out", "x"], 3, "there is no edit file"),
         (["rank", "blue", "--include", "nosuch"], 3, "no layer of blue is left to rank"),
-        (["rank", "blue", "--tower", "left"], 2, "--tower left is none of vision, text"),
+        (["rank", "blue", "--tower", "left"], 2, "--tower left is not one of vision, text"),
         (["search", "blue", "--layer", "attn"], 2, "--layer attn fits 12 ranked layers"),
         (["search", "blue", "--layer", "nosuch"], 2, "fits 0 ranked layers: none"),
         (["apply", "blue", "--layer", "attn", "--step", "1", "--out", "x"], 2, "fits 12 layers"),
@@ -364,7 +364,7 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(store):
             "--damping is for the whi",
         ),
         (["apply", "blue", "--step", "nan", "--out", "x"], 2, "--step nan is no step size"),
-        (["grad", "blue", "--device", "gpu"], 2, "'gpu' is none of auto, cpu"),
+        (["grad", "blue", "--device", "gpu"], 2, "'gpu' is not one of auto, cpu"),
         (["grad", "blue", "--memory-budget", "much"], 2, "'much' is not a size"),
         (["grad", "blue", "--batch-size", "1"], 2, "--batch-size 1 is out of range"),
         (["grad", "blue", "-m", "local-dir:nosuch"], 3, "model folder: there is no such folder"),

@@ -120,7 +120,7 @@ def test_the_printed_commands_do_the_same(castle, monkeypatch):
     told = "".join(done.stderr for done in ran)
     assert "forget gradient" in told
     assert "in the store already" in told
-    assert "recorded trials were used again" in told
+    assert "recorded trials were reused" in told
     first, again = (
         folder / "a store" / "checkpoints" / f"clip-without-castle{end}" for end in ("", "-again")
     )

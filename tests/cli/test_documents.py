@@ -15,14 +15,10 @@ from places import ROOT
 from processes import inside
 
 from slsgu_cli.cli.app import COMMANDS
+from slsgu_cli.cli.compare import show_pipeline_comparison
 from slsgu_cli.cli.console import Console
-from slsgu_cli.cli.downstream import (
-    show_answer_set,
-    show_answers,
-    show_generation,
-    show_pipeline_comparison,
-    show_target_search,
-)
+from slsgu_cli.cli.generate import show_answer_set, show_answers, show_generation
+from slsgu_cli.cli.search_on_target import show_target_search
 from slsgu_cli.engine.search import search
 from slsgu_cli.records.codec import by_name, document
 from slsgu_cli.records.comparison import PipelineComparison

@@ -73,7 +73,7 @@ def test_a_folder_that_is_gone_is_told_before_anything_is_done(world, tmp_path, 
     monkeypatch.chdir(gone)
     gone.rmdir()
     for words in ((), ("--store", world.store.root)):
-        assert "the folder that this runs in is gone" in refused("ls", *words)
+        assert "the working directory no longer exists" in refused("ls", *words)
 
 
 def test_what_the_system_refuses_is_bad_input_wherever_it_shows(world, monkeypatch):

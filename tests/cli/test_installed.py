@@ -158,7 +158,7 @@ def test_an_installed_package_has_its_program(site, tmp_path):
 def test_the_jobs_of_the_guide_are_gates(jobs, run, tmp_path):
     github, gitlab = jobs
     steps = {step["name"]: step["run"] for step in github["steps"] if "name" in step}
-    assert [*steps] == ["Plan", "Remove", "Tell"]
+    assert [*steps] == ["Plan", "Remove", "List requests"]
     installs = [step["run"] for step in github["steps"] if "run" in step and "name" not in step]
     assert installs == gitlab["before_script"]
     assert list((tmp_path / "wheels").glob(installs[0].rpartition("/")[2]))

@@ -150,7 +150,7 @@ def test_interrupted_search_goes_on_where_it_was(store, interrupt):
     assert {trial["layer"] for trial in recorded} == {"visual.proj", "text_projection"}
     again = inside(*words, store=store)
     assert again.exit_code == 0
-    assert f"{len(recorded)} recorded trials were used again" in again.stderr
+    assert f"{len(recorded)} recorded trials were reused" in again.stderr
     whole = json.loads(trials.read_text())["trials"]
     assert {trial["layer"] for trial in whole} == {*words[3:8:2]}
 

@@ -123,7 +123,7 @@ def test_a_store_that_cannot_be_written_is_told_before_the_work(
 def test_a_store_in_memory_says_that_it_keeps_nothing():
     done = inside("ls", store="memory://nothing-kept")
     assert done.exit_code == 0
-    assert "warning: memory://nothing-kept keeps nothing when this command has ended" in done.stderr
+    assert "warning: memory://nothing-kept is discarded when this command ends" in done.stderr
 
 
 def grad(store, *words):

@@ -6,14 +6,15 @@ import pytest
 import typer
 from processes import inside
 
-from slsgu_cli.cli import app, usage
+from slsgu_cli.cli import app
 from slsgu_cli.cli.app import COMMANDS
+from slsgu_cli.cli.usage import variables_of
 from slsgu_cli.removals.template import recipe_text
 
 GROUP = typer.main.get_command(app)
 
 
-def told(words, **variables):
+def refusal(words, **variables):
     """Return what a command that is refused says."""
     done = inside(*words.split(), env=variables)
     assert (done.exit_code, done.stdout) == (2, ""), done.output
@@ -39,7 +40,7 @@ def test_every_option_of_every_command_has_a_variable(command, monkeypatch, tmp_
         elif param.name == "recipe" and param.required:
             arguments.append(f"--recipe {recipe}")
         elif not (param.hidden or param.is_eager or param.name == "recipe"):
-            (variable, *_) = usage.variables_of(param.opts)
+            (variable, *_) = variables_of(param.opts)
             known[param.name] = param
             monkeypatch.setenv(variable, "1")
     found = params(command, " ".join(arguments), monkeypatch)
@@ -60,30 +61,30 @@ def test_the_command_line_wins(monkeypatch):
 def test_several_values_are_quoted_as_in_a_shell(monkeypatch):
     found = params("search", "x", monkeypatch, SLSGU_LAYER="visual.proj 'a b' -c")
     assert found["layer"] == ["visual.proj", "a b", "-c"]
-    assert "SLSGU_LAYER='a cannot be split" in told("search x", SLSGU_LAYER="'a")
+    assert "SLSGU_LAYER='a cannot be split" in refusal("search x", SLSGU_LAYER="'a")
 
 
 @pytest.mark.parametrize(
     ("words", "variable", "value", "message"),
     [
-        ("rank x", "SLSGU_TOWER", "txt", "--tower txt is none of vision, text"),
-        ("search x", "SLSGU_STEPS", "ten", "--steps ten is no whole number"),
+        ("rank x", "SLSGU_TOWER", "txt", "--tower txt is not one of vision, text"),
+        ("search x", "SLSGU_STEPS", "ten", "--steps ten is not a whole number"),
         ("search x -t m", "SLSGU_GOAL", "101", "--goal 101 is out of range: it must be from 0"),
         ("eval x", "SLSGU_ASSERT", "fa1", "--assert 'fa1' compares no figure with a number"),
-        ("search x", "SLSGU_DAMPING", "1 2", "--damping is given 2 times and takes one value"),
+        ("search x", "SLSGU_DAMPING", "1 2", "--damping 1 2 is not a number"),
     ],
 )
 def test_what_is_refused_names_the_variable(words, variable, value, message):
-    said = told(words, **{variable: value})
+    said = refusal(words, **{variable: value})
     assert f"error: {message}" in said
     option = f"--{variable.removeprefix('SLSGU_').lower()}"
     assert f"({variable} sets {option})" in said
 
 
 def test_a_flag_takes_yes_or_no():
-    assert "SLSGU_JSON=maybe sets the flag --json to neither yes nor no" in told(
-        "ls", SLSGU_JSON="maybe"
-    )
+    message = refusal("ls", SLSGU_JSON="maybe")
+    assert "Invalid value for '--json'" in message
+    assert "(SLSGU_JSON sets --json)" in message
 
 
 def test_a_variable_of_another_command_or_mode_is_no_error(world, tmp_path):

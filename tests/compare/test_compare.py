@@ -8,7 +8,7 @@ import pytest
 from processes import inside
 
 from slsgu_cli.checkpoints.edits import load_edit
-from slsgu_cli.cli.study import comparison_plot
+from slsgu_cli.cli.compare import comparison_plot
 from slsgu_cli.compare import ours as ours_module
 from slsgu_cli.compare.comparison import compare
 from slsgu_cli.compare.runner import BaselineRunner
@@ -304,10 +304,10 @@ def test_the_command(own):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--lr", "0.1,fast"], "--lr fast is no learning rate"),
-        (["--lr", "auto,1e-6"], "--lr auto is no learning rate"),
-        (["--lr", "-1"], "--lr -1 is no learning rate"),
-        (["--methods", "ga,magic"], "--methods magic is none of"),
+        (["--lr", "0.1,fast"], "--lr fast is not a learning rate"),
+        (["--lr", "auto,1e-6"], "--lr auto is not a learning rate"),
+        (["--lr", "-1"], "--lr -1 is not a learning rate"),
+        (["--methods", "ga,magic"], "--methods magic is not one of"),
         (["--methods", "ga", "--layer", "c_proj"], "--layer is for rome"),
     ],
 )

@@ -357,7 +357,7 @@ def test_without_an_edit_of_the_pipeline_the_search_is_named(steered, trained_mo
         (["--iterations", "3"], "--iterations is for a diffusion pipeline"),
         (["red", "--target", "sd"], "one set at a time"),
         (["--target", "sd", "--lr", "auto"], "--lr auto is for comparing without --target"),
-        (["--target", "sd", "--methods", "ssd"], "--methods ssd is none of"),
+        (["--target", "sd", "--methods", "ssd"], "--methods ssd is not one of"),
     ],
 )
 def test_options_of_the_other_comparison_are_refused(words, message, tmp_path):

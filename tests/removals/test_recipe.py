@@ -125,7 +125,7 @@ def test_a_shared_retain_set_has_none_of_the_concepts():
         ("= 64", "= 0", 6, "retain_samples 0 is out of range", "retain_samples 1"),
         ("= 64", '= "64"', 6, "retain_samples '64' is not a number", None),
         ("= 64", "= true", 6, "retain_samples takes single values only", None),
-        ('"fa1"', '"fa3"', 16, "criterion fa3 is none of fa1, fa5, margin", None),
+        ('"fa1"', '"fa3"', 16, "criterion fa3 is not one of fa1, fa5, margin", None),
         ('["visual.proj"]', '"visual.proj"', 17, "layers is not a list", 'layers = ["..."]'),
         ("2026-01-31", '"soon"', 32, "received soon is not a date", "received = 2026-11-01"),
         ('["fa1 <= 0"]', '["fa1"]', 34, "bounds 'fa1' compares no figure", "bounds 'fa1<=0'"),

@@ -13,7 +13,7 @@ from worlds import Listener
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.cli.console import Console
-from slsgu_cli.cli.downstream import require_reached, show_target_search
+from slsgu_cli.cli.search_on_target import require_reached, show_target_search
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.errors import NotForgottenError, UsageError
@@ -161,7 +161,7 @@ def test_others_come_first_where_no_step_that_reaches_the_goal_spares_them(sd, w
     borne = [t for t in result.trials.trials if t.others and t.others.count == 8]
     assert result.chosen == max(borne, key=lambda trial: trial.step)
     assert 0.4 < result.chosen.share < 0.5
-    with pytest.raises(NotForgottenError, match="costs others at most 5 points"):
+    with pytest.raises(NotForgottenError, match="costing other classes at most 5 points"):
         require_reached(result)
     whole = search_target(world.store, "blue", options=replace(options, max_loss=100))
     assert whole.forgotten and whole.chosen.others.count == 0
@@ -338,7 +338,7 @@ def test_figures_that_are_printed_are_unseen_ones_and_those_searched_by_with_v(s
     brief, all_of_it = (shown(world.store, result, verbosity) for verbosity in (0, 1))
     words = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", all_of_it).split())
     assert "importance" not in brief
-    assert "on the images" in words
+    assert "on the validation split" in words
     figures, same = (
         [line.split() for line in text.splitlines() if line.startswith(("UA  ", "IRA  "))]
         for text in (brief, all_of_it)

@@ -1,0 +1,133 @@
+"""The command `eval`, and tables of accuracy before and after an edit."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from slsgu_cli.cli.app import Names, Session, command
+from slsgu_cli.cli.formats import signed
+from slsgu_cli.errors import (
+    AssertionsError,
+)
+from slsgu_cli.figures.numbers import percent, roughly
+from slsgu_cli.records.figures import Accuracy, Assertion, Share, read_assertions, require_known
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.words import DEVICE_OPTION, EVALUATION, Option
+
+if TYPE_CHECKING:
+    from slsgu_cli.cli.console import Console
+    from slsgu_cli.engine.evaluate import EvalResult
+
+
+# A model's label, its forget accuracy (or that of each set's concept), its utility by
+# evaluation set.
+Figures = Mapping[str, tuple[Accuracy | dict[str, Accuracy], dict[str, Accuracy]]]
+
+
+@command("eval")
+def evaluate(
+    session: Session,
+    names: Names,
+    model: ModelSpec | None = None,
+    device: Annotated[str, DEVICE_OPTION] = "auto",
+    assertions: Annotated[
+        Sequence[Assertion],
+        Option(
+            ("--assert",),
+            "Exit with code 5 unless this holds, such as fa1<=0, ta1.SET>=75 or loss.SET<=0.5.",
+            EVALUATION,
+            metavar="ASSERTION",
+            read=read_assertions,
+        ),
+    ] = (),
+) -> None:
+    """Compares the original model with --model, or with the edits of the sets.
+
+    Example: slsgu eval facebook --model local-dir:clip-without-facebook
+    """
+    from slsgu_cli.store.artifacts import Artifact, read_manifest
+
+    compared = model is not None or session.store.exists(Artifact.EDIT.path(names[0]))
+    sets = read_manifest(session.store, names[0]).evals if assertions else ()
+    require_known(assertions, names, sets, compared=compared)
+    from slsgu_cli.engine import evaluate as evaluation
+
+    result = evaluation.evaluate(session.store, names, model=model, device=device)
+    show_evaluated(session.console, result)
+    show_asserted(session.console, result, assertions)
+
+
+def show_evaluated(console: "Console", result: "EvalResult") -> None:
+    """Print the accuracy of each model."""
+    single = result.names[0] if len(result.names) == 1 else None
+    figures: Figures = {
+        model.label: (model.forget[single] if single else model.forget, model.utility)
+        for model in result.models
+    }
+    show_before_after(console, figures)
+    console.paths("plots", [result.plot] if result.plot else [])
+
+
+def show_asserted(
+    console: "Console", result: "EvalResult", assertions: Sequence[Assertion]
+) -> None:
+    """Print each assertion with its figure. Raises AssertionsError if one fails."""
+    from slsgu_cli.cli.console import Column
+
+    if not assertions:
+        return
+    figures = result.figures()
+    values = [figures.get(each.figure, math.nan) for each in assertions]
+    rows = [
+        (str(each), value, "holds" if each.holds(value) else "fails")
+        for each, value in zip(assertions, values, strict=True)
+    ]
+    columns = (Column("assertion"), Column("figure", shown=roughly), Column("result"))
+    console.table("assertions", columns, rows, title="assertions")
+    if failed := [f"{words} is {value:.4g}" for words, value, holds in rows if holds == "fails"]:
+        raise AssertionsError(f"{len(failed)} of {len(rows)} assertions fail: {'; '.join(failed)}")
+
+
+def show_before_after(console: "Console", models: Figures) -> None:
+    """Print forget accuracy and utility, with a column for each model."""
+    from slsgu_cli.cli.console import Column
+
+    labels = list(models)
+    sets = sorted(next(iter(models.values()))[1])
+    rows: list[tuple[Any, ...]] = []
+    data: list[dict[str, Any]] = []
+    forgets = {
+        label: {f" {name}": accuracy for name, accuracy in forget.items()}
+        if isinstance(forget, dict)
+        else {"": forget}
+        for label, (forget, _) in models.items()
+    }
+    for name in forgets[labels[0]]:
+        for k in (1, 5):
+            figures = (getattr(forgets[label][name], f"top{k}") for label in labels)
+            rows.append((f"FA@{k}{name}", *figures))
+    for name in sets:
+        known = [models[label][1].get(name) for label in labels]
+        for k in (1, 5):
+            figures = (getattr(each, f"top{k}") if each else None for each in known)
+            rows.append((f"TA@{k} {name}", *figures))
+    columns = [Column("figure"), *(Column(label, shown=percent) for label in labels)]
+    for name, first, *others in rows:
+        before, edited = others[0] if others[1:] else None, others[-1] if others else None
+        change = None if edited is None else round(edited - first, 2)
+        figures_of = {"original": first, "before": before, "edited": edited, "change": change}
+        data.append({"figure": name, **figures_of, "model": labels[-1]})
+    if len(labels) == 2:
+        rows = [(*row, None if row[2] is None else round(row[2] - row[1], 2)) for row in rows]
+        columns.append(Column("change", shown=signed))
+    title = "accuracy: FA on the concept to forget, TA on everything else"
+    console.table("accuracy", columns, rows, title=title, data=data)
+    for forget in forgets[labels[-1]].items():
+        console.note(recognised(*forget))
+
+
+def recognised(name: str, forget: Accuracy) -> str:
+    """Return a sentence that says how often a concept is recognised, and on which images."""
+    images = "unseen images" if forget.unseen else "images, which the edit was chosen by"
+    share = Share.of(forget.top1, forget.rows)
+    return f"{name.strip() or 'the concept'} is recognised in {share.in_words(images)}"

@@ -1,0 +1,67 @@
+"""The command `grad`."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+from slsgu_cli.cli.app import Name, Session, command
+from slsgu_cli.cli.formats import artifact_name
+from slsgu_cli.records.method import GradientHeader
+from slsgu_cli.records.options import PassOptions
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.words import MODEL, ROWS, Option
+
+if TYPE_CHECKING:
+    from slsgu_cli.cli.console import Console
+    from slsgu_cli.engine.gradients import GradResult
+
+
+@command("grad")
+def grad(
+    session: Session,
+    name: Name,
+    options: PassOptions,
+    model: ModelSpec | None = None,
+    squares: Annotated[
+        bool,
+        Option(("--squares",), "Also compute mean squared mini-batch gradients (slower).", MODEL),
+    ] = False,
+    adversarial: Annotated[
+        bool,
+        Option(
+            ("--adversarial",),
+            "Also forget the name behind the prefixes that `verify` found, and behind random ones.",
+            ROWS,
+        ),
+    ] = False,
+) -> None:
+    """Example: slsgu grad facebook"""
+    from slsgu_cli.engine.gradients import adversarial_prefixes, compute_gradients
+
+    if adversarial:
+        found = adversarial_prefixes(session.store, name)
+        options = replace(options, prefixes=(*options.prefixes, *found))
+    result = compute_gradients(session.store, name, model=model, options=options, squares=squares)
+    show_gradients(session.console, result)
+
+
+def show_gradients(console: "Console", result: "GradResult") -> None:
+    """Print both gradients of a set, and whether each was computed or cached."""
+    from slsgu_cli.cli.console import Column
+
+    pointer = result.pointer
+
+    def row(role: str, header: GradientHeader) -> tuple[Any, ...]:
+        made = "computed" if role in result.computed else "cached"
+        digest = pointer.forget if role == "forget" else pointer.retain
+        return (role, header.loss, header.mean_loss, header.rows, header.batches, digest, made)
+
+    rows = [row(role, header) for role, header in result.headers.items()]
+    digest = Column("gradient", shown=artifact_name)
+    columns: list[str | Column] = ["role", "loss", "mean loss", "rows", "batches", digest, "made"]
+    if result.squared is not None:
+        made = ["computed" if role in result.squared else "cached" for role in result.headers]
+        rows = [(*row, word) for row, word in zip(rows, made, strict=True)]
+        columns.append("squares")
+    names = [column if isinstance(column, str) else column.name for column in columns]
+    data = [{"squares": None} | dict(zip(names, row, strict=True)) for row in rows]
+    console.table("gradients", columns, rows, title=f"gradients of {pointer.name}", data=data)

@@ -1,0 +1,221 @@
+"""The command `search`."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+from slsgu_cli.checkpoints.layers import known_as
+from slsgu_cli.cli.app import Names, Session, command
+from slsgu_cli.cli.evaluate import Figures, recognised, show_before_after
+from slsgu_cli.cli.formats import signed, step_size
+from slsgu_cli.cli.usage import ParsedOptions
+from slsgu_cli.errors import NotForgottenError, UsageError
+from slsgu_cli.figures.numbers import percent, roughly
+from slsgu_cli.records.figures import Report
+from slsgu_cli.records.options import SearchOptions
+from slsgu_cli.records.targets import TargetSearchOptions
+from slsgu_cli.records.words import SEARCH, Option
+
+if TYPE_CHECKING:
+    from slsgu_cli.cli.console import Console
+    from slsgu_cli.engine.search import SearchResult
+    from slsgu_cli.store.store import Store
+
+
+# Warn if an edit costs more points of accuracy than this on an evaluation set.
+COSTLY = 5.0
+# Number of harmed classes, and of classes with near names, on a terminal without -v.
+HARM_SHOWN = 5
+
+
+@command("search")
+def search(
+    session: Session,
+    names: Names,
+    options: ParsedOptions[SearchOptions],
+    on_target: ParsedOptions[TargetSearchOptions],
+    joint: Annotated[
+        bool, Option(("--joint",), "Search for edits that forget all sets jointly.", SEARCH)
+    ] = False,
+) -> None:
+    """Several sets are searched one after another, or jointly with --joint. With --target, trials
+    are measured on the images or answers of a model built on CLIP.
+
+    Example: slsgu search facebook --criterion fa5
+    """
+    if "target" in on_target:
+        from slsgu_cli.cli.search_on_target import search_on_target
+        from slsgu_cli.processes import refuse_several
+
+        refuse_several("search --target")
+        if joint:
+            raise UsageError("--joint is for a search on CLIP", hint="remove --target")
+        options.refuse("for a search on CLIP", hint="remove --target", shared=[on_target])
+        search_on_target(session, names, on_target.record())
+        return
+    from slsgu_cli.cli.search_jointly import search_jointly
+
+    on_target.refuse(
+        "for a search on a model built on CLIP",
+        hint="slsgu search NAME --target FOLDER",
+        shared=[options],
+    )
+    run = search_jointly if joint else search_sets
+    run(session, names, options.record())
+
+
+def search_sets(session: Session, names: Sequence[str], options: SearchOptions) -> None:
+    """Search sets one after another, then raise NotForgottenError if any was not forgotten."""
+    from slsgu_cli.engine.plots import draw_steps, search_and_plot
+    from slsgu_cli.engine.set_edits import require_forgotten
+
+    store, console = session.store, session.console
+    if len(names) == 1:
+        result = search_and_plot(store, names[0], options=options)
+        show_search(console, store, result)
+        require_forgotten(result)
+        return
+    from slsgu_cli.engine.search import search_each
+
+    failed: list[NotForgottenError] = []
+    for result in search_each(store, names, options=options):
+        name = result.trials.name
+        draw_steps(store, result)
+        with console.part("sets"):
+            console.value("set", f"set\t{name}", data=name, shown=f"\n{name}")
+            show_search(console, store, result)
+        try:
+            require_forgotten(result)
+        except NotForgottenError as error:
+            failed.append(error)
+    if failed:
+        message = "; ".join(error.message for error in failed)
+        raise NotForgottenError(message, hint=failed[0].hint)
+
+
+def show_search(
+    console: "Console", store: "Store", result: "SearchResult", *, brief: bool = False
+) -> None:
+    """Print the chosen trial, its accuracy on the test split, and the harmed classes.
+
+    Trials are printed too, except on a terminal without -v. If `brief`, print the choice only.
+    """
+    from slsgu_cli.cli.console import Column
+    from slsgu_cli.store.artifacts import Artifact
+
+    trials, chosen = result.trials, result.chosen
+    sets = sorted(trials.baseline_utility)
+    utility = [Column(f"TA@1 {n}", shown=roughly, label=f"TA@1\n{n}") for n in sets]
+    columns = (
+        Column("layer", shown=known_as),
+        Column("direction", on_terminal=len({trial.direction for trial in trials.trials}) > 1),
+        Column("step", shown=step_size),
+        Column("% of norm", shown=roughly, label="move"),
+        Column("FA@1", shown=roughly),
+        Column("FA@5", shown=roughly),
+        *utility,
+        Column("chosen"),
+    )
+    order = sorted(
+        trials.trials, key=lambda t: (t.tower != "vision", t.layer, t.direction.order, t.step)
+    )
+    rows = [
+        (
+            trial.layer,
+            str(trial.direction),
+            trial.step,
+            100 * trial.share,
+            trial.forget.top1,
+            trial.forget.top5,
+            *(trial.utility[name].top1 if trial.utility else None for name in sets),
+            trial == chosen,
+        )
+        for trial in order
+    ]
+    title = f"trials for {trials.name}, on the validation split"
+    if console.as_json or not (brief or console.brief):
+        console.table("trials", columns, rows, title=title, data=trials)
+    console.value(
+        "chosen",
+        f"chosen\t{chosen.layer}\t{chosen.step:.10g}",
+        data=chosen,
+        shown=f"\nchosen of {len(trials.trials)} trials: {chosen.layer} at step "
+        f"{step_size(chosen.step)}, a move by {100 * chosen.share:.1f}% of the layer's norm "
+        f"along the direction {chosen.direction}",
+    )
+    if not brief:
+        show_before_after(console, chosen_figures(result))
+        show_earlier(console, result.report)
+        show_harm(console, result.report)
+    files = (Artifact.EDIT, Artifact.TRIALS)
+    console.paths("files", [store.where(kind.path(trials.name)) for kind in files])
+    if result.reused:
+        console.note(f"{result.reused} recorded trials were reused")
+    before, after, base_edits = result.report.before, result.report.after, result.report.base_edits
+    if before.forget.top1 < 20:
+        console.warn(
+            f"the original model recognises {trials.name} in only "
+            f"{before.forget.top1:.0f}% of its images: there is little to forget"
+        )
+    for name, was in sorted((base_edits.figures if base_edits else before).utility.items()):
+        lost = was.top1 - after.utility[name].top1
+        if lost > COSTLY:
+            console.warn(
+                f"the edit costs {lost:.1f} points of top-1 accuracy on {name}: "
+                "try other layers, or --criterion fa1"
+            )
+
+
+def chosen_figures(result: "SearchResult") -> Figures:
+    """Return test accuracy of the original model, of earlier edits if any, and of the edit."""
+    report = result.report
+    models = {"original": report.before, "edited": report.after}
+    if report.base_edits is not None:
+        models = {
+            "original": report.before,
+            "before": report.base_edits.figures,
+            "after": report.after,
+        }
+    return {label: (figures.forget, figures.utility) for label, figures in models.items()}
+
+
+def show_earlier(console: "Console", report: Report) -> None:
+    """Print how well the concepts of earlier edits are recognised, if there are any."""
+    from slsgu_cli.cli.console import Column
+
+    if report.base_edits is None:
+        return
+    figures = [(k, when) for k in (1, 5) for when in ("original", "before", "after")]
+    rows = [
+        (name, *(getattr(getattr(edit, when), f"top{k}") for k, when in figures))
+        for name, edit in report.base_edits.edits.items()
+    ]
+    columns = (
+        Column("edit"),
+        *(Column(f"FA@{k} {when}", shown=percent, label=f"FA@{k}\n{when}") for k, when in figures),
+    )
+    title = "concepts of earlier edits"
+    console.table("earlier", columns, rows, title=title, data=report.base_edits)
+    for name, edit in report.base_edits.edits.items():
+        console.note(recognised(name, edit.after))
+
+
+def show_harm(console: "Console", report: Report) -> None:
+    """Print the most harmed classes, and the classes with the nearest names."""
+    from slsgu_cli.cli.console import Column
+
+    columns = (
+        Column("class"),
+        Column("images"),
+        Column("original", shown=percent),
+        Column("edited", shown=percent),
+        Column("change", shown=signed),
+    )
+    for key, losses, title in (
+        ("harmed", report.harmed, "most harmed classes"),
+        ("nearest", report.nearest, "classes with the nearest names"),
+    ):
+        rows = [
+            (loss.name, loss.rows, loss.before, loss.after, loss.after - loss.before)
+            for loss in (losses[:HARM_SHOWN] if console.brief else losses)
+        ]
+        console.table(key, columns, rows, title=f"{title}, TA@1", data=list(losses))
