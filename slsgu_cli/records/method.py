@@ -77,7 +77,7 @@ class ParameterNorm:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GradientHeader:
-    """What a gradient file holds and what it was computed from.
+    """The header of a gradient file.
 
     `sign` is always `+grad`: the file holds the gradient of `loss` itself, and unlearning
     ascends it. `weights` has the norm of every parameter at the time.
@@ -122,13 +122,12 @@ class SquaresHeader:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SumsHeader:
-    """Sums of a pass under way: of `done` mini-batches of `batches`, from the first on.
+    """Sums of a pass under way, over the first `done` of `batches` mini-batches.
 
-    Or what a training has come to after as many of its steps, or the answers of as many batches
-    of questions. `gradient` is the digest of the gradient, the covariances, the training or the
-    answers that they are of, by which they are addressed. The first `added` mini-batches are in
-    one sum, and those after them in another. Those of a pass for `squares` have them beside the
-    gradients.
+    It is also the state of a training after as many steps, or the answers to as many batches of
+    questions. `gradient` is the digest of the result, which addresses the sums. The first
+    `added` mini-batches are in one sum, and the rest in another. A pass for `squares` sums these
+    next to the gradients.
     """
 
     gradient: str
@@ -189,7 +188,7 @@ class LayerCovariance:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CovarianceHeader:
-    """What a file of covariances holds, of which model, over which retain rows.
+    """The header of a file of input covariances of a model over retain rows.
 
     `unseen` are layers that were looked for, and whose inputs were not seen: by what could be
     seen in that `revision`. Captions have `prefixes` as well, where those of the forget gradient
@@ -217,10 +216,10 @@ class CovarianceHeader:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FeatureHeader:
-    """What a file of image features is of: the original model, and rows that serve a split.
+    """Image features of the original model, of the rows of a split.
 
-    `evals` says by evaluation set which rows these are, as a set has it, and how they are
-    dealt; `split` which part of them it is. They were computed in `precision`, on a `device`.
+    `evals` identifies by evaluation set the rows and how they are split, and `split` is the part
+    that the features are of. They were computed in `precision`, on a `device`.
     """
 
     model: str

@@ -581,7 +581,8 @@ def test_commands_take_their_options_from_a_recipe(written, shared_world, tmp_pa
     assert {trial.layer for trial in catalog.get(Artifact.TRIALS, "blue").trials} == {"visual.proj"}
     # The command line wins, also over what the recipe has.
     ranked = inside("rank", "blue", *options, "--direction", "whitened", "--json", store=store)
-    assert json.loads(ranked.stdout)["ranking"]["direction"] == "whitened"
+    (direction,) = json.loads(ranked.stdout)["ranking"]["directions"]
+    assert direction["kind"] == "whitened"
     gate = inside("eval", "blue", *options, "--json", store=store)
     assert gate.exit_code == 5
     results = {each["assertion"]: each["result"] for each in json.loads(gate.stdout)["assertions"]}
