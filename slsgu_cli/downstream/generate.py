@@ -15,7 +15,7 @@ from torch import Tensor
 
 import slsgu_cli
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.edits import Edit, edit_digests, load_edit, tell_of_other_encoders
+from slsgu_cli.checkpoints.edits import Edit, edit_digests, load_edit, warn_of_other_encoders
 from slsgu_cli.clip.evaluation import concept_rows, serving_rows
 from slsgu_cli.clip.inputs import Ints, spans
 from slsgu_cli.downstream.judge import (
@@ -202,7 +202,7 @@ def generate(store: Store, request: GenerateRequest) -> tuple[Generation, Output
     Raises MissingError, InputError, StaleError and UsageError.
     """
     edits = [load_edit(store, name) for name in request.names]
-    tell_of_other_encoders(edits)
+    warn_of_other_encoders(edits)
     request = replace(request, judges=judge_specs(store, request.names[0], request.judges))
     classes = judged_classes(store, edits, request.classes, request.templates)
     if request.judges and len(classes) < 2:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import slsgu_cli
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.edits import edit_digests, load_edit, tell_of_other_encoders
+from slsgu_cli.checkpoints.edits import edit_digests, load_edit, warn_of_other_encoders
 from slsgu_cli.clip.inputs import CacheBudget, decoder, pixel_normalizer, spans, to_tokens
 from slsgu_cli.clip.models import input_spec, load, pick_device, resolve, tokenizer
 from slsgu_cli.clip.towers import text_tower, vision_tower
@@ -414,7 +414,7 @@ def answer_set(store: Store, request: CanvasRequest) -> AnswerSet:
         raise UsageError("an answer set has one judge", hint="give --judge once")
     request = replace(request, judges=judge_specs(store, request.names[0], request.judges))
     edits = [load_edit(store, name) for name in request.names]
-    tell_of_other_encoders(edits)
+    warn_of_other_encoders(edits)
     concept = edits[0].header.concept
     themes, objects = (_listed(name) for name in (request.themes, request.objects))
     of_theme, of_object = find_class(themes, concept), find_class(objects, concept)

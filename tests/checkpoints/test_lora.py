@@ -309,10 +309,10 @@ def test_the_smallest_rank_that_suffices_is_found(full):
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        ("visual.transformer.resblocks.0.mlp.c_fc.weight", "is of the vision tower"),
-        ("transformer.resblocks.0.ln_1.weight", "is no linear module"),
-        ("text_projection", "is no linear module"),
-        ("text.transformer.encoder.layer.0.output.dense.weight", "is no linear module"),
+        ("visual.transformer.resblocks.0.mlp.c_fc.weight", "is in the vision tower"),
+        ("transformer.resblocks.0.ln_1.weight", "is not a linear module"),
+        ("text_projection", "is not a linear module"),
+        ("text.transformer.encoder.layer.0.output.dense.weight", "is not a linear module"),
     ],
 )
 def test_a_layer_that_no_client_can_name_is_refused(state, layer, reason):
@@ -347,7 +347,7 @@ def test_a_pipeline_at_hand_says_which_encoder_it_is_for(state, tmp_path):
 def test_what_stands_at_the_place_is_not_lost(state, tmp_path):
     one = made(state, LAYERS["proj"])
     path, _ = exported(tmp_path, [one])
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         exported(tmp_path, [one])
     assert exported(tmp_path, [one], overwrite=True)[0] == path
     (tmp_path / "lora").mkdir()

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from slsgu_cli.method.gradient_pass import GradientPass
 from slsgu_cli.method.trial import Probe
 
-END = "interrupted; what was complete is kept\n"
+END = "interrupted; completed work is saved\n"
 # Rows of the forget set are added first, then those of the retain set.
 ROW, FORGET = "slsgu_cli.store.blocks:BlockWriter.add", 20
 

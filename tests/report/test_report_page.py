@@ -144,7 +144,7 @@ def test_figures_whose_rows_may_be_others_now_are_told_as_the_edits_own(store, t
     rebuilt.write_record(path, replace(manifest, evals=evals))
     page = html(rebuilt)
     assert "These figures are the edit&#x27;s own" in page
-    assert "The search is stale: the evaluation set brands was built anew since." in page
+    assert "The search is stale: the evaluation set brands has been rebuilt since." in page
     assert "The best trial of each layer" not in page
 
 
@@ -210,7 +210,7 @@ def test_verification_and_comparison_are_shown_with_their_verdicts(store, tmp_pa
     edit = load_edit(more, NAME)
     write_edit(more, replace(edit, header=replace(edit.header, step=0.5)))
     page = html(more)
-    assert "The verification is stale: the edit was made anew since." in page
+    assert "The verification is stale: the edit has been remade since." in page
     assert "What the concept became" not in page
 
 
