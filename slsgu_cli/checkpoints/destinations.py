@@ -37,7 +37,7 @@ def require_place(
         raise InputError(f"{out} contains the model {origin}", hint="another --out")
     occupied = any(out.iterdir()) if out.is_dir() else out.exists()
     if occupied and not overwrite:
-        raise InputError(f"{out} already exists", hint="another --out, or --overwrite")
+        raise InputError(f"{out} exists already", hint="another --out, or --overwrite")
     if as_folder and occupied and not out.is_dir():
         raise InputError(f"{out} is a file, but the model is a folder", hint="another --out")
 

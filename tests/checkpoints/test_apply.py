@@ -418,7 +418,7 @@ def test_what_is_there_is_replaced_only_when_asked(folder: Path, tmp_path: Path)
     made, out = edit_of(main_weights(folder)), tmp_path / "out"
     run([made], main_weights(folder), out)
     first = tree(out)
-    with pytest.raises(InputError, match="already exists"):
+    with pytest.raises(InputError, match="exists already"):
         run([made.scaled(2)], main_weights(folder), out)
     assert tree(out) == first
     run([made.scaled(2)], main_weights(folder), out, overwrite=True)

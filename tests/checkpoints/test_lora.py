@@ -347,7 +347,7 @@ def test_a_pipeline_at_hand_says_which_encoder_it_is_for(state, tmp_path):
 def test_what_stands_at_the_place_is_not_lost(state, tmp_path):
     one = made(state, LAYERS["proj"])
     path, _ = exported(tmp_path, [one])
-    with pytest.raises(InputError, match="already exists"):
+    with pytest.raises(InputError, match="exists already"):
         exported(tmp_path, [one])
     assert exported(tmp_path, [one], overwrite=True)[0] == path
     (tmp_path / "lora").mkdir()

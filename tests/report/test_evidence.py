@@ -225,7 +225,7 @@ def test_without_a_recipe_it_is_of_a_set_and_the_models_that_are_named(job):
 
 def test_files_of_others_are_not_replaced(job):
     request = EvidenceRequest(names=["blue"], out=job / "filed")
-    with pytest.raises(InputError, match="already exists"):
+    with pytest.raises(InputError, match="exists already"):
         write_evidence(Store("store"), request)
     (job / "filed" / "letter.txt").write_text("mine")
     with pytest.raises(InputError, match=r"letter.txt, which would be lost"):

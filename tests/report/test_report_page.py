@@ -171,7 +171,7 @@ def test_joint_searches_and_sweeps_are_shown_to_the_concepts_they_concern(store,
     pointer = more.read_record("gradients/castle.json", GradientPointer)
     more.write_record("gradients/castle.json", replace(pointer, forget=pointer.retain))
     page = html(more)
-    assert "The sweep all is stale: the forget gradient of castle was computed anew" in page
+    assert "The sweep all is stale: the forget gradient of castle has been recomputed" in page
     assert "All edits in place" not in page
 
 

@@ -36,7 +36,7 @@ def write(store, out, names=(NAME,), **options):
 def test_it_is_replaced_only_when_asked_and_comes_out_the_same(store, out):
     write(store, out, examples=False)
     first = out.read_bytes()
-    with pytest.raises(InputError, match="already exists") as told:
+    with pytest.raises(InputError, match="exists already") as told:
         write(store, out, examples=False)
     assert "--overwrite" in told.value.hint
     write(store, out, examples=False, overwrite=True)

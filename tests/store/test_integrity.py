@@ -122,7 +122,7 @@ def test_an_array_that_says_it_is_shorter_is_damage(store):
     write_block(store)
     path = Path(store.where(BLOCK), "labels", "zarr.json")
     path.write_text(path.read_text().replace("70", "66", 1))
-    with pytest.raises(InputError, match=r"a\.zarr is damaged: .*laid out"):
+    with pytest.raises(InputError, match=r"a\.zarr is damaged: the layout"):
         DataBlock.at(store, BLOCK)
 
 
@@ -134,7 +134,7 @@ def test_a_tensor_that_is_not_asked_for_is_not_looked_at(store):
     data[-1] ^= 1
     file.write_bytes(data)
     assert store.read_tensors(TENSORS, ["a"])["a"].tolist() == [0] * 4
-    with pytest.raises(InputError, match=r"covariances/a\.safetensors is damaged: b is not"):
+    with pytest.raises(InputError, match=r"covariances/a\.safetensors is damaged: b does not match"):
         store.read_tensors(TENSORS, ["b"])
 
 
