@@ -1,6 +1,6 @@
-"""What can go wrong, with the exit code each kind ends the process with.
+"""The errors of slsgu, each with its exit code.
 
-Every error says what happened and where; `hint` is the command or change that mends it.
+Every error says what happened and where; `hint` is the command or change that fixes it.
 The subclasses also inherit the builtin a caller of the Python API would expect to catch.
 """
 
@@ -24,8 +24,8 @@ class ExitCode(IntEnum):
     BAD_INPUT = 3
     STALE = 4
     NOT_FORGOTTEN = 5
-    # What a shell reports of a program that a signal ends: SIGHUP, SIGINT, SIGPIPE, SIGTERM.
-    # By SIGPIPE, nobody reads the output any more.
+    # What a shell reports for a program that a signal ended: SIGHUP, SIGINT, SIGPIPE, SIGTERM.
+    # SIGPIPE means that the output is no longer read.
     HUNG_UP = 129
     INTERRUPTED = 130
     UNREAD = 141
@@ -33,7 +33,7 @@ class ExitCode(IntEnum):
 
 
 class Ended(KeyboardInterrupt):
-    """The process is asked to end as by Ctrl-C, by another signal: `exit_code` says which."""
+    """A signal other than Ctrl-C asks the process to end: `exit_code` says which."""
 
     def __init__(self, exit_code: ExitCode) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class InputError(SlsguError, ValueError):
 
 
 class NotFiniteError(InputError):
-    """Weights or features that are NaN or infinite, by which nothing can be counted."""
+    """Weights or features that are NaN or infinite."""
 
 
 class ForeignError(InputError):
@@ -86,7 +86,7 @@ class MissingError(SlsguError, FileNotFoundError):
 
 
 class StaleError(SlsguError, ValueError):
-    """An artifact made from something other than what it meets now."""
+    """An artifact whose inputs have changed."""
 
     exit_code = ExitCode.STALE
 
@@ -96,23 +96,23 @@ class FormatError(StaleError):
 
 
 class NotForgottenError(SlsguError):
-    """The search met no step at which the concept is forgotten."""
+    """The search found no step at which the concept is forgotten."""
 
     exit_code = ExitCode.NOT_FORGOTTEN
 
 
 class AbsentError(SlsguError):
-    """A checkpoint that does not hold the edit it was asked for."""
+    """A checkpoint that does not contain the edit."""
 
     exit_code = ExitCode.NOT_FORGOTTEN
 
 
 class AssertionsError(NotForgottenError):
-    """A figure is not what was asserted of it."""
+    """A figure violates an assertion."""
 
 
 def once(outcomes: dict[K, T | SlsguError], key: K, ask: Callable[[], T]) -> T:
-    """Return what `ask` returned, or raise what it raised, when first asked for by a key."""
+    """Return or raise the outcome of `ask`, which is called once for each key."""
     if key not in outcomes:
         try:
             outcomes[key] = ask()
@@ -124,24 +124,27 @@ def once(outcomes: dict[K, T | SlsguError], key: K, ask: Callable[[], T]) -> T:
     return outcome
 
 
-# What numpy and PyTorch raise, neither of which is imported to tell.
+# The names of errors of numpy and PyTorch, which are not imported here.
 SINGULAR = ("LinAlgError", "_LinAlgError")
 
-# What libraries raise that speak to servers: httpx, requests, aiohttp and botocore.
+# The names of errors of httpx, requests, aiohttp and botocore.
 OF_THE_NETWORK = ("HTTPError", "RequestException", "ClientError", "BotoCoreError")
 
 
 def _hint(error: OSError) -> str:
-    """Return what mends what the system refuses."""
+    """Return a hint for an error of the operating system."""
     if isinstance(error, FileNotFoundError):
-        return "it went away meanwhile; look for it, and for the folder that this runs in"
+        return (
+            "the file disappeared while it was being used; "
+            "check that it and the working directory still exist"
+        )
     if isinstance(error, PermissionError):
-        return "have this user be allowed to use it, or name another place"
+        return "give this user permission, or name another path"
     if error.errno == errno.ENAMETOOLONG:
         return "choose a shorter name"
     if isinstance(error, ConnectionError | TimeoutError):
         return "check the connection and try again"
-    return "look at the file or folder, and at the disk it lies on"
+    return "check the file or folder, and the disk it is on"
 
 
 def lacks_memory(error: BaseException) -> bool:
@@ -150,7 +153,7 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 def unexpected(error: BaseException) -> SlsguError:
-    """Return as an error of ours what the system, PyTorch or another library raised."""
+    """Return an error of the system, PyTorch or another library as an error of slsgu."""
     if lacks_memory(error):
         return SlsguError(
             f"out of memory: {error}",
@@ -158,28 +161,32 @@ def unexpected(error: BaseException) -> SlsguError:
         )
     if any(base.__name__ in OF_THE_NETWORK for base in type(error).__mro__):
         return InputError(
-            f"a server cannot be reached, or refuses: {first_lines(error)}",
-            hint="check the address, the connection and the leave to use it",
+            f"a server cannot be reached or refused the request: {first_lines(error)}",
+            hint="check the URL, your network connection and your credentials",
         )
     if isinstance(error, OSError):
-        # Files and folders that vanish under a command, or may not be read, come from anywhere.
+        # Any call may meet files that disappear or cannot be read.
         what = " ".join(str(name) for name in (error.filename, error.filename2) if name)
         reason = error.strerror or first_lines(error)
-        message = f"cannot use {what}: {reason}" if what else f"the system refuses: {reason}"
+        message = (
+            f"cannot use {what}: {reason}" if what else f"the operating system refused: {reason}"
+        )
         return InputError(message, hint=_hint(error))
     if type(error).__name__ in SINGULAR:
         return InputError(
-            f"figures that cannot be solved for, as damaged ones are: {first_lines(error)}",
-            hint="`slsgu check` says what is damaged; remove it, and run the command that made it",
+            "a linear system cannot be solved, perhaps because an artifact is damaged: "
+            f"{first_lines(error)}",
+            hint="`slsgu check` finds damaged artifacts; remove them, "
+            "and run the commands that made them",
         )
     text = f"unexpected {type(error).__name__}: {first_lines(error)}"
     return SlsguError(text, hint="add --debug to see where, and report it")
 
 
 def ended_by(error: BaseException) -> SlsguError:
-    """Return the error that a command ends with, by what was raised, and its exit code."""
+    """Return the error, with its exit code, that a command ends with."""
     if isinstance(error, KeyboardInterrupt):
-        ended = SlsguError("interrupted; what was complete is kept")
+        ended = SlsguError("interrupted; completed work is saved")
         ended.exit_code = Ended.code(error)
         return ended
     return error if isinstance(error, SlsguError) else unexpected(error)

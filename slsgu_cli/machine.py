@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-# Files of a cgroup of version 2 and of version 1: its limit, what it has taken, and by what name
-# that which is of files, and given back when it is wanted.
+# Files of a cgroup, version 2 and version 1: its limit, its use, and the name of the page cache
+# that the kernel can reclaim.
 CGROUP_FILES = {
     "": ("memory.max", "memory.current", "inactive_file"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -21,10 +21,10 @@ def cores() -> int:
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
-    """Return the bytes that this process may still take, of the machine and of its cgroup.
+    """Return the bytes that this process can still allocate, by the machine and by its cgroup.
 
-    What both hold of files counts as free. None where the system tells neither: only Linux does.
-    `root` is where `proc` and `sys` lie.
+    Page cache counts as free. None if the system reports neither; only Linux does.
+    `root` is the folder of `proc` and `sys`.
     """
     available = _figure(root / "proc/meminfo", "MemAvailable:")
     free = [] if available is None else [available << 10]
@@ -50,7 +50,7 @@ def _cgroups(root: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _figure(path: Path, name: str = "") -> int | None:
-    """Return the number behind `name` in a file, or the first word; None where that is none."""
+    """Return the number after `name` in a file, or the first word; None if it is not a number."""
     with suppress(OSError, ValueError, IndexError):
         words = path.read_text().split()
         return int(words[words.index(name) + 1 if name else 0])

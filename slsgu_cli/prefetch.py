@@ -8,7 +8,7 @@ from typing import TypeVar
 S = TypeVar("S")
 T = TypeVar("T")
 
-# Items a thread that are read ahead.
+# Items that each thread reads ahead.
 AHEAD = 3
 
 
@@ -17,7 +17,7 @@ def prefetch(
 ) -> Iterator[T]:
     """Yield `read(item)` in order, `ahead` items a thread before the consumer wants them.
 
-    When the consumer stops or is interrupted, what has not begun is dropped.
+    When the consumer stops or is interrupted, items not yet started are dropped.
     """
     pool = ThreadPoolExecutor(threads)
     waiting: deque[Future[T]] = deque()

@@ -1,7 +1,7 @@
-"""What a long run tells of itself: notes, details, warnings, and how far it is.
+"""Report on a long run: notes, details, warnings and progress bars.
 
-The package tells these functions and knows no terminal. They pass everything on to one
-sink, which is silent until a program sets another one; the command line sets its console.
+The package calls these functions and knows no terminal. They pass everything on to one sink,
+which is silent until a program sets another one; the command line sets its console.
 """
 
 import re
@@ -20,21 +20,21 @@ class Ticker:
 
 
 class Sink:
-    """Where all of it goes. This one is silent; a subclass shows what it overrides."""
+    """Receives all reports. This one is silent; subclasses override what they show."""
 
     __slots__ = ()
 
     def note(self, text: str) -> None:
-        """Tell what was done."""
+        """Report what was done."""
 
     def detail(self, text: str) -> None:
-        """Tell how it was done."""
+        """Report how it was done."""
 
     def warn(self, text: str) -> None:
-        """Tell what somebody should look at."""
+        """Report a problem that the user should look at."""
 
     def bar(self, label: str, total: int | None) -> AbstractContextManager[Ticker]:
-        """Show how far a loop over `total` items is; yield what advances it."""
+        """Show the progress of a loop over `total` items; yield its ticker."""
         del label, total
         return nullcontext(Ticker())
 
@@ -60,7 +60,7 @@ def using(sink: Sink) -> Iterator[None]:
 
 
 def silent() -> AbstractContextManager[None]:
-    """Tell nobody for the length of a block."""
+    """Report nothing for the length of a block."""
     return using(Sink())
 
 
@@ -73,38 +73,38 @@ class _Bars(Sink):
         self._shown_by = shown_by
 
     def bar(self, label: str, total: int | None) -> AbstractContextManager[Ticker]:
-        """Show how far a loop over `total` items is; yield what advances it."""
+        """Show the progress of a loop over `total` items; yield its ticker."""
         return self._shown_by.bar(label, total)
 
 
 def bars_only() -> AbstractContextManager[None]:
-    """Tell only how far loops are for the length of a block."""
+    """Show only progress bars for the length of a block."""
     return using(_Bars(_sink))
 
 
 def note(text: str) -> None:
-    """Tell what was done."""
+    """Report what was done."""
     _sink.note(text)
 
 
 def detail(text: str) -> None:
-    """Tell how it was done."""
+    """Report how it was done."""
     _sink.detail(text)
 
 
 def warn(text: str) -> None:
-    """Tell what somebody should look at."""
+    """Report a problem that the user should look at."""
     _sink.warn(text)
 
 
 def bar(label: str, total: int | None) -> AbstractContextManager[Ticker]:
-    """Show how far a loop over `total` items is; yield what advances it."""
+    """Show the progress of a loop over `total` items; yield its ticker."""
     return _sink.bar(label, total)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what libraries log and warn of off the terminal for the length of a block."""
+    """Suppress logs and warnings of libraries for the length of a block."""
     import logging
 
     before = logging.root.manager.disable
@@ -119,14 +119,14 @@ def quiet() -> Iterator[None]:
 
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
-# What makes the text around it run the other way, so that a name could pass for another.
+# Characters that reverse the text around them, so that one name could look like another.
 _REORDERING = re.compile(r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def terminal_safe(text: str) -> str:
-    """Return `text` without what would criterion a terminal: a caption or a key may hold anything.
+    """Return `text` without control characters, which captions and keys may contain.
 
-    Controls become spaces. Those that reorder text leave a mark: without any, two names that
-    differ would look the same.
+    Controls become spaces. Characters that reorder text become a mark, because two different names
+    would look the same without it.
     """
     return _REORDERING.sub("\ufffd", _CONTROL.sub(" ", text))

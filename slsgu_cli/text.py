@@ -1,4 +1,4 @@
-"""Text for messages: lists of words, near names, what a library's error says."""
+"""Text for messages: lists of words, similar names, the errors of libraries."""
 
 import difflib
 import re
@@ -6,27 +6,27 @@ from collections.abc import Collection, Sequence
 
 
 def reason_of(error: Exception) -> str:
-    """Return what is wrong with a content that could not be read; a KeyError says what it lacks."""
+    """Return why content could not be read; a KeyError names the missing part."""
     return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def listed(words: Sequence[str], most: int = 3, separator: str = ", ") -> str:
-    """Return words one after another; of many the first, and how many more there are."""
+    """Join the first words, and say how many more there are."""
     more = len(words) - most
     return separator.join(words[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def enumerated(words: Sequence[str]) -> str:
-    """Return words one after another, with `and` before the last."""
+    """Join words, with `and` before the last."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-# The share of letters in common, in their order, that a slip of the pen leaves.
+# The fraction of letters in common, in order, that makes a name similar.
 CLOSE = 0.8
 
 
 def near(text: str, names: Collection[str], most: int = 3) -> str | None:
-    """Return which of the names were perhaps meant, as a hint; None where none is near."""
+    """Return a hint with the names that are similar to `text`; None if there are none."""
     by_letters = {re.sub(r"\W+", "", name).lower(): name for name in names}
     letters = re.sub(r"\W+", "", text).lower()
     longer = [name for name in sorted(by_letters) if len(letters) > 2 and letters in name]
@@ -37,18 +37,18 @@ def near(text: str, names: Collection[str], most: int = 3) -> str | None:
 
 
 def near_names(name: str, names: Collection[str]) -> str:
-    """Return the end of a message that names what may have been meant; empty without any."""
+    """Return the end of a message with similar names; empty if there are none."""
     close = difflib.get_close_matches(name, names, n=3)
     return f"; near names: {', '.join(close)}" if close else ""
 
 
-# PyTorch refuses pickled objects and advises to load them all the same, which runs their code.
+# PyTorch refuses pickled objects and suggests loading them anyway, which runs their code.
 _UNSAFE_ADVICE = re.compile(r"weights[ _]only", re.IGNORECASE)
 _LONGEST = 300
 
 
 def first_lines(error: BaseException) -> str:
-    """Return the beginning of what a library's error says, on one line, without unsafe advice."""
+    """Return the first lines of a library's error as one line, without unsafe advice."""
     if _UNSAFE_ADVICE.search(str(error)):
         return "the file is corrupt or not a plain state dict. Refusing to unpickle other objects."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

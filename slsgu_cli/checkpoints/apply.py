@@ -38,7 +38,7 @@ STANDARD_NAME = {
 # Formats that other libraries load in place of the ones edited here.
 OTHER_FORMATS = (".msgpack", ".h5", ".onnx", ".ckpt", ".gguf", ".pb")
 
-# Gets the model card that is there, and returns the one to write: None for none.
+# Takes the present model card, and returns the one to write: None for none.
 Card = Callable[[str | None], str | None]
 
 
@@ -58,14 +58,14 @@ def apply_edits(
 ) -> AppliedResult:
     """Write a copy of a model with edits applied (or undone) at `out`.
 
-    They stand on `earlier` ones, which must be in place and stay as they are.
+    The edits build on `earlier` ones, which must be in place and stay unchanged.
     `out` is a folder, or for a single file also a file of the same format. With `config`,
     the content of its configuration, a single file becomes a folder in open_clip's layout,
-    which holds the files of `beside` as well.
-    `compare` runs while files are copied, and what it remarks is told before they are in place.
-    `check` looks at a folder in open_clip's layout before it is in place. `card` says which
-    model card a folder has. With a `layout`, the copy has that one.
-    What stands at `out` is replaced in one step, the model itself included.
+    which also gets the files of `beside`.
+    `compare` runs while files are copied, and its remark is logged before they are in place.
+    `check` examines a folder in open_clip's layout before it is in place. `card` returns the model
+    card of a folder. With a `layout`, the copy has that layout.
+    `out` is replaced in one step, even if it is the model itself.
     Raises UsageError, InputError, MissingError or StaleError, with nothing written.
     """
     require_distinct(edits)
@@ -77,7 +77,7 @@ def apply_edits(
     elif target.path.is_file():
         copy = _file_copy(target.path, out, plans[target.path], config, beside or {})
     else:
-        _tell_of_others(target, plans, options)
+        _warn_of_other_files(target, plans, options)
         relative = {str(path.relative_to(target.path)): plan for path, plan in plans.items()}
         copy = CopyPlan(out, all_files(target.path), relative)
     result = write_copy(_with_card(copy, card), options, compare, check)
@@ -85,7 +85,7 @@ def apply_edits(
 
 
 def _with_card(plan: CopyPlan, card: Card | None) -> CopyPlan:
-    """Return a plan with the model card of a folder; of one file there is none."""
+    """Return a plan with the model card of a folder; a single file has none."""
     if card is None or "" in plan.plans:
         return plan
     there = plan.files.get(README)
@@ -107,7 +107,7 @@ def copy_model(
     beside: Mapping[str, Path] | None = None,
     check: Check | None = None,
 ) -> AppliedResult:
-    """Write a copy of a model at `out`, laid out as `apply_edits` does it, without any edit.
+    """Write a copy of a model at `out`, in the layout of `apply_edits`, without any edit.
 
     Raises UsageError or InputError, with nothing written.
     """
@@ -126,12 +126,12 @@ def _file_copy(
     config: Mapping[str, Any] | None,
     beside: Mapping[str, Path],
 ) -> CopyPlan:
-    """Return where one edited file goes: to `out` itself, or into the folder `out`."""
+    """Return the plan for one edited file: `out` is the file, or a folder for it."""
     container = open_weights(weights).container
     if out.suffix in {*SUFFIXES, weights.suffix} - {""} and not out.is_dir():
         if (out.suffix == SAFETENSORS) != (container == "safetensors"):
             raise UsageError(
-                f"{out.name} asks for another format than {weights.name} has",
+                f"{out.name} has another format than {weights.name}",
                 hint=f"--out {out.with_suffix(weights.suffix)}, or a folder",
             )
         return CopyPlan(out, {"": weights}, {"": plan})
@@ -151,7 +151,7 @@ def _converted_copy(
     layout: OtherLayout,
     options: ApplyOptions,
 ) -> CopyPlan:
-    """Return what a model has in another layout: its weights as they are planned, in one file."""
+    """Return the plan for another layout: all weights, with the edits, in one file."""
     edited = {
         encoder.name: weights
         for encoder in target.chosen(options.encoder)
@@ -160,8 +160,8 @@ def _converted_copy(
     }
     if len(edited) > 1:
         raise UsageError(
-            f"{layout.client} loads one encoder, and these edits are of {' and '.join(edited)}",
-            hint="write each by a command of its own, with the edits of it",
+            f"{layout.client} loads one encoder, but these edits are for {' and '.join(edited)}",
+            hint="write each encoder by a separate command with its edits",
         )
     (weights,) = edited.values()
 
@@ -178,15 +178,17 @@ def _converted_copy(
     )
 
 
-def _tell_of_others(target: Target, plans: Mapping[Path, FilePlan], options: ApplyOptions) -> None:
-    """Refuse weights that could not be checked; tell of those that other programs load."""
+def _warn_of_other_files(
+    target: Target, plans: Mapping[Path, FilePlan], options: ApplyOptions
+) -> None:
+    """Refuse unreadable weights; warn of weights that are copied without the edit."""
     for path, why in target.unread.items():
         if not options.force:
             raise InputError(
-                f"{path} lies beside the weights and cannot be edited: {why}",
-                hint="move it away, or --force to copy it as it is",
+                f"{path} is next to the weights and cannot be edited: {why}",
+                hint="move it away, or --force to copy it unchanged",
             )
-        progress.warn(f"{path} was copied as it is: {why}")
+        progress.warn(f"{path} was copied unchanged: {why}")
     sets = [weights for encoder in target.encoders for weights in encoder.copies]
     known = {*target.unread, *(path for weights in sets for path in weights.files)}
     for folder in sorted({target.path, *(path.parent for path in plans)}):
@@ -197,11 +199,13 @@ def _tell_of_others(target: Target, plans: Mapping[Path, FilePlan], options: App
     if target.family is Family.CLIP:
         for path in sorted(target.path.glob("*/**/*")):
             if path.suffix in SUFFIXES:
-                progress.warn(f"{path} lies below the model's folder: copied without the edit")
+                progress.warn(
+                    f"{path} is in a subfolder of the model and was copied without the edit"
+                )
 
 
 def _has_tensors(path: Path) -> bool:
-    """Return whether a file holds tensors, or might: one that cannot be read may be weights."""
+    """Return whether a file holds tensors, or might: an unreadable one may be weights."""
     try:
         return not path.is_file() or bool(open_weights(path).names())
     except InputError:

@@ -12,7 +12,7 @@ SHARDS = "*.index.json"
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
-    """Return what transformers calls the model of a configuration: its class and its type."""
+    """Return the class and the type of the model in a configuration of transformers."""
     classes = config.get("architectures")
     named = classes[0] if isinstance(classes, list) and classes else "model"
     return f"{named} ({config.get('model_type', 'of no type')})"
@@ -24,7 +24,7 @@ def read_config(path: Path) -> dict[str, Any]:
         content = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise MissingError(
-            f"{path.parent} is no model that slsgu knows: it has no {path.name}",
+            f"{path.parent} is not a model that slsgu knows: it has no {path.name}",
             hint=f"a folder with {CONFIG} (transformers), {PIPELINE} (diffusers) or {OPEN_CLIP}, "
             "or one file of weights",
         ) from error
@@ -36,14 +36,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    """Return what `read_config` does, and an empty object where there is no such file."""
+    """Return the content of a configuration file, or an empty object if it does not exist."""
     return read_config(path) if path.is_file() else {}
 
 
 def require_inside(folder: Path) -> None:
-    """Refuse a model whose indices of shards name files outside of its folder. Raises InputError.
+    """Refuse a model whose shard indices name files outside its folder. Raises InputError.
 
-    Other libraries would read what they name, and a copy would lead there too.
+    Other libraries would read those files, also from a copy.
     """
     for path in sorted([*folder.glob(SHARDS), *folder.glob(f"*/{SHARDS}")]):
         shards = read_config(path).get("weight_map", {})
@@ -52,9 +52,9 @@ def require_inside(folder: Path) -> None:
 
 
 def require_name_inside(path: Path, name: str) -> None:
-    """Refuse a file that names another one outside of its folder."""
+    """Refuse a file that names another one outside its folder."""
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
         raise InputError(
-            f"{path} names {name!r}, which lies outside of the model",
+            f"{path} names {name!r}, which is outside the model's folder",
             hint="get the model from a source that you trust",
         )

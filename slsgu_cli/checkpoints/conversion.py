@@ -25,18 +25,18 @@ from slsgu_cli.errors import InputError
 from slsgu_cli.records.method import Tower
 from slsgu_cli.text import listed
 
-# What a file of a CLIP may hold beside its weights; every library makes it anew.
+# Buffers next to the weights, which every library creates again.
 _BUFFER = re.compile(r"(.*\.)?(position_ids|attn_mask|input_resolution|context_length|vocab_size)")
 _NOT_TEXT = re.compile(r"(.*\.)?(visual|vision_model|visual_projection|logit_scale|logit_bias)\b.*")
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """A model's weights brought into another layout, to be written into one file.
+    """A model's weights converted to another layout, to be written into one file.
 
-    `names` is whose names list its tensors, and `towers` where each tower goes; one that has no
-    place there is left out. `current` reads a stored tensor with the edits in it. A layer of
-    `optional` may be missing.
+    `names` is the naming scheme that lists its tensors, and `towers` are the places for the towers;
+    a tower without a place is left out. `current` reads a stored tensor with the edits applied.
+    Layers in `optional` may be missing.
     """
 
     weights: WeightSet
@@ -46,7 +46,7 @@ class Conversion:
     optional: Sequence[str] = ()
 
     def tensors(self) -> list[NewTensor]:
-        """Return the tensors of the file. Raises InputError where some have no place in it."""
+        """Return the tensors of the file. Raises InputError if some have no place in it."""
         pieces: dict[str, list[tuple[TensorPlace, Places]]] = {}
         used: set[str] = set()
         for name, (sources, places) in self._both_places().items():
@@ -61,7 +61,7 @@ class Conversion:
         return [self._tensor(key, parts) for key, parts in pieces.items()]
 
     def _both_places(self) -> dict[str, tuple[Places, Places]]:
-        """Return where each tensor lies and where it goes, by open_clip's name for it."""
+        """Return the present and the new places of each tensor, by open_clip's name."""
         both = {}
         for tower in self.towers:
             source = self.weights.tower(tower.tower)
@@ -78,7 +78,7 @@ class Conversion:
         return both
 
     def _require_all(self, used: set[str]) -> None:
-        """Raise InputError where the other layout has no place for a tensor."""
+        """Raise InputError if the other layout has no place for a tensor."""
         left = self.weights.owners.keys() - used
         others = sorted(key for key in left if not _BUFFER.fullmatch(key))
         if len(self.towers) < len(Tower):
@@ -90,7 +90,7 @@ class Conversion:
             )
 
     def _tensor(self, key: str, parts: list[tuple[TensorPlace, Places]]) -> NewTensor:
-        """Return a tensor of the other layout, which may hold several of this one."""
+        """Return a tensor of the other layout, which may combine several of this one."""
         ordered = sorted(parts, key=lambda part: part[0].within or 0)
         shapes = [
             place.from_layer(np.broadcast_to(np.uint8(0), self.weights.shape(sources))).shape

@@ -14,10 +14,10 @@ from slsgu_cli.text import listed
 def require_place(
     origin: Path, out: Path, *, overwrite: bool, layout: "OtherLayout | None" = None
 ) -> None:
-    """Refuse an `out` that is occupied or that lies across the model at `origin`.
+    """Refuse an `out` that exists, or that is inside or around the model at `origin`.
 
-    With `overwrite` it may be occupied, by the model itself as well unless it gets another
-    layout. Raises InputError or UsageError.
+    With `overwrite` it may exist, and may be the model itself unless that gets another layout.
+    Raises InputError or UsageError.
     """
     require_regular(out)
     as_folder = origin.is_dir() if layout is None else bool(layout.file)
@@ -32,9 +32,9 @@ def require_place(
         in_place = ", or --overwrite to edit it in place" if layout is None else ""
         raise InputError(f"{out} is the model itself", hint=f"another --out{in_place}")
     if out.resolve().is_relative_to(origin.resolve()):
-        raise InputError(f"{out} lies inside the model {origin}", hint="another --out")
+        raise InputError(f"{out} is inside the model {origin}", hint="another --out")
     if origin.resolve().is_relative_to(out.resolve()) and overwrite:
-        raise InputError(f"{out} holds the model {origin}", hint="another --out")
+        raise InputError(f"{out} contains the model {origin}", hint="another --out")
     occupied = any(out.iterdir()) if out.is_dir() else out.exists()
     if occupied and not overwrite:
         raise InputError(f"{out} exists already", hint="another --out, or --overwrite")
@@ -43,9 +43,9 @@ def require_place(
 
 
 def require_nothing_lost(out: Path, written: Iterable[str]) -> None:
-    """Refuse to replace a folder that holds files whose names are not `written` anew.
+    """Refuse to replace a folder with files that will not be `written` again.
 
-    Raises InputError for these, and for what is neither a file nor a folder.
+    Raises InputError for these, and for anything but files and folders.
     """
     if not out.is_dir():
         return
@@ -68,7 +68,7 @@ def require_nothing_lost(out: Path, written: Iterable[str]) -> None:
 def all_files(folder: Path) -> dict[str, Path]:
     """Return every file below a folder by its relative name; links to files are followed.
 
-    Raises InputError for what cannot be copied.
+    Raises InputError for anything that cannot be copied.
     """
     files: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
@@ -76,7 +76,9 @@ def all_files(folder: Path) -> dict[str, Path]:
         if any(part.startswith(PARTIAL) for part in name.parts):
             continue
         if path.is_symlink() and path.is_dir():
-            raise InputError(f"{path} is a link to a folder", hint="replace it by what it leads to")
+            raise InputError(
+                f"{path} is a link to a folder", hint="replace it by the folder itself"
+            )
         if path.is_file():
             files[str(name)] = path
         elif not path.is_dir():
@@ -86,5 +88,5 @@ def all_files(folder: Path) -> dict[str, Path]:
 
 SAFETENSORS, README = ".safetensors", "README.md"
 
-# What tells a model card that was written with edits.
+# Marks a model card that slsgu wrote with edits.
 OURS = "<!-- slsgu: edited -->"

@@ -28,7 +28,7 @@ from slsgu_cli.text import near_names
 def require_distinct(edits: Sequence[Edit]) -> None:
     """Refuse to apply no edit, or one edit twice. Raises UsageError."""
     if not edits:
-        raise UsageError("no edit to apply was named")
+        raise UsageError("name at least one edit to apply")
     seen = Counter((e.header.name, e.header.layer, e.header.gradient) for e in edits)
     twice = [name for (name, _, _), count in seen.items() if count > 1]
     if twice:
@@ -41,11 +41,11 @@ def plan_target(
     options: ApplyOptions,
     earlier: Sequence[Edit] = (),
 ) -> tuple[dict[Path, FilePlan], set[str]]:
-    """Return the new values of a model's files, and its encoders that have them; write nothing.
+    """Return the new values of a model's files, and the encoders that change; write nothing.
 
-    An edit goes into every copy of the encoder that holds the weights it was made for; where
-    several encoders do, one must be named. What `earlier` edits made of the model must be in
-    place, and stays. Raises UsageError, InputError or StaleError.
+    An edit goes into every copy of the encoder with the weights it was made for; if several
+    encoders have them, one must be named. `earlier` edits must be in place and stay.
+    Raises UsageError, InputError or StaleError.
     """
     new = _NewValues()
     for layer, of_layer in by_layer([*edits, *earlier]).items():
@@ -59,7 +59,7 @@ def plan_target(
             elif not (options.force or options.revert):
                 _require_earlier(target, below, edits, options)
     for path, layers in new.lacking.items():
-        progress.warn(f"{path} has no {' or '.join(layers)} and is copied without the edit")
+        progress.warn(f"{path} has no {' or '.join(layers)} and was copied without the edit")
     note = prompt_note(str(target.path), target.readers_beside(new.encoders))
     if note and not options.revert:
         progress.note(note)
@@ -73,9 +73,9 @@ def _planned_in_one(
     options: ApplyOptions,
     below: Sequence[Edit],
 ) -> "tuple[Encoder, list[_PlannedLayer]]":
-    """Return the encoder that edits of a layer go into, and what each copy of it will hold.
+    """Return the encoder that edits of a layer go into, and the new values in each copy of it.
 
-    Raises UsageError where several fit, InputError or StaleError.
+    Raises UsageError if several fit, InputError or StaleError.
     """
     planned: list[tuple[Encoder, list[_PlannedLayer]]] = []
     refused: list[StaleError] = []
@@ -103,7 +103,7 @@ Copies = list[tuple[WeightSet, Places]]
 
 @dataclass(frozen=True, slots=True)
 class _PlannedLayer:
-    """The new values of a layer in one set of weights, and the tensors that hold it."""
+    """The new values of a layer in one set of weights, and the places of its tensors."""
 
     weights: WeightSet
     places: Places
@@ -113,10 +113,10 @@ class _PlannedLayer:
 
 @dataclass
 class _NewValues:
-    """What the files of a model will hold, collected layer by layer.
+    """The new values of a model's files, collected layer by layer.
 
-    `lacking` has the layers that other copies of an edited encoder do not hold, and
-    `encoders` which ones are edited.
+    `lacking` maps other copies of an edited encoder to the layers they do not have, and
+    `encoders` are the names of the edited encoders.
     """
 
     weights: dict[Path, WeightSet] = field(default_factory=dict)
@@ -146,7 +146,7 @@ class _NewValues:
             self.changes.setdefault(path, []).append(layer.change)
 
     def plans(self) -> dict[Path, FilePlan]:
-        """Return what to write into each file."""
+        """Return the new values of each file."""
         return {
             path: FilePlan(
                 self.weights[path].files[path].prepared(patches), tuple(self.changes[path])
@@ -156,7 +156,7 @@ class _NewValues:
 
 
 def patched(weights: WeightSet, patches: Mapping[Path, Mapping[str, Raw]]) -> Callable[[str], Raw]:
-    """Return what tells a tensor's values as they will be, by the new ones of each file."""
+    """Return a function from a tensor's name to its new values, by the patches of each file."""
 
     def current(key: str) -> Raw:
         new = patches.get(weights.owners[key], {})
@@ -168,9 +168,9 @@ def patched(weights: WeightSet, patches: Mapping[Path, Mapping[str, Raw]]) -> Ca
 def _require_earlier(
     target: Target, earlier: Sequence[Edit], later: Sequence[Edit], options: ApplyOptions
 ) -> None:
-    """Raise StaleError unless a layer that later edits leave alone is what earlier ones made.
+    """Raise StaleError unless earlier edits of a layer that no later edit changes are in place.
 
-    A target without that layer has no use for them; of several encoders, one holds them.
+    A target without that layer does not need them; one of several encoders has them.
     """
     layer = earlier[0].header.layer
     refused: list[StaleError] = []
@@ -191,7 +191,7 @@ def _require_earlier(
 def _fitting(
     target: Target, layer: str, group: Sequence[Edit], options: ApplyOptions
 ) -> list[tuple[Encoder, Copies]]:
-    """Return the encoders that hold a layer and that it can influence the target through."""
+    """Return the encoders with a layer through which it can influence the target."""
     chosen = target.chosen(options.encoder)
     fitting = [(encoder, copies) for encoder in chosen if (copies := copies_of(encoder, layer))]
     if len(fitting) > 1:
@@ -206,8 +206,7 @@ def _fitting(
         raise InputError(
             f"{layer} cannot influence {target.path}: {reasons[0]}",
             hint=f"`slsgu rank {quote(group[0].header.name)} --target {quote(str(target.path))}` "
-            "leaves such layers out"
-            + ("; --force writes the edit all the same" if fitting else ""),
+            "leaves such layers out" + ("; --force writes the edit anyway" if fitting else ""),
         )
     if not fitting:
         names = {key for encoder in chosen for weights in encoder.copies for key in weights.owners}
@@ -217,7 +216,7 @@ def _fitting(
 
 
 def copies_of(encoder: Encoder, layer: str) -> Copies:
-    """Return where a layer lies in each set of an encoder's weights that holds it."""
+    """Return the places of a layer in each set of an encoder's weights that has it."""
     return [
         (weights, places)
         for weights in encoder.copies
@@ -229,9 +228,10 @@ def copies_of(encoder: Encoder, layer: str) -> Copies:
 def by_encoder(
     edits: Sequence[Edit], holding: Sequence[Copies], *, force: bool = False
 ) -> list[list[Edit]]:
-    """Return edits of a layer, those of different encoders apart where several hold it.
+    """Group the edits of a layer by encoder if several encoders have it.
 
-    `holding` is where each encoder has the layer. With `force`, shapes alone tell encoders apart.
+    `holding` has the places of the layer in each encoder. With `force`, only shapes distinguish
+    encoders.
     """
     if sum(map(bool, holding)) < 2:
         return [[*edits]]

@@ -1,4 +1,4 @@
-"""Edits: one layer's change, scaled, stacked and undone, and what it makes of stored values."""
+"""Edits: the change of one layer, scaled, combined, applied to stored values and undone."""
 
 import dataclasses
 import math
@@ -40,8 +40,8 @@ DELTA, BEFORE = "delta", "before"
 class Edit:
     """An edit and how much of it to apply: `factor` times its delta.
 
-    Its tensors are read when they are asked for, one at a time: a layer of a large
-    model takes a good part of the memory an edit may use. One of a LoRA has no original values.
+    Its tensors are read on demand, one at a time, because a layer of a large model takes much of
+    the memory an edit may use. An edit from a LoRA has no original values.
     """
 
     header: EditHeader
@@ -50,7 +50,7 @@ class Edit:
     is_lora: bool = False
 
     def delta(self) -> Floats:
-        """Return what the edit adds at factor 1, fp32, in the layer's shape.
+        """Return the change at factor 1, fp32, in the layer's shape.
 
         Raises NotFiniteError.
         """
@@ -173,10 +173,10 @@ def edit_digests(edits: Iterable[Edit]) -> dict[str, str]:
 
 
 def earlier_edits(store: Store, edits: Sequence[Edit]) -> list[Edit]:
-    """Return the edits of a store that some stand on, those among them left out, by name.
+    """Return the edits of a store that `edits` build on and that are not among them, by name.
 
-    Raises MissingError where one is gone, and StaleError where one, of the store or among
-    `edits`, was made anew since.
+    Raises MissingError if one is missing, and StaleError if one, in the store or among `edits`,
+    has been remade since.
     """
     named = {edit.header.name: edit for edit in edits}
     earlier: dict[str, Edit] = {}
@@ -184,13 +184,13 @@ def earlier_edits(store: Store, edits: Sequence[Edit]) -> list[Edit]:
         for name, made in later.after.items():
             if name not in named and not store.exists(Artifact.EDIT.path(name)):
                 raise MissingError(
-                    f"{store.url} has no edit {name}, which the edit {later.name} stands on",
+                    f"{store.url} has no edit {name}, which the edit {later.name} builds on",
                     hint=f"name the file of {name} as well, or {_search_again(later)}",
                 )
             edit = named.get(name) or read_edit(store, Artifact.EDIT.path(name))
             if digest(edit.header) != made:
                 raise StaleError(
-                    f"the edit {later.name} stands on an edit {name} that was made anew since",
+                    f"the edit {later.name} builds on an edit {name} that has been remade since",
                     hint=_search_again(later),
                 )
             if name not in named:
@@ -203,8 +203,8 @@ def _search_again(header: EditHeader) -> str:
     return f"run `{Artifact.EDIT.command(header.name)} {after}`"
 
 
-def tell_of_joint_searches(edits: Sequence[Edit]) -> None:
-    """Warn of edits that were searched to be in place with others which are not there."""
+def warn_of_joint_searches(edits: Sequence[Edit]) -> None:
+    """Warn of edits that were searched jointly with others that are not applied."""
     present = {(edit.header.name, edit.header.joint) for edit in edits}
     joints = {edit.header.joint for edit in edits if edit.header.joint}
     for joint in sorted(joints, key=lambda joint: joint.digest):
@@ -217,9 +217,9 @@ def tell_of_joint_searches(edits: Sequence[Edit]) -> None:
             )
 
 
-def tell_of_other_encoders(edits: Sequence[Edit]) -> None:
-    """Warn of edits that were searched with others in place in other encoders, not among these."""
-    # That an edit was read from a LoRA makes it no other.
+def warn_of_other_encoders(edits: Sequence[Edit]) -> None:
+    """Warn of edits that were searched with edits of other encoders that are not applied."""
+    # An edit read from a LoRA is the same edit.
     headers = [dataclasses.replace(edit.header, rank=None) for edit in edits]
     present = {header.name: digest(header) for header in headers}
     for edit in edits:
@@ -233,7 +233,7 @@ def tell_of_other_encoders(edits: Sequence[Edit]) -> None:
 
 
 def strength_of(edit: Edit, options: StrengthOptions) -> Edit:
-    """Return an edit of the rank and at the scale of `options`. Raises InputError."""
+    """Return an edit at the rank and the scale of `options`. Raises InputError."""
     limited = edit if options.rank is None else edit.of_rank(options.rank)
     return limited if options.scale == 1 else limited.scaled(options.scale)
 
@@ -244,7 +244,7 @@ Deltas = list[tuple[float, Floats]]
 
 @dataclass(frozen=True, slots=True)
 class LayerChange:
-    """One layer of one file. `share` is how far the edits move it over its own norm."""
+    """A changed layer of one file. `share` is the norm of the change over the layer's norm."""
 
     layer: str
     dtype: str
@@ -255,14 +255,14 @@ class LayerChange:
 
 
 def by_layer(edits: Sequence[Edit]) -> dict[str, list[Edit]]:
-    """Return edits by the layer they change, layers and edits in an order of their own.
+    """Group edits by the layer they change, in a fixed order of layers and edits.
 
-    Raises UsageError where one changes a whole parameter and another a third of it.
+    Raises UsageError if one changes a whole parameter and another its q, k or v slice.
     """
     layers = sorted({edit.header.layer for edit in edits})
     if twice := in_whole_and_in_part(layers):
         raise UsageError(
-            f"{_names(edits)} change {twice} as a whole and a third of it as well",
+            f"{_names(edits)} change both {twice} as a whole and its q, k or v slice",
             hint="rank and search all of them with the same --qkv",
         )
     return {
@@ -271,7 +271,7 @@ def by_layer(edits: Sequence[Edit]) -> dict[str, list[Edit]]:
 
 
 def by_origin(edits: Sequence[Edit]) -> list[list[Edit]]:
-    """Return edits of one layer by the weights they were made for, copies in any precision."""
+    """Group edits of one layer by the weights they were made for, in any precision."""
     groups: list[list[Edit]] = []
     for edit in edits:
         same, others = [edit], []
@@ -293,17 +293,17 @@ def _in_order(edits: Iterable[Edit]) -> list[Edit]:
 def original_values(edits: Sequence[Edit]) -> Floats:
     """Return the values of a layer before any of its edits.
 
-    Of edits made on copies in several precisions, the finest knows the original best.
+    Among edits made on copies in several precisions, the finest has the best original.
     """
     return max((edit.before() for edit in edits), key=lambda values: values.itemsize)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredLayer:
-    """A layer as one file holds it, and the edits of it; `earlier` ones are in place already.
+    """A layer in one file, and its edits; `earlier` ones are already in place.
 
-    `current` are the values stored now, in the layer's shape, of the number format `dtype`;
-    `path` is where they lie, for messages.
+    `current` are the values stored now, in the layer's shape and the number format `dtype`;
+    `path` is their file, for messages.
     """
 
     path: Path
@@ -317,17 +317,16 @@ class StoredLayer:
     def read(
         cls, weights: WeightSet, places: Places, edits: Sequence[Edit], earlier: Sequence[Edit] = ()
     ) -> "StoredLayer":
-        """Return the layer that some tensors of a model hold, and which these edits are of."""
+        """Read the layer that these edits change from its tensors."""
         path, layer = weights.owners[places[0].key], edits[0].header.layer
         current, dtype = weights.layer(places)
         return cls(path, layer, current, dtype, edits, earlier)
 
     def planned(self, options: ApplyOptions) -> tuple[Raw, LayerChange]:
-        """Return the stored values that the edits lead to, and what that changes.
+        """Return the new stored values, and the change.
 
-        Edits are summed, whatever their order; earlier ones stay. To be undone, edits must be
-        what made the layer what it is; it goes back to what it was. Raises InputError or
-        StaleError.
+        Edits are summed in any order; earlier ones stay. Edits can be undone only if the layer is
+        exactly what they made of it. Raises InputError or StaleError.
         """
         if self.dtype not in FLOATS:
             raise InputError(f"{self.layer} in {self.path} is {self.dtype}, not floating point")
@@ -337,10 +336,10 @@ class StoredLayer:
         return new, LayerChange(self.layer, self.dtype, shape, new.nbytes, share, names)
 
     def _moved(self, options: ApplyOptions) -> tuple[Raw, float]:
-        """Return the stored values with the edits applied to the current ones, and the share.
+        """Return the current values with the edits applied, and the share.
 
-        On top of earlier ones, they are those that all of them make of the original at once:
-        a layer that is stored in 16 bits is not rounded twice.
+        With earlier edits, all of them are applied to the original at once, so a layer stored in
+        16 bits is not rounded twice.
         """
         deltas = self._deltas(self.edits)
         new, share = moved_values(self.current, deltas, self.dtype)
@@ -362,7 +361,7 @@ class StoredLayer:
         return new, share
 
     def _reverted(self, options: ApplyOptions) -> tuple[Raw, float]:
-        """Return the stored values that stood there before the edits, and the share."""
+        """Return the stored values before the edits, and the share."""
         before = self._after(self.earlier)
         edited = self._after([*self.earlier, *self.edits])
         share = moved_values(before, self._deltas(self.edits), self.dtype)[1]
@@ -377,12 +376,12 @@ class StoredLayer:
         return before, share
 
     def require_in_place(self, later: Sequence[Edit]) -> None:
-        """Raise StaleError unless the layer is what its edits made of it; `later` need them."""
+        """Raise StaleError unless the edits, which `later` ones need, are in place."""
         if not same_values(self._after(self.edits), self.current):
             self._refuse_lacking(self.edits, later)
 
     def _after(self, edits: Sequence[Edit]) -> Raw:
-        """Return the stored values that edits make of the original ones."""
+        """Return the original values with these edits, as stored."""
         deltas = self._deltas(_in_order(edits))
         return moved_values(self._before(), deltas, self.dtype)[0] if edits else self._before()
 
@@ -394,7 +393,7 @@ class StoredLayer:
         what = "lacks" if lacks else f"holds in {self.layer} something other than"
         named = " ".join(quote(edit.header.name) for edit in (*earlier, *later))
         raise StaleError(
-            f"{self.path} {what} {_names(earlier)}, which {_names(later)} stand"
+            f"{self.path} {what} {_names(earlier)}, which {_names(later)} build"
             f"{'s' if len(later) == 1 else ''} on",
             hint=f"`slsgu apply {named} ...` puts all of them into the original weights",
         )
@@ -434,9 +433,9 @@ class StoredLayer:
 
 
 def recognised(current: Raw, dtype: str, made_for: Mapping[str, str]) -> bool:
-    """Return whether one of the two layers is the other, or a rounded copy of it."""
+    """Return whether the two layers are equal, or one is a rounded copy of the other."""
     values = widen(current, dtype)
-    # What the file stores is rounded to its precision already.
+    # The stored values are already rounded to their precision.
     if layer_digest(values, "fp32") == made_for.get(PRECISION[dtype]):
         return True
     return any(
@@ -448,8 +447,8 @@ def recognised(current: Raw, dtype: str, made_for: Mapping[str, str]) -> bool:
 def moved_values(stored: Raw, deltas: Deltas, dtype: str) -> tuple[Raw, float]:
     """Return stored values plus the sum of factor * delta, as stored values, and the share.
 
-    The share is the length of the move over the norm of what moved; it is not finite
-    where a new value is not. A few MB are worked on at a time.
+    The share is the norm of the change over the norm of the stored values; it is not finite if a
+    new value is not. A few MB are processed at a time.
     """
     flat = stored.reshape(-1)
     parts = [(factor, delta.reshape(-1)) for factor, delta in deltas]
@@ -469,7 +468,7 @@ def moved_values(stored: Raw, deltas: Deltas, dtype: str) -> tuple[Raw, float]:
 
 
 def same_values(one: Raw, other: Raw) -> bool:
-    """Return whether two arrays hold the same bits."""
+    """Return whether two arrays have the same bits."""
     unsigned = f"u{one.itemsize}"
     return bool(
         np.array_equal(

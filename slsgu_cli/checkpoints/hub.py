@@ -9,17 +9,17 @@ from slsgu_cli.text import first_lines
 
 HUB = "hf-hub:"
 
-# Hub clients and downloads fail in many kinds; a programming error is none of these.
+# Hub clients and downloads raise many kinds of errors; programming errors are none of these.
 FETCH_ERRORS = (OSError, RuntimeError, ValueError, KeyError)
 
-# What tells of a model, and its weights: the first of these that it has.
+# The configuration files of a model, and its weights: the first pattern that matches.
 TEXTS, WEIGHTS = ["*.json", "*.txt"], ("model*.safetensors", "pytorch_model*.bin")
 
 
 def fetch_clip(repository: str, config: str) -> Path:
-    """Return the folder of a repository of transformers, as it lies in the cache.
+    """Return the folder of a repository of transformers in the cache.
 
-    Raises MissingError where it cannot be fetched, InputError where it is another model.
+    Raises MissingError if it cannot be fetched, InputError if it is another kind of model.
     """
     from huggingface_hub import snapshot_download
 
@@ -35,7 +35,7 @@ def fetch_clip(repository: str, config: str) -> Path:
     if not is_clip(folder):
         lacks = f"it has no {config}, and no {CONFIG} of a model of transformers ({KNOWN})"
         what, hint = other_model(folder) or (lacks, "name a repository of open_clip's")
-        raise InputError(f"{HUB}{repository} is no CLIP that slsgu knows: {what}", hint=hint)
+        raise InputError(f"{HUB}{repository} is not a CLIP that slsgu knows: {what}", hint=hint)
     raise InputError(
         f"{HUB}{repository} has no weights that slsgu reads: {' or '.join(WEIGHTS)}",
         hint="save it again as safetensors, and name its folder",
@@ -43,8 +43,8 @@ def fetch_clip(repository: str, config: str) -> Path:
 
 
 def unreachable(what: str, error: BaseException) -> MissingError:
-    """Return the error of what cannot be fetched."""
+    """Return the error of a failed download."""
     return MissingError(
         f"cannot fetch {what}: {first_lines(error)}",
-        hint="check the name and the connection, or use local-dir:PATH or --pretrained FILE",
+        hint="check the name and the network, or use local-dir:PATH or --pretrained FILE",
     )

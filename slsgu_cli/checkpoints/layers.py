@@ -1,4 +1,4 @@
-"""Layers: which parameter one is, its tower and block, the rows it holds; layers by name."""
+"""Layers: their parameter, tower, block and rows, and how to find them by name."""
 
 import functools
 import re
@@ -21,10 +21,10 @@ _QKV_PART = re.compile(r"(.*attn\.(?:in_proj_weight|qkv\.weight))\.([qkv])")
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer: a parameter of open_clip's, or a third of one that fuses query, key and value.
+    """A layer: a parameter of open_clip, or the q, k or v slice of one that fuses the three.
 
-    `tower` is None for a parameter of neither, `block` for one outside the blocks, and
-    `third` (0, 1 or 2: query, key or value) for a layer that is all of its parameter.
+    `tower` is None for a parameter of neither tower, `block` for one outside the blocks, and
+    `part` (0, 1 or 2: query, key or value) for a layer that is a whole parameter.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Layer:
     @staticmethod
     @functools.cache
     def parse(name: str) -> "Layer":
-        """Return the layer of a name, as records and files spell it.
+        """Return the layer of a name in records and files.
 
         >>> layer = Layer.parse("visual.transformer.resblocks.7.attn.in_proj_weight.k")
         >>> layer.parameter, layer.block, layer.part
@@ -62,11 +62,11 @@ class Layer:
 
     @property
     def recorded_tower(self) -> Tower:
-        """Return the tower as records have it: text for a parameter of neither."""
+        """Return the tower in records: text for a parameter of neither."""
         return self.tower or Tower.TEXT
 
     def is_of(self, qkv: Qkv) -> bool:
-        """Return whether it is a layer where query, key and value are fused, or split."""
+        """Return whether it is a layer when query, key and value are fused, or split."""
         return not _FUSED.search(self.name) if qkv is Qkv.SPLIT else self.part is None
 
     def rows(self, values: Any) -> Any:
@@ -74,10 +74,10 @@ class Layer:
         return values if self.part is None else qkv_slice(values, self.part)
 
     def replaced(self, values: Any, new: Any) -> Any:
-        """Return its parameter's values with `new` ones for the layer; `values` stay as they are.
+        """Return a copy of its parameter's values with `new` ones for the layer.
 
-        Both are arrays, or both tensors. Of a layer that is all of its parameter, `new` itself
-        is returned.
+        Both are arrays or both are tensors. For a layer that is a whole parameter, this is `new`
+        itself.
         """
         if self.part is None:
             return new
@@ -87,19 +87,19 @@ class Layer:
 
 
 def qkv_slice(values: Any, part: int) -> Any:
-    """Return a third of the rows of an array or tensor, as a view."""
+    """Return the q, k or v slice (0, 1, 2) of an array or tensor, as a view."""
     rows = values.shape[0] // len(LETTERS)
     return values[part * rows : (part + 1) * rows]
 
 
 def block_of(name: str) -> int | None:
-    """Return the number of the block that a tensor is in, by open_clip's names or transformers'."""
+    """Return the number of a tensor's block, by the names of open_clip or transformers."""
     match = _BLOCK.search(name)
     return int(match[1]) if match else None
 
 
 def block_count(names: Iterable[str]) -> int:
-    """Return how many blocks the tensors of a tower are in, by their names."""
+    """Return how many blocks a tower has, by the names of its tensors."""
     return max((block for name in names if (block := block_of(name)) is not None), default=-1) + 1
 
 
@@ -116,7 +116,7 @@ def layers_of(parameters: Iterable[str], qkv: Qkv) -> list[str]:
 
 
 def in_whole_and_in_part(layers: Iterable[str]) -> str | None:
-    """Return a parameter that is held as a whole and in thirds as well, if there is one."""
+    """Return a parameter that is named both as a whole and by q, k or v slices, if there is one."""
     names = set(layers)
     slices = (layer for layer in map(Layer.parse, sorted(names)) if layer.part is not None)
     return next((layer.parameter for layer in slices if layer.parameter in names), None)
@@ -136,7 +136,7 @@ def selected(name: str, *, include: Sequence[str], exclude: Sequence[str]) -> bo
 
 
 def known_as(name: str) -> str:
-    """Return a layer's name, or one that holds it, as tables show it: short, still its own.
+    """Return a layer's short name, as tables show it. It is unique in a model.
 
     >>> known_as("visual.transformer.resblocks.7.mlp.c_fc.weight")
     'visual.7.mlp.c_fc'
@@ -146,7 +146,7 @@ def known_as(name: str) -> str:
 
 
 def find_layers(wanted: str, names: Sequence[str]) -> list[str]:
-    """Return the layers that `wanted` may mean: by name, as tables show it, or by a part of it."""
+    """Return the layers that `wanted` may mean: by name, short name, or a part of the name."""
     for same in (lambda name: wanted == name, lambda name: wanted == known_as(name)):
         exact = [name for name in names if same(name)]
         if exact:

@@ -1,6 +1,6 @@
-"""Checkpoints as files: which weights they hold, whole or in shards, and layers read from them.
+"""Checkpoints as files: their weights, whole or in shards, and their layers.
 
-Neither torch nor open_clip is imported; a checkpoint of several GB is read in pieces.
+open_clip is not imported; a checkpoint of several GB is read in pieces.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ THREADS = 8
 def open_weights(path: Path) -> TensorFile:
     """Return random access to the tensors of a .safetensors file or a torch archive.
 
-    The format is told by the content. Raises MissingError or InputError.
+    The content decides the format. Raises MissingError or InputError.
     """
     try:
         with path.open("rb") as file:
@@ -54,7 +54,7 @@ def open_weights(path: Path) -> TensorFile:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     if start.startswith(LEGACY_START):
-        raise InputError(f"{path} is in torch's format of before 1.6", hint=CONVERT_HINT)
+        raise InputError(f"{path} has the format of torch before 1.6", hint=CONVERT_HINT)
     raise InputError(
         f"{path} is neither a safetensors file nor a torch archive",
         hint=f"give a checkpoint ending in {', '.join(SUFFIXES)} that holds a state dict",
@@ -75,11 +75,11 @@ def read_layer(path: Path, name: str) -> Floats:
 
 
 def file_fingerprint(path: Path, instead: Mapping[str, Floats] | None = None) -> str:
-    """Return 64 hexadecimal digits that name the weights a file holds.
+    """Return 64 hexadecimal digits that identify the weights in a file.
 
     Parameters of `instead` count with these values in place of their own. The same weights have
-    one fingerprint in every container and after upcasting, for the values are hashed as fp32
-    under open_clip's names; what a checkpoint keeps beside its weights does not count.
+    one fingerprint in every container and after upcasting, because the values are hashed as fp32
+    under open_clip's names. Other content of a checkpoint does not count.
     """
     file = open_weights(path)
     entries = {canonical_name(name): file.entry(name) for name in file.names()}
@@ -113,11 +113,11 @@ def combined_fingerprint(
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files directly in a folder that are named like checkpoints, sorted."""
+    """Return the files directly in a folder that have a checkpoint's suffix, sorted."""
     return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
 
 
-# What a model_cfg says of a CLIP whose towers are plain transformers, and nothing beside.
+# All fields of a model_cfg for a CLIP whose towers are plain transformers.
 _PLAIN = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}
 _PLAIN_VISION = {"image_size", "patch_size", "layers", "width"}
 _PLAIN_TEXT = {"context_length", "vocab_size", "layers", "width", "heads"}
@@ -128,7 +128,7 @@ _TOKENIZER = {"hf_tokenizer_name", "tokenizer_kwargs"}
 def clip_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
     """Return the shape of every tensor that open_clip's CLIP has for a model_cfg, by its name.
 
-    None for a configuration of any other kind than plain transformers: these are built.
+    None for all but plain transformers: other models have to be built.
     """
     vision, text = config["vision_cfg"], config["text_cfg"]
     if not (
@@ -170,7 +170,7 @@ def _plain_shape(name: str, width: int, mlp_ratio: float) -> tuple[int, ...]:
 
 
 def assembled(places: Sequence[TensorPlace], tensors: Callable[[str], Raw]) -> Raw:
-    """Return a layer in open_clip's shape from what `tensors` says of those that hold it."""
+    """Return a layer in open_clip's shape; `tensors` returns the values of each tensor."""
     return joined([place.to_layer(tensors(place.key)) for place in places])
 
 
@@ -189,7 +189,7 @@ def placed(
 ) -> dict[str, Raw]:
     """Return a layer's tensors with its values in them, by name: the inverse of `assembled`.
 
-    `tensors` tells the values as they are, of a tensor that holds more than the layer.
+    `tensors` returns the current values of a tensor that holds more than the layer.
     """
     new = {}
     for place in places:
@@ -209,7 +209,7 @@ _SHARD = re.compile(r"-\d{5}-of-(\d{5})")
 class WeightSet:
     """One whole set of weights: a file, or the shards it was cut into.
 
-    `owners` tells which file holds a tensor, `towers` where CLIP's towers are.
+    `owners` maps a tensor to its file, and `towers` are the places of CLIP's towers.
     """
 
     files: dict[Path, TensorFile]
@@ -218,11 +218,11 @@ class WeightSet:
 
     @property
     def path(self) -> Path:
-        """Return the file, or the first of the shards, to name this set by."""
+        """Return the file, or the first of the shards, as the name of this set."""
         return next(iter(self.files))
 
     def entry(self, key: str) -> TensorEntry:
-        """Return where a tensor lies in its file."""
+        """Return the entry of a tensor in its file."""
         return self.files[self.owners[key]].entry(key)
 
     def stored(self, key: str) -> Raw:
@@ -230,11 +230,11 @@ class WeightSet:
         return self.files[self.owners[key]].stored(key)
 
     def holds(self, places: Sequence[TensorPlace]) -> bool:
-        """Return whether every one of some tensors is there. Raises InputError for a part."""
+        """Return whether all tensors exist. Raises InputError if only some do."""
         missing = [place.key for place in places if place.key not in self.owners]
         if missing and len(missing) < len(places):
             raise InputError(
-                f"{self.path.parent} holds a part of a layer only: {', '.join(missing)} is missing",
+                f"{self.path.parent} holds only a part of a layer: {', '.join(missing)} is missing",
                 hint="fetch or copy the model again, all of its shards",
             )
         return bool(places) and not missing
@@ -244,7 +244,7 @@ class WeightSet:
         return joined_shape([place.shape(self.entry(place.key).shape) for place in places])
 
     def number_format(self, places: Iterable[TensorPlace]) -> str:
-        """Return the number format of some tensors. Raises InputError where they have several."""
+        """Return the number format of tensors. Raises InputError if they have several."""
         formats = {place.key: self.entry(place.key).dtype for place in places}
         if len({*formats.values()}) > 1:
             raise InputError(
@@ -262,14 +262,14 @@ class WeightSet:
         """Return how many blocks a tower has."""
         keys = (key for key in self.owners if key.startswith(tower_place.prefix))
         if tower_place.scheme is NamingScheme.OPEN_CLIP:
-            # Its text tower may be what is left of a model beside the vision tower.
+            # Its text tower may be the rest of a model without the vision tower.
             visual = f"{tower_place.prefix}visual."
             is_vision = tower_place.tower is Tower.VISION
             keys = (key for key in keys if key.startswith(visual) is is_vision)
         return block_count(keys)
 
     def tower(self, tower: Tower) -> TowerPlace:
-        """Return the one place where a tower is. Raises InputError where there are others."""
+        """Return the place of a tower. Raises InputError unless there is exactly one."""
         places = [place for place in self.towers if place.tower is tower]
         if len(places) != 1:
             raise InputError(f"{self.path} holds {len(places)} {tower} towers, not one")
@@ -277,15 +277,15 @@ class WeightSet:
 
 
 def read_weight_set(paths: Iterable[Path]) -> WeightSet:
-    """Read where the tensors of one set of weights lie. Raises MissingError or InputError."""
+    """Open the files of one set of weights. Raises MissingError or InputError."""
     files = {path: open_weights(path) for path in paths}
     owners: dict[str, Path] = {}
     for path, file in files.items():
         for key in file.names():
             if key in owners:
                 raise InputError(
-                    f"{key} lies in {owners[key]} and in {path.name} as well",
-                    hint="remove the shard that is left over from an earlier save",
+                    f"{key} is in both {owners[key]} and {path.name}",
+                    hint="remove the leftover shard of an earlier save",
                 )
             owners[key] = path
     return WeightSet(files, owners, tower_places(owners))

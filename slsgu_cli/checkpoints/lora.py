@@ -1,15 +1,15 @@
-"""Edits as LoRAs: the names and shapes that clients load, written and read back.
+"""Edits as LoRAs: write and read the names and shapes that clients load.
 
 A LoRA adds `up @ down` to the weight of a linear module, times the strength that a user sets.
-Clients know query, key and value as modules of their own, so a layer of open_clip's that fuses
-them becomes three. Two layouts:
+Clients have separate modules for query, key and value, so a fused layer of open_clip becomes
+three. There are two layouts:
 
 - kohya's, one file, which A1111, ComfyUI and diffusers load: `lora_te_` before the module's
   name, or `lora_te1_` and `lora_te2_` for SDXL's two text encoders, both in one file.
 - PEFT's, a folder with `adapter_config.json`, for text encoders of transformers.
 
-Of an edit, the LoRA of rank r is the nearest one: the r largest singular directions of each
-module's change.
+The LoRA of rank r is the best approximation of an edit: the r largest singular directions of
+each module's change.
 """
 
 import json
@@ -35,9 +35,9 @@ from slsgu_cli.errors import InputError
 from slsgu_cli.records.method import EditHeader, LoraEdit, LoraHeader, LoraLayout, Tower
 from slsgu_cli.store.store import Store
 
-# Where a text encoder's own names begin, in transformers.
+# The prefix of a text encoder's names in transformers.
 TEXT = TowerPlace(Tower.TEXT, NamingScheme.TRANSFORMERS, "text_model.")
-# The linear modules of a block: all that kohya's names, diffusers and PEFT have in common.
+# The linear modules of a block that kohya, diffusers and PEFT all support.
 MODULE = re.compile(
     r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])\.weight"
 )
@@ -49,21 +49,22 @@ PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def modules_of(header: EditHeader) -> tuple[TensorPlace, ...]:
-    """Return the tensors of a text encoder that an edit's layer lies in.
+    """Return the tensors of a text encoder that hold an edit's layer.
 
-    Raises InputError for a layer that a client has no LoRA of.
+    Raises InputError for a layer that no client supports as a LoRA.
     """
     layer = Layer.parse(header.layer)
     places = tensor_places(header.layer, TEXT)
     if layer.tower is Tower.TEXT and places and all(MODULE.fullmatch(p.key) for p in places):
         return places
     what = (
-        "is of the vision tower, of which diffusion models have none"
+        "is in the vision tower, which diffusion models do not have"
         if layer.tower is Tower.VISION
-        else "is no linear module of a text encoder's block"
+        else "is not a linear module of a text encoder's block"
     )
     raise InputError(
-        f"no client has a LoRA of {header.layer}, which the edit {header.name} changes: it {what}",
+        f"no client supports a LoRA of {header.layer}, which the edit {header.name} changes: "
+        f"it {what}",
         hint=f"`slsgu search {header.name} --layer L` for a layer like "
         "transformer.resblocks.N.mlp.c_proj.weight, or `slsgu apply` writes a whole checkpoint",
     )
@@ -71,7 +72,7 @@ def modules_of(header: EditHeader) -> tuple[TensorPlace, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """What a LoRA adds to one module: `up @ down`, of shapes (out, rank) and (rank, in)."""
+    """The change of one module: `up @ down`, of shapes (out, rank) and (rank, in)."""
 
     up: Floats
     down: Floats
@@ -97,7 +98,7 @@ class Decomposed:
 
     @property
     def full_rank(self) -> int:
-        """The rank from which on nothing of the change is left out."""
+        """The smallest rank that represents the whole change."""
         return max(int(np.count_nonzero(s > s[:1] * 1e-7)) for _, s, _ in self._parts.values())
 
     def factors(self, rank: int) -> dict[str, Factors]:
@@ -110,7 +111,7 @@ class Decomposed:
         return found
 
     def delta(self, rank: int) -> Floats:
-        """Return the change that the factors of a rank make, in open_clip's shape."""
+        """Return the change at a rank, in open_clip's shape."""
         return _delta(self._places, self.factors(rank))
 
 
@@ -124,10 +125,10 @@ def _delta(places: Sequence[TensorPlace], factors: Mapping[str, Factors]) -> Flo
 def lora_tensors(
     edits: Sequence[tuple[Decomposed, int, str]], *, layout: LoraLayout
 ) -> tuple[dict[str, Floats], LoraHeader]:
-    """Return the tensors of a LoRA of some edits, each at a rank, and what it says of itself.
+    """Return the tensors and the header of a LoRA of edits, each with its rank.
 
-    With each comes kohya's prefix of the text encoder it is for, of which PEFT's layout has one.
-    Edits of one module are put side by side. What a client multiplies by, alpha over rank, is 1.
+    Each edit also has kohya's prefix of its text encoder; PEFT's layout allows only one. Edits of
+    one module are concatenated. The scale of clients, alpha over rank, is 1.
     """
     together: dict[str, dict[str, list[Factors]]] = {}
     listed, first = [], edits[0][2]
@@ -147,16 +148,16 @@ def lora_tensors(
 
 
 def _beside(parts: Sequence[Factors]) -> Factors:
-    """Return factors that add what all of some add together."""
+    """Return factors for the sum of the changes of `parts`."""
     ups, downs = [one.up for one in parts], [one.down for one in parts]
     return Factors(np.concatenate(ups, axis=1), np.concatenate(downs))
 
 
 def _kohya_tensors(factors: Mapping[str, Factors], prefix: str) -> dict[str, Floats]:
-    """Return the factors under kohya's names, all of one rank: directions of zeros make up for it.
+    """Return the factors under kohya's names, padded with zeros to one rank.
 
-    diffusers reads one rank and one alpha of a text encoder right, and knows its attention by
-    the output projection, which is there with zeros where the edits leave it alone.
+    diffusers supports only one rank and one alpha for a text encoder, and detects attention by the
+    output projection, which is zero if no edit changes it.
     """
     rank = max(one.rank for one in factors.values())
     whole = dict(factors)
@@ -175,7 +176,7 @@ def _kohya_tensors(factors: Mapping[str, Factors], prefix: str) -> dict[str, Flo
 
 
 def _peft_tensors(factors: Mapping[str, Factors], prefix: str) -> dict[str, Floats]:
-    """Return the factors under both names that transformers has had for a text encoder's module."""
+    """Return the factors under both names of a text encoder's module in transformers."""
     tensors: dict[str, Floats] = {}
     for key, one in factors.items():
         for module in _peft_modules(key):
@@ -209,7 +210,7 @@ def peft_config(header: LoraHeader, base: str) -> str:
         "lora_alpha": most,
         "rank_pattern": ranks,
         "alpha_pattern": ranks,
-        # All of the name: a vision tower has modules that end alike.
+        # The full name, because a vision tower has modules with the same ending.
         "target_modules": rf"(text_model\.)?({modules})",
         "lora_dropout": 0.0,
         "bias": "none",
@@ -220,7 +221,7 @@ def peft_config(header: LoraHeader, base: str) -> str:
 
 
 def is_lora(path: Path) -> bool:
-    """Return whether a safetensors file holds the factors of a LoRA, whoever wrote it."""
+    """Return whether a safetensors file holds the factors of any LoRA."""
     try:
         names = open_safetensors(path).names()
     except InputError:
@@ -229,10 +230,10 @@ def is_lora(path: Path) -> bool:
 
 
 def read_lora(store: Store, path: str) -> list[tuple[EditHeader, Callable[[str], Floats]]]:
-    """Return the edits in a LoRA that slsgu wrote: each header, and what reads its change.
+    """Return the edits in a LoRA that slsgu wrote: each header, and a function for its change.
 
-    Raises ForeignError for a LoRA of others, which does not say what weights it is for, and
-    MissingError, InputError or StaleError.
+    Raises ForeignError for other LoRAs, which do not name their weights, and MissingError,
+    InputError or StaleError.
     """
     header = store.read_header(path, LoraHeader)
     return [
@@ -243,7 +244,7 @@ def read_lora(store: Store, path: str) -> list[tuple[EditHeader, Callable[[str],
 
 @dataclass(frozen=True, slots=True)
 class _LoraChange:
-    """Reads the change of one edit from a LoRA, where it is called with its tensor's name."""
+    """Reads the change of one edit from a LoRA, by the name of its tensor."""
 
     store: Store
     path: str
@@ -256,7 +257,7 @@ class _LoraChange:
             raise InputError(
                 f"{self.path} is a LoRA and does not hold the original values of "
                 f"{self.edit.edit.layer}",
-                hint=f"name the edit {self.edit.edit.name} itself",
+                hint=f"use the edit {self.edit.edit.name} itself",
             )
         factors = {}
         for key, start in self.edit.starts.items():

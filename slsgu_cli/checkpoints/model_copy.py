@@ -36,8 +36,8 @@ class WrittenFile:
 class AppliedResult:
     """What apply wrote, or with `dry_run` would write.
 
-    `model` names the result for `--model` where it was checked that `client` loads it.
-    `readers` are what reads prompts of a pipeline, and which of them edits went into.
+    `model` is the value for `--model`, if a check found that `client` loads the result.
+    `readers` are the prompt readers of a pipeline, the edited ones marked.
     """
 
     out: str
@@ -59,10 +59,10 @@ class FilePlan:
 
 @dataclass(frozen=True, slots=True)
 class CopyPlan:
-    """Where everything goes: `files` maps a name below `out` ("" is `out`) to its source.
+    """The content of a copy: `files` maps a name below `out` ("" is `out`) to its source.
 
-    Files with a plan are edited, `texts` and files `made` of tensors are written anew, all
-    others are as they were. `client` is what loads the result.
+    Files with a plan are edited, `texts` and files `made` of tensors are new, and all others are
+    copied unchanged. `client` is the library that loads the result.
     """
 
     out: Path
@@ -84,10 +84,10 @@ class CopyPlan:
         return self.files[name].stat().st_size
 
 
-# Gets the number formats of edited tensors, and returns a remark on the model they are in.
+# Takes the number formats of the edited tensors, and returns a remark on their model.
 Compare = Callable[[Collection[str]], str | None]
 
-# Gets a folder with open_clip's configuration, and returns why open_clip may not load it.
+# Takes a folder with open_clip's configuration, and returns why open_clip may not load it.
 Check = Callable[[Path], str | None]
 
 
@@ -97,9 +97,9 @@ def write_copy(
     compare: Compare | None = None,
     check: Check | None = None,
 ) -> AppliedResult:
-    """Write what a plan says, all of it or nothing; on a dry run only tell.
+    """Write a planned copy, all of it or nothing; a dry run writes nothing.
 
-    Raises InputError where files at the plan's place would be lost.
+    Raises InputError if files at the destination would be lost.
     """
     require_nothing_lost(plan.out, [*plan.files, *plan.texts, *plan.made])
     formats = {change.dtype for file in plan.plans.values() for change in file.changes}
@@ -113,10 +113,9 @@ def write_copy(
                 why_not = check(folder)
                 loads = why_not is None
                 if why_not:
-                    which = f"{plan.client} loads {plan.out}"
-                    progress.warn(f"it is not certain that {which}: {why_not}")
-            if remark and (told := remark.result()):
-                progress.note(told)
+                    progress.warn(f"{plan.client} may not load {plan.out}: {why_not}")
+            if remark and (text := remark.result()):
+                progress.note(text)
 
         if options.dry_run:
             with _rehearsed(plan) as folder:
@@ -139,7 +138,7 @@ def write_copy(
 
 
 def _write(plan: CopyPlan, *, link: bool, last: Callable[[Path], None]) -> None:
-    """Build a copy, and put it in place after what is done with it `last`."""
+    """Build a copy, call `last` on it, and move it into place."""
     with replacing(plan.out) as partial:
         for name, origin in plan.files.items():
             place = partial / name
@@ -157,14 +156,14 @@ def _write(plan: CopyPlan, *, link: bool, last: Callable[[Path], None]) -> None:
 
 
 def _write_texts(folder: Path, plan: CopyPlan) -> None:
-    """Write what a plan has as text; a card of strangers may hold bytes that are no UTF-8."""
+    """Write the texts of a plan; a model card may contain bytes that are not UTF-8."""
     for name, text in plan.texts.items():
         (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
 @contextmanager
 def _rehearsed(plan: CopyPlan) -> Iterator[Path]:
-    """Yield a folder of links to what a plan copies: edits leave the headers as they are."""
+    """Yield a folder of links to the files of a plan: edits do not change headers."""
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for name, origin in plan.files.items():

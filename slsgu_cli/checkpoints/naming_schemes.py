@@ -24,7 +24,7 @@ class NamingScheme(StrEnum):
     BERT = "bert of transformers"
 
 
-# The names by which a tower is found, and what must not stand before them.
+# The names by which a tower is found, and the prefixes that rule one out.
 _OURS, _THEIRS = NamingScheme.OPEN_CLIP, NamingScheme.TRANSFORMERS
 _ANCHORS = [
     (tower, scheme, re.compile(anchor))
@@ -37,7 +37,7 @@ _ANCHORS = [
             _OURS,
             r"((?!.*visual\.).*\.|)transformer\.resblocks\.\d+\..*",
         ),
-        # SigLIP's have what CLIP's have not.
+        # Only SigLIP has these tensors.
         (Tower.TEXT, NamingScheme.SIGLIP, r"((?:.*\.|)text_model\.)head\.weight"),
         (Tower.VISION, NamingScheme.SIGLIP, r"(.*\.|)embeddings\.patch_embedding\.bias"),
         # The text tower of a Chinese CLIP.
@@ -55,7 +55,7 @@ _ANCHORS = [
 
 @dataclass(frozen=True, slots=True)
 class TowerPlace:
-    """One CLIP tower among a checkpoint's tensors: `prefix` stands before its own names."""
+    """One CLIP tower among a checkpoint's tensors; its names begin with `prefix`."""
 
     tower: Tower
     scheme: NamingScheme
@@ -64,11 +64,11 @@ class TowerPlace:
 
 @dataclass(frozen=True, slots=True)
 class TensorPlace:
-    """One tensor that holds a layer, or a third of its rows: `part` of query, key, value.
+    """One tensor that holds a layer, or its q, k or v slice (`part`).
 
-    With `within`, the layer is itself that third of the tensor's rows, or so many `thirds` from
-    there on. `lead` is 1 where the layer has an axis of one before the tensor's, and -1 where
-    the tensor has one before the layer's.
+    With `within`, the layer is itself a slice of the tensor, or that many `slices` from there on.
+    `lead` is 1 if the layer has an additional first axis of size one, and -1 if the tensor has
+    one.
     """
 
     key: str
@@ -84,7 +84,7 @@ class TensorPlace:
         return self == TensorPlace(self.key) or bool(self.lead)
 
     def from_layer(self, layer: Any) -> Any:
-        """Return what this tensor holds of a layer, array or tensor, of open_clip's shape."""
+        """Return this tensor's part of a layer (array or tensor) in open_clip's shape."""
         if self.part is not None:
             layer = qkv_slice(layer, self.part)
         if self.lead:
@@ -99,13 +99,13 @@ class TensorPlace:
         return values[self.within * rows : (self.within + self.slices) * rows]
 
     def to_layer(self, values: Any) -> Any:
-        """Return what `rows` does in open_clip's shape."""
+        """Return the layer's rows of this tensor in open_clip's shape."""
         if self.lead:
             return values.reshape(_led(tuple(values.shape), self.lead))
         return self.rows(values).T if self.transposed else self.rows(values)
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of what is held, from that of this tensor."""
+        """Return the shape of the layer's part, given the shape of this tensor."""
         if self.within is not None:
             whole = (whole[0] // len(LETTERS) * self.slices, *whole[1:])
         return _led(whole, self.lead)[::-1] if self.transposed else _led(whole, self.lead)
@@ -115,7 +115,7 @@ Places = tuple[TensorPlace, ...]
 
 
 def _led(shape: tuple[int, ...], axes: int) -> tuple[int, ...]:
-    """Return a shape with an axis of one before it, or without the one that it has there."""
+    """Return a shape with an additional first axis of size one, or without it."""
     if axes > 0:
         return (1, *shape)
     return shape[1:] if axes < 0 and shape[:1] == (1,) else shape
@@ -132,12 +132,12 @@ _OPEN_CLIPS_BLOCK = {
 
 @dataclass(frozen=True, slots=True)
 class TowerNames:
-    """What transformers calls the tensors of a tower, by open_clip's names for them.
+    """The names of a tower's tensors in transformers, by their names in open_clip.
 
-    These begin with `start`. Tensors `outside` of blocks lie inside of the tower, those `beside`
-    where the tower lies itself, under the name of `inner`. In each of `blocks`, which they call
-    `their_blocks`, open_clip fuses the weights and biases of query, key and value into one
-    tensor, `fused`, unless that is empty; all else are `modules` with a weight and a bias.
+    open_clip's names begin with `start`. Tensors `outside` the blocks are inside the tower, which
+    is called `inner`; tensors `beside` are next to it. In each of `blocks`, which transformers
+    calls `their_blocks`, open_clip fuses the weights and biases of query, key and value into one
+    tensor, `fused`, unless that is empty; all others are `modules` with a weight and a bias.
     """
 
     start: str
@@ -150,7 +150,7 @@ class TowerNames:
     modules: Mapping[str, str] = field(default_factory=lambda: _OPEN_CLIPS_BLOCK)
 
     def listed(self, blocks: int) -> list[str]:
-        """Return open_clip's names of all tensors of a tower of so many blocks."""
+        """Return open_clip's names of all tensors of a tower with this many blocks."""
         fused = (self.fused,) if self.fused else ()
         modules = (*fused, *(f"{module}.{{}}" for module in self.modules))
         inside = [module.format(kind) for module in modules for kind in ("weight", "bias")]
@@ -158,7 +158,7 @@ class TowerNames:
         return [self.start + name for name in (*self.outside, *self.beside, *in_blocks)]
 
     def places(self, name: str, block: int | None, prefix: str) -> Places:
-        """Return where a tensor lies that open_clip calls `name`, after `start`, in a block."""
+        """Return the place of the tensor that open_clip calls `name`, after `start`, in a block."""
         if name in self.beside:
             place, prefix = self.beside[name], prefix.removesuffix(self.inner)
             return (replace(place, key=prefix + place.key),)
@@ -272,7 +272,7 @@ _NAMES = {
         fused="attn.qkv.{}",
         modules=_TIMMS_BLOCK,
     ),
-    # open_clip has the tower as transformers has it.
+    # open_clip uses the names of transformers inside this tower.
     (NamingScheme.BERT, Tower.TEXT): TowerNames(
         start="text.",
         outside=_tensors(
@@ -292,7 +292,7 @@ _NAMES |= {
     (NamingScheme.OPEN_CLIP, tower): _NAMES[NamingScheme.TRANSFORMERS, tower] for tower in Tower
 }
 
-# What is of neither tower.
+# Tensors of neither tower.
 SCALES = {
     NamingScheme.OPEN_CLIP: {"logit_scale": TensorPlace("logit_scale")},
     NamingScheme.TRANSFORMERS: {"logit_scale": TensorPlace("logit_scale")},
@@ -311,7 +311,7 @@ def tower_places(keys: Iterable[str]) -> list[TowerPlace]:
         for tower, scheme, anchor in _ANCHORS
         if (match := anchor.fullmatch(key))
     }
-    # A SigLIP has what tells a CLIP as well.
+    # A SigLIP also has the tensors by which a CLIP is found.
     places -= {
         replace(place, scheme=NamingScheme.TRANSFORMERS)
         for place in places
@@ -323,7 +323,7 @@ def tower_places(keys: Iterable[str]) -> list[TowerPlace]:
 def tensor_places(name: str, tower_place: TowerPlace) -> Places:
     """Return the tensors of a tower that hold the layer open_clip calls `name`, in order.
 
-    Empty where the layer is of the other tower, or has no counterpart in this scheme.
+    Empty if the layer is in the other tower or has no counterpart in this scheme.
     """
     layer = Layer.parse(name)
     if layer.tower is not tower_place.tower:
@@ -340,5 +340,5 @@ def tensor_places(name: str, tower_place: TowerPlace) -> Places:
 
 
 def names(tower: Tower, blocks: int, scheme: NamingScheme = NamingScheme.TRANSFORMERS) -> list[str]:
-    """Return open_clip's names for all tensors of a tower that transformers spells so."""
+    """Return open_clip's names for all tensors of a tower in a naming scheme."""
     return _NAMES[scheme, tower].listed(blocks)

@@ -36,7 +36,7 @@ BFLOAT16_QUIET = np.uint32(0x0040_0000)
 
 
 def itemsize(dtype: str) -> int | None:
-    """Return the bytes one element takes, None for a format this module does not know."""
+    """Return the bytes one element takes, None for an unknown format."""
     return np.dtype(STORAGE[dtype]).itemsize if dtype in STORAGE else None
 
 
@@ -50,7 +50,7 @@ def widen(stored: Raw, dtype: str) -> Floats:
 
 
 def narrow(values: Floats, dtype: str) -> Raw:
-    """Return values as the elements a tensor of `dtype` stores, rounded to nearest even.
+    """Return values as stored in `dtype`, rounded to nearest even.
 
     Too large values become infinities and NaN stays NaN.
     """
@@ -61,7 +61,7 @@ def narrow(values: Floats, dtype: str) -> Raw:
 
 
 def rounded(values: Floats, dtype: str) -> Floats:
-    """Return the values a tensor of `dtype` would hold, as fp32 (fp64 for F64)."""
+    """Return values rounded to `dtype`, as fp32 (fp64 for F64)."""
     return widen(narrow(values, dtype), dtype)
 
 
@@ -69,7 +69,7 @@ def _bfloat16(values: Floats) -> Raw:
     bits = _to_odd(values).view(np.uint32)
     even = (bits >> np.uint32(16)) & np.uint32(1)
     up = (bits + (np.uint32(0x7FFF) + even)) >> np.uint32(16)
-    # A NaN whose payload lies in the lower half would round to infinity.
+    # A NaN with its payload in the lower half would round to infinity.
     quiet = (bits | BFLOAT16_QUIET) >> np.uint32(16)
     return np.where(np.isnan(values), quiet, up).astype("<u2")
 

@@ -11,9 +11,9 @@ from slsgu_cli.checkpoints.naming_schemes import NamingScheme, TowerPlace
 class OtherLayout:
     """Another layout to write a model in, for a `client`.
 
-    All weights of `towers` go into one `file`, beside other `files` and `texts`; with "" it is
-    all there is. `names` is whose names list the model's tensors, and `weights` where the copy
-    lies that is read: None for the one that is edited. A layer of `optional` may be missing.
+    All weights of `towers` go into one `file`, next to other `files` and `texts`; the name "" means
+    that this file is the whole copy. `names` is the naming scheme of the model's tensors, and
+    `weights` is the copy to read: None for the edited one. Layers in `optional` may be missing.
     """
 
     client: str

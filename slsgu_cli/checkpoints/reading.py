@@ -1,4 +1,4 @@
-"""What a model reads of a CLIP tower, and so which layers can influence it."""
+"""Which outputs of a CLIP tower a model reads, and so which layers can influence it."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -14,11 +14,11 @@ _PROJECTION = re.compile(r"text_projection|^text\.proj|^visual\.(?:proj|head|tru
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadFrom:
-    """What a model reads of one tower.
+    """The output of one tower that a model reads.
 
-    `blocks` is how many blocks run before the place that is read (None for all of them);
-    `norm` and `projection` tell whether the final norm and the projection are read too.
-    `reads` says it in words.
+    `blocks` is the number of blocks before that output (None for all of them); `norm` and
+    `projection` are True if the final norm and the projection come before it. `reads` describes
+    it in words.
     """
 
     tower: Tower
@@ -28,16 +28,16 @@ class ReadFrom:
     reads: str = "the projected features"
 
     def why_not(self, name: str) -> str | None:
-        """Return why a layer cannot influence the model; None where it can."""
+        """Return why a layer cannot influence the model; None if it can."""
         layer = Layer.parse(name)
         if layer.tower is not self.tower:
             return f"the {layer.tower} tower is not part of it"
         if layer.block is not None:
             unread = self.blocks is not None and layer.block >= self.blocks
-            before = f"it reads {self.reads}, which lies before block {layer.block}"
+            before = f"it reads {self.reads}, which comes before block {layer.block}"
             return before if unread else None
         if not self.norm and _NORM.search(name):
-            return f"it reads {self.reads}, which lies before the final norm"
+            return f"it reads {self.reads}, which comes before the final norm"
         if not self.projection and _POOL.search(name):
             return f"it reads {self.reads}, which is not pooled"
         if not self.projection and _PROJECTION.search(name):
@@ -46,15 +46,15 @@ class ReadFrom:
 
 
 def last_state(blocks: int | None) -> ReadFrom:
-    """Return that the last hidden state of a text encoder is read."""
+    """Describe a model that reads the last hidden state of a text encoder."""
     reads = "the last hidden state" + (f" of {blocks} blocks" if blocks else "")
     return ReadFrom(tower=Tower.TEXT, blocks=blocks, projection=False, reads=reads)
 
 
 def penultimate(blocks: int, *, norm: bool) -> ReadFrom:
-    """Return that what enters the last of a text encoder's `blocks` blocks is read.
+    """Describe a model that reads the input of the last of a text encoder's `blocks` blocks.
 
-    With `norm`, the final norm is applied to it.
+    With `norm`, it applies the final norm.
     """
     return ReadFrom(
         tower=Tower.TEXT, blocks=blocks - 1, norm=norm, projection=False, reads=PENULTIMATE
@@ -67,9 +67,10 @@ POOLED, EVERY_TOKEN = "the pooled vector alone", "every token"
 
 
 def vision_features(layers: Iterable[int], blocks: int) -> ReadFrom:
-    """Return that hidden states of a vision tower of `blocks` blocks are read.
+    """Describe a model that reads hidden states of a vision tower of `blocks` blocks.
 
-    State 0 enters block 0, and `blocks` leaves the last; negative ones count from the end.
+    State 0 is the input of block 0, state `blocks` the output of the last block; negative ones
+    count from the end.
     """
     states = [state if state >= 0 else blocks + 1 + state for state in layers]
     names = ", ".join(str(state) for state in layers)
@@ -80,17 +81,17 @@ def vision_features(layers: Iterable[int], blocks: int) -> ReadFrom:
 
 
 def unpooled() -> ReadFrom:
-    """Return that a vision tower is read after its final norm, without its attention pool."""
+    """Describe a model that reads a vision tower after its final norm, without its pool."""
     reads = "the last hidden state, after the final norm"
     return ReadFrom(tower=Tower.VISION, projection=False, reads=reads)
 
 
 def whole(*towers: Tower) -> tuple[ReadFrom, ...]:
-    """Return that all of CLIP's towers are read."""
+    """Describe a model that reads the projected output of these towers."""
     return tuple(ReadFrom(tower=tower) for tower in towers)
 
 
 def why_unread(read_from: Sequence[ReadFrom], layer: str) -> str | None:
-    """Return why a layer cannot influence anything that is read; None where it can."""
+    """Return why a layer cannot influence any of the outputs; None if it can."""
     reasons = [read.why_not(layer) for read in read_from]
     return None if None in reasons else reasons[-1]

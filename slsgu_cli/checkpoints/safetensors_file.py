@@ -33,9 +33,9 @@ class NewTensor:
 
 
 def write_safetensors(path: Path, tensors: Iterable[NewTensor], *, holes: bool = False) -> None:
-    """Write a new .safetensors file, one tensor after another; with `holes` its header alone.
+    """Write a new .safetensors file, one tensor after another.
 
-    It has the same size then.
+    With `holes` only the header is written, and the file has the same size.
     """
     header, ordered = _new_header(tensors)
     with path.open("xb") as file:
@@ -52,7 +52,7 @@ def safetensors_size(tensors: Iterable[NewTensor]) -> int:
 
 
 def _new_header(tensors: Iterable[NewTensor]) -> tuple[bytes, list[NewTensor]]:
-    """Return how a file begins, and its tensors in order: wide elements first are aligned."""
+    """Return the header of a file, and its tensors in order: wide elements first, for alignment."""
     ordered = sorted(tensors, key=lambda each: (-(itemsize(each.dtype) or 0), each.name))
     # Without this, transformers does not load it.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -130,7 +130,7 @@ class SafetensorsFile(TensorFile):
 def open_safetensors(path: Path) -> SafetensorsFile:
     """Read the header of a .safetensors file.
 
-    Raises InputError where the file is cut short or its header cannot be right.
+    Raises InputError if the file is truncated or its header is invalid.
     """
     with path.open("rb") as file:
         total = os.fstat(file.fileno()).st_size
@@ -157,7 +157,7 @@ def _entry(path: Path, name: str, value: Any, base: int) -> PlacedEntry:
     if not isinstance(dtype, str) or not isinstance(shape, list):
         raise damaged(path, f"the header's entry of {name} is malformed")
     if not all(type(count) is int and count >= 0 for count in [*shape, begin, end]):
-        raise damaged(path, f"the header's entry of {name} has odd figures")
+        raise damaged(path, f"the header's entry of {name} has invalid numbers")
     width = itemsize(dtype)
     nbytes = end - begin
     if nbytes < 0 or (width is not None and math.prod(shape) * width != nbytes):
@@ -173,4 +173,4 @@ def _check_layout(path: Path, entries: list[PlacedEntry], base: int, total: int)
             raise damaged(path, f"{entry.name} does not begin where the tensor before it ends")
         position += entry.nbytes
     if position != total:
-        raise damaged(path, f"its header tells of {position} bytes, the file has {total}")
+        raise damaged(path, f"its header describes {position} bytes, but the file has {total}")

@@ -36,9 +36,9 @@ SECOND_WIDTH = 1280
 
 @dataclass(frozen=True, slots=True)
 class TargetLayers:
-    """What a ranking is for: the target in the user's words, and what it reads of a CLIP.
+    """The target of a ranking, as the user named it, and the outputs of a CLIP that it reads.
 
-    `readers` are what reads its prompts, and which of them an edit of a layer would change.
+    `readers` are its prompt readers; those that an edit would change are marked.
     """
 
     target: str
@@ -46,14 +46,14 @@ class TargetLayers:
     readers: tuple[PromptReader, ...] = ()
 
     def why_not(self, layer: str) -> str | None:
-        """Return why a layer cannot influence the target; None where it can."""
+        """Return why a layer cannot influence the target; None if it can."""
         return why_unread(self.read_from, layer)
 
 
 def layers_read_by(target: str, shapes: Shapes, *, encoder: str | None) -> TargetLayers:
-    """Return what `target`, a path or a kind, reads of the CLIP whose layers have `shapes`.
+    """Return the outputs that `target`, a path or a kind, reads of a CLIP with these `shapes`.
 
-    Raises MissingError, InputError, and UsageError where an encoder must be named.
+    Raises MissingError, InputError, and UsageError if an encoder must be named.
     """
     if target in KINDS and not Path(target).exists():
         family = Family(target)
@@ -66,14 +66,14 @@ def layers_read_by(target: str, shapes: Shapes, *, encoder: str | None) -> Targe
 
 
 def fitting_encoder(model: Target, shapes: Shapes, encoder: str | None) -> Encoder:
-    """Return the encoder of a model whose layers have these `shapes`, or that which is named.
+    """Return the encoder of a model whose layers have these `shapes`, or the named one.
 
-    Raises InputError where none has them, and UsageError where one must be named.
+    Raises InputError if none has them, and UsageError if one must be named.
     """
     fitting = [one for one in model.chosen(encoder) if _fits(one, shapes)]
     if not fitting:
         raise InputError(
-            f"the CLIP inside {model.path} is another than the one the gradients are of",
+            f"the CLIP inside {model.path} is not the one that the gradients are of",
             hint="compute them on the CLIP that the target was built on",
         )
     if len(fitting) > 1:
@@ -85,7 +85,7 @@ def fitting_encoder(model: Target, shapes: Shapes, encoder: str | None) -> Encod
 
 
 def _encoder_of_kind(family: Family, shapes: Shapes) -> str:
-    """Return which encoder of a kind of pipelines a CLIP of these `shapes` is, by its width."""
+    """Return which encoder of a kind of pipelines a CLIP is, by its width."""
     width = shapes.get("ln_final.weight", shapes.get("text.ln_final.weight", (0,)))[0]
     second = width == SECOND_WIDTH and family in (Family.SDXL, Family.SD3)
     return "text_encoder_2" if second else "text_encoder"
@@ -117,7 +117,7 @@ def _depth(shapes: Shapes, tower: Tower) -> int:
 
 
 def _fits(encoder: Encoder, shapes: Shapes) -> bool:
-    """Return whether every layer of `shapes` that lies in an encoder has the same shape there."""
+    """Return whether every layer of `shapes` in an encoder has the same shape there."""
     weights = encoder.copies[0]
     same = [
         weights.shape(places) == shape

@@ -51,10 +51,10 @@ class Family(StrEnum):
     OTHER = "another pipeline"
 
 
-# Those that have a name on the command line.
+# The kinds with a name on the command line.
 KINDS = tuple(family for family in Family if family is not Family.OTHER)
 
-# What reads the prompts of a kind of pipelines, where there are several.
+# The prompt readers of a kind of pipelines, if there are several.
 READERS = {
     Family.SDXL: (
         PromptReader("text_encoder", "CLIP", PENULTIMATE),
@@ -71,7 +71,7 @@ READERS = {
     ),
 }
 
-# The classes of pipelines of Stable Diffusion 1 and 2, which read alike.
+# The classes of pipelines that read CLIP as Stable Diffusion 1 and 2 do.
 _STABLE_DIFFUSION = re.compile(
     r"StableDiffusion|StableUnCLIP|LatentConsistency|AnimateDiff|TextToVideo|Marigold|^$"
 )
@@ -83,7 +83,7 @@ def with_edits(readers: Sequence[PromptReader], names: Collection[str]) -> tuple
 
 
 def prompt_note(target: str, readers: Sequence[PromptReader]) -> str | None:
-    """Return what reads a target's prompts and what of that edits leave; None for one reader."""
+    """Describe a target's prompt readers and which of them change; None for one reader."""
     if len(readers) < 2:
         return None
     edited = [reader.name for reader in readers if reader.edited]
@@ -100,7 +100,7 @@ def prompt_note(target: str, readers: Sequence[PromptReader]) -> str | None:
 
 PROJECTORS = ("multi_modal_projector.", "mm_projector.")
 
-# How the names of a text encoder begin in single files of diffusion models.
+# Prefixes of text encoders in single files of diffusion models.
 SINGLE_FILES = {
     "conditioner.embedders.": Family.SDXL,
     "cond_stage_model.model.": Family.SD2,
@@ -108,17 +108,17 @@ SINGLE_FILES = {
     "text_encoders.": Family.SD3,
 }
 
-# What files call the encoders of Stable Diffusion 3 and FLUX, and what only FLUX has.
+# Names of the encoders of Stable Diffusion 3 and FLUX in files, and a tensor of FLUX alone.
 _IN_FILES = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 _T5_IN_FILES, _OF_FLUX = "text_encoders.t5", "double_blocks."
 
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """A CLIP, or one tower of one, inside a target, and what the target reads of it.
+    """A CLIP, or one of its towers, inside a target, and the outputs that the target reads.
 
-    `copies` are its weights, one for every copy that lies there (an fp16 variant beside
-    the fp32 one, say). Where a file holds several encoders, `prefix` tells this one.
+    `copies` are its weights, one set for each copy (such as an fp16 variant next to the fp32
+    one). If a file holds several encoders, `prefix` identifies this one.
     """
 
     name: str
@@ -127,7 +127,7 @@ class Encoder:
     prefix: str | None = None
 
     def why_not(self, layer: str) -> str | None:
-        """Return why a layer cannot influence the target through this encoder, if so."""
+        """Return why a layer cannot influence the target through this encoder; None if it can."""
         return why_unread(self.read_from, layer)
 
     def towers(self, weights: WeightSet) -> list[TowerPlace]:
@@ -137,9 +137,9 @@ class Encoder:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A model to carry edits into. `unread` are weight files that could not be read, and why.
+    """A model to edit. `unread` maps weight files that cannot be read to the reason.
 
-    Of a pipeline, `readers` are all of its text encoders, those that are no CLIP as well.
+    `readers` are all text encoders of a pipeline, including those that are not a CLIP.
     """
 
     path: Path
@@ -149,7 +149,7 @@ class Target:
     readers: tuple[PromptReader, ...] = ()
 
     def readers_beside(self, edited: Collection[str]) -> tuple[PromptReader, ...]:
-        """Return what reads prompts, the `edited` encoders marked."""
+        """Return the prompt readers, the `edited` encoders marked."""
         return with_edits(self.readers, edited)
 
     def chosen(self, name: str | None) -> tuple[Encoder, ...]:
@@ -158,7 +158,7 @@ class Target:
         if not chosen:
             other = {reader.name: reader.model for reader in self.readers}.get(str(name))
             if other:
-                raise UsageError(f"the {name} of {self.path} is a {other}, which is no CLIP")
+                raise UsageError(f"the {name} of {self.path} is a {other}, not a CLIP")
             known = ", ".join(encoder.name for encoder in self.encoders)
             raise UsageError(f"{self.path} has no encoder {name}; it has {known}")
         return chosen
@@ -184,16 +184,16 @@ def read_target(path: Path) -> Target:
 
 CLIP, SIGLIP, NAFLEX, PALIGEMMA = "clip", "siglip", "siglip2", "paligemma"
 NAFLEX_HINT = (
-    "NaFlex takes images as patches in their own proportions, which open_clip has no tower for; "
-    "SigLIP 2 of a fixed size is a SiglipModel, such as google/siglip2-base-patch16-224"
+    "open_clip has no tower for NaFlex, which takes images in their own aspect ratios; "
+    "use SigLIP 2 of a fixed size, a SiglipModel such as google/siglip2-base-patch16-224"
 )
 
-# The types of towers that edits go into.
+# The types of towers that can be edited.
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 def _refuse_unknown(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise InputError for SigLIP 2 as NaFlex, and for towers that are read in unknown ways."""
+    """Raise InputError for NaFlex, and for models that use towers in unknown ways."""
     kind, named = str(config.get("model_type")), kind_of(config)
     if kind == NAFLEX:
         raise InputError(f"{folder} is a {named}, SigLIP 2 as NaFlex", hint=NAFLEX_HINT)
@@ -203,15 +203,14 @@ def _refuse_unknown(folder: Path, config: Mapping[str, Any]) -> None:
         if tower and tower not in TOWERS:
             raise InputError(
                 f"{folder} is a {named}, whose vision tower is a {tower}",
-                hint="edits go into towers of CLIP's and SigLIP's of a fixed size",
+                hint="only towers of CLIP and of fixed-size SigLIP can be edited",
             )
         return
     speaks = named.partition(" ")[0].endswith(("ForConditionalGeneration", "ForCausalLM"))
     if speaks or (tower in TOWERS and kind not in (CLIP, SIGLIP)):
         raise InputError(
-            f"{folder} is a {named}, and slsgu does not know what it reads of a CLIP or SigLIP, "
-            "if it has one",
-            hint="LLaVA, LLaVA-NeXT, LLaVA-OneVision and PaliGemma are known",
+            f"{folder} is a {named}, and slsgu does not know how it uses a CLIP or SigLIP",
+            hint="LLaVA, LLaVA-NeXT, LLaVA-OneVision and PaliGemma are supported",
         )
 
 
@@ -234,7 +233,7 @@ def _llava(folder: Path, config: dict[str, Any]) -> Target:
     if not towers and "mm_vision_tower" in config:
         elsewhere = config["mm_vision_tower"]
         raise InputError(
-            f"{folder} does not hold its vision tower: its {CONFIG} points to {elsewhere}",
+            f"{folder} does not contain its vision tower: its {CONFIG} points to {elsewhere}",
             hint=f"edit that model (--target a copy of {elsewhere}) "
             f"and let mm_vision_tower in {CONFIG} point to the result",
         )
@@ -319,12 +318,12 @@ def _text_models(index: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _short(model: str) -> str:
-    """Return how people call a text encoder of transformers."""
+    """Return the usual name of a text encoder of transformers."""
     return next((known for known in ("CLIP", "T5") if model.startswith(known)), model)
 
 
 def _family(kind: str, blocks: int) -> Family:
-    """Return what pipelines of a class are, the first of whose CLIPs has so many blocks."""
+    """Return the family of a pipeline class whose first CLIP has this many blocks."""
     if kind.startswith("StableDiffusion3"):
         return Family.SD3
     if kind.startswith("Flux"):
@@ -337,7 +336,7 @@ def _family(kind: str, blocks: int) -> Family:
 
 
 def text_reading(family: Family, blocks: int, *, pooled: bool) -> ReadFrom:
-    """Return what a pipeline reads of a text encoder; a `pooled` one projects its last state."""
+    """Return the output of a text encoder that a pipeline reads; `pooled` means projected."""
     match family:
         case Family.FLUX:
             return replace(last_state(blocks), reads=POOLED)
@@ -379,7 +378,7 @@ def _single_file(path: Path) -> Target:
 
 
 def _named(texts: Sequence[TowerPlace]) -> list[tuple[str, TowerPlace]]:
-    """Return the text encoders of a file in the order and by the names that pipelines have."""
+    """Return the text encoders of a file with their names in pipelines, in that order."""
     numbered = ["text_encoder", *(f"text_encoder_{n}" for n in range(2, len(texts) + 1))]
     names = [
         next((name for start, name in _IN_FILES.items() if f".{start}." in place.prefix), other)

@@ -11,7 +11,7 @@ from slsgu_cli.checkpoints.number_formats import CHUNK, FLOATS, STORAGE, Floats,
 from slsgu_cli.errors import InputError
 from slsgu_cli.text import near_names
 
-# What torch.compile puts before every name, and training in several processes.
+# Prefixes that torch.compile and training in several processes put before every name.
 COMPILED = "_orig_mod."
 TRAINING_PREFIXES = ("module.", COMPILED)
 TEXT_PREFIX = "text."
@@ -65,7 +65,7 @@ class TensorFile(ABC):
             return plain[older]
         hint = None
         if any(key.startswith(("text_model.", "vision_model.")) for key in plain):
-            hint = "this file has the names of transformers: name it with --target"
+            hint = "this file has the names of transformers: use --target"
         raise InputError(f"{self.path} holds no layer {name}{near_names(name, plain)}", hint=hint)
 
     @abstractmethod
@@ -122,5 +122,5 @@ def canonical_name(name: str) -> str:
 
 
 def damaged(path: Path, why: str) -> InputError:
-    """Return the error of a file that is not whole."""
+    """Return the error of a damaged file."""
     return InputError(f"{path} is damaged: {why}", hint="fetch or copy the checkpoint again")

@@ -30,9 +30,9 @@ def model_type(folder: Path) -> str:
 
 
 def other_model(folder: Path) -> tuple[str, str] | None:
-    """Return which model of transformers a folder holds instead, and how to name what is meant.
+    """Return which unsupported model of transformers a folder holds, and a hint.
 
-    None where it holds none, or one that is known.
+    None if it holds none, or a supported one.
     """
     config = config_of(folder / CONFIG)
     if not config or is_clip(folder):
@@ -40,7 +40,7 @@ def other_model(folder: Path) -> tuple[str, str] | None:
     what = f"it has no {OPEN_CLIP}, and a {CONFIG} of a {kind_of(config)}"
     if config.get("model_type") == NAFLEX:
         return what, NAFLEX_HINT
-    return what, f"name a repository or a folder of open_clip's, or of transformers ({KNOWN})"
+    return what, f"name a repository or folder of open_clip or of transformers ({KNOWN})"
 
 
 def require_towers(of: str, model: Mapping[str, Any]) -> None:
@@ -67,15 +67,14 @@ Part = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Models of transformers that open_clip builds alike; `name` is transformers' class.
+    """Models of transformers that open_clip builds in the same way; `name` is transformers' class.
 
-    `text` and `vision` are what transformers takes where a configuration is silent, and
-    `preprocess` what it does to images; with `crops` it cuts out their middle. `fits` tells of
-    fields whether open_clip can have their values, and `model_cfg` gets the configuration with
-    its parts `text` and `vision` filled up. `for_transformers` is the way back: a
-    configuration of a model_cfg; None where nothing of open_clip's goes that way. `names` says
-    by whose names its tensors are listed, and `processor` how the names of transformers' classes
-    begin that prepare inputs.
+    `text` and `vision` are the defaults of transformers, and `preprocess` is how it prepares
+    images; with `crops` it takes the center. `fits` maps fields to whether open_clip supports
+    their values, and `model_cfg` converts a configuration, with its parts `text` and `vision`
+    completed. `for_transformers` converts a model_cfg back; None if that is not possible. `names`
+    is the naming scheme of its tensors, and `processor` the prefix of transformers' classes that
+    prepare inputs.
     """
 
     name: str
@@ -117,7 +116,7 @@ def _metaclip_fits(text: Part, vision: Part) -> dict[str, bool]:
 
 
 def _metaclip_config(config: Part, text: Part, vision: Part) -> Part:
-    """Return what a CLIP's says, with texts that end where their tokenizer ends them."""
+    """Return the model_cfg of a CLIP whose texts end with the token of their tokenizer."""
     plain = _clip_config(config, text, vision)
     ends = {"pool_type": "eos", "eos_id": text["eos_token_id"]}
     cleaned = {"tokenizer_kwargs": {"clean": "whitespace"}}
@@ -139,9 +138,9 @@ def _chinese_fits(text: Part, vision: Part) -> dict[str, bool]:
 
 
 def _chinese_config(config: Part, text: Part, vision: Part) -> Part:
-    """Return what open_clip's adapter of a BERT says, with the BERT in place of its name.
+    """Return the model_cfg of open_clip's adapter, with a BERT's configuration for its name.
 
-    Texts are cut where they were in training, which no file of a folder tells.
+    Texts are cut at the length of training, which is in no file of a folder.
     """
     length = min(CHINESE_LENGTH, text["max_position_embeddings"])
     return {
@@ -161,11 +160,11 @@ def _chinese_config(config: Part, text: Part, vision: Part) -> Part:
 
 
 def bert_config(text: Mapping[str, Any]) -> Part:
-    """Return transformers' configuration of the BERT that a text_cfg with an `hf_config` says."""
+    """Return transformers' configuration of the BERT of a text_cfg with an `hf_config`."""
     return {"model_type": "bert", **_text_for_transformers(text), **text["hf_config"]}
 
 
-# What transformers calls the sizes of a tower, by open_clip's words for them.
+# The names of a tower's sizes in transformers, by their names in open_clip.
 _VISION = {
     "image_size": "image_size",
     "patch_size": "patch_size",
@@ -239,7 +238,7 @@ def _act(part: Part) -> str:
 
 
 def _mlp_ratio(part: Part) -> float:
-    """Return what open_clip multiplies a width by, and rounds down, for the size inside of MLPs."""
+    """Return open_clip's ratio of the MLP size to the width; open_clip rounds the product down."""
     size, width = part["intermediate_size"], part["hidden_size"]
     ratio = size / width
     return float(ratio if int(width * ratio) == size else (size + 0.5) / width)
@@ -257,7 +256,7 @@ def _siglip_fits(text: Part, vision: Part) -> dict[str, bool]:
 
 
 def _siglip_config(config: Part, text: Part, vision: Part) -> Part:
-    """Return what open_clip's SigLIP says, with the sizes of the tower that timm would name."""
+    """Return the model_cfg of open_clip's SigLIP, with sizes for the name of timm's tower."""
     return {
         "embed_dim": _embed_dim(text),
         "init_logit_bias": -10,
@@ -288,10 +287,10 @@ def _embed_dim(text: Part) -> Any:
 # Where the authors of Chinese CLIP cut texts.
 CHINESE_LENGTH = 52
 
-# How texts are cleaned that are given to a tokenizer as they are, for which open_clip has no word.
+# Marks texts that go to a tokenizer unchanged, for which open_clip has no name.
 AS_IT_IS = "none"
 
-# What a BERT is beside its sizes, and the activations that it may have.
+# Fields of a BERT other than its sizes, and the activations that it may have.
 BERT_FIELDS = (
     "max_position_embeddings",
     "type_vocab_size",
@@ -301,7 +300,7 @@ BERT_FIELDS = (
 )
 BERT_ACTS = ("gelu", "gelu_new", "relu", "silu")
 
-# Configurations of before the field was right say 2 and mean the last token of a text.
+# Older configurations have a wrong 2 here and mean the last token of a text.
 END_OF_TEXT = (2, 49407)
 
 # The keywords of PyTorch's GELU for what transformers calls it.
@@ -360,7 +359,7 @@ CHINESE_TEXT = {
 }
 SIGLIP_PREPROCESS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "resize_mode": "squash"}
 
-# By what transformers calls the type of a model.
+# By the type of a model in transformers.
 FAMILIES = {
     CLIP: Family(
         "CLIPModel",
@@ -435,7 +434,7 @@ def model_config(folder: Path) -> dict[str, Any]:
 
 
 def family_of(model: Mapping[str, Any]) -> str:
-    """Return which of `FAMILIES` a model_cfg is nearest to."""
+    """Return the most similar of `FAMILIES` for a model_cfg."""
     if model["vision_cfg"].get("timm_pool") == "map":
         return SIGLIP
     if "hf_config" in model["text_cfg"]:
@@ -443,7 +442,7 @@ def family_of(model: Mapping[str, Any]) -> str:
     return METACLIP if model["text_cfg"].get("pool_type") == "eos" else CLIP
 
 
-# What a model_cfg says of training, of the start of it, or of tokenizers, which folders hold.
+# Fields of a model_cfg about training and its initialization, and about tokenizers.
 _NOT_BUILT = {
     "patch_dropout",
     "timm_drop",
@@ -458,9 +457,9 @@ _TOKENIZER = {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"}
 
 
 def transformers_config(model: Mapping[str, Any]) -> tuple[Part, dict[str, str]]:
-    """Return the configuration of transformers for a model_cfg, and what of it that lacks.
+    """Return transformers' configuration for a model_cfg, and the fields it cannot express.
 
-    What it lacks is told by field. A tower of timm's has its sizes in place of its name.
+    A tower of timm has its sizes in place of its name.
     """
     kind = family_of(model)
     family, full = FAMILIES[kind], _filled(model)
@@ -488,7 +487,7 @@ _SIZED = [("vision_cfg", name) for name in _VISION] + [("text_cfg", name) for na
 
 
 def _filled(model: Mapping[str, Any]) -> Part:
-    """Return a model_cfg with what open_clip takes where it is silent."""
+    """Return a model_cfg with open_clip's defaults."""
     from dataclasses import asdict
 
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
@@ -502,11 +501,11 @@ def _filled(model: Mapping[str, Any]) -> Part:
 
 
 def _flat(model: Part, kind: str) -> Part:
-    """Return what a filled model_cfg builds, by the fields' full names, to compare two by."""
+    """Return the fields of a complete model_cfg that affect the model, by full name."""
     flat = {name: value for name, value in model.items() if not isinstance(value, dict)}
     flat["init_logit_bias"] = model.get("init_logit_bias") is not None
     if kind != SIGLIP:
-        # A text tower of its own is the same tower.
+        # A separate text tower is the same tower.
         del flat["custom_text"]
     for tower in ("vision_cfg", "text_cfg"):
         flat |= {f"{tower}.{name}": value for name, value in model[tower].items()}

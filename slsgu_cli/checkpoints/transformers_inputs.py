@@ -22,9 +22,9 @@ INTERPOLATION = {2: "bilinear", 3: "bicubic"}
 
 
 def preprocess_config(folder: Path) -> dict[str, Any]:
-    """Return what of open_clip's preprocess_cfg a folder's image processor says.
+    """Return open_clip's preprocess_cfg for a folder's image processor.
 
-    Raises InputError where open_clip has no such preprocessing.
+    Raises InputError if open_clip has no such preprocessing.
     """
     family = FAMILIES.get(model_type(folder), FAMILIES[CLIP])
     preprocess = {**family.preprocess}
@@ -43,7 +43,9 @@ def preprocess_config(folder: Path) -> dict[str, Any]:
             preprocess[ours] = processor[theirs]
     resample = processor.get("resample", 3)
     if type(resample) is not int or resample not in INTERPOLATION:
-        raise InputError(f"{path} asks for resample {resample}; bilinear (2) and bicubic (3) work")
+        raise InputError(
+            f"{path} has resample {resample}, but only bilinear (2) and bicubic (3) are supported"
+        )
     size = processor.get("size") or ({"shortest_edge": 0} if family.crops else {"height": 0})
     squash = isinstance(size, Mapping) and "height" in size
     return preprocess | {
@@ -55,7 +57,7 @@ def preprocess_config(folder: Path) -> dict[str, Any]:
 def transformers_preprocess(
     model: Mapping[str, Any], preprocess: Mapping[str, Any]
 ) -> tuple[dict[str, Any], str | None]:
-    """Return transformers' image processor for a preprocess_cfg, and what of it that lacks."""
+    """Return transformers' image processor for a preprocess_cfg, and what it cannot express."""
     family, size = FAMILIES[family_of(model)], model["vision_cfg"]["image_size"]
     sides = {"height": size, "width": size}
     resamples = {name: number for number, name in INTERPOLATION.items()}
@@ -85,7 +87,7 @@ def transformers_preprocess(
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:
-    """Return a folder's tokens and their ids, None where it has no tokenizer."""
+    """Return a folder's tokens and their ids; None if it has no tokenizer."""
     for name in ("vocab.json", "tokenizer.json"):
         path = folder / name
         if not path.is_file():

@@ -12,12 +12,12 @@ from slsgu_cli.checkpoints.number_formats import FLOATS, Floats, values_digest, 
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.method import Tower
 
-# Where transformers itself looks first.
+# The order in which transformers looks for weights.
 PREFERRED = ("model.safetensors", "model-", "pytorch_model.bin", "pytorch_model-")
 
 
 class ClipWeights:
-    """Every tensor of a model by open_clip's name, read from where transformers keeps it."""
+    """Every tensor of a model of transformers by open_clip's name."""
 
     def __init__(self, folder: Path) -> None:
         """Find the weights that transformers would load. Raises MissingError or InputError."""
@@ -33,7 +33,7 @@ class ClipWeights:
     def read(self, name: str) -> Floats:
         """Return the parameter open_clip calls `name`: fp16 of an fp16 file, else fp32 (or fp64).
 
-        Raises InputError where there is none.
+        Raises InputError if there is none.
         """
         if name not in self._places:
             raise InputError(f"{self.weights.path} holds no layer {name}")
@@ -65,7 +65,7 @@ class ClipWeights:
 
 
 def _places(weights: WeightSet) -> dict[str, Places]:
-    """Return where each tensor of a model lies, by open_clip's name for it."""
+    """Return the places of each tensor of a model, by open_clip's name."""
     places: dict[str, Places] = {}
     for scheme in sorted({tower.scheme for tower in weights.towers}):
         places |= {name: (place,) for name, place in SCALES[scheme].items()}

@@ -10,7 +10,7 @@ from time import perf_counter
 
 import slsgu_cli
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.edits import Edit, load_edit, tell_of_other_encoders
+from slsgu_cli.checkpoints.edits import Edit, load_edit, warn_of_other_encoders
 from slsgu_cli.checkpoints.targets import Family, Target
 from slsgu_cli.clip.metrics import frechet_distance
 from slsgu_cli.compare.comparison import ComparisonRun
@@ -258,7 +258,7 @@ def our_edit(store: Store, pointer: GradientPointer, target: Path) -> tuple[Edit
     if not store.exists(Artifact.EDIT.path(name)):
         raise MissingError(f"{store.url} has no edit {name} to compare", hint=hint)
     edit = load_edit(store, name)
-    tell_of_other_encoders([edit])
+    warn_of_other_encoders([edit])
     path = Artifact.TARGET_TRIALS.path(target_edit(pointer.name, target))
     trials = store.read_record(path, TargetTrials) if store.exists(path) else None
     if trials is not None and trials.forget == pointer.forget:

@@ -18,8 +18,8 @@ from slsgu_cli.checkpoints.edits import (
     earlier_edits,
     load_edits,
     original_values,
-    tell_of_joint_searches,
-    tell_of_other_encoders,
+    warn_of_joint_searches,
+    warn_of_other_encoders,
 )
 from slsgu_cli.checkpoints.hub import HUB
 from slsgu_cli.checkpoints.layers import Layer
@@ -62,8 +62,8 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
             )
     earlier = [] if request.force else earlier_edits(store, edits)
     if not request.revert:
-        tell_of_joint_searches([*edits, *earlier])
-        tell_of_other_encoders([*edits, *earlier])
+        warn_of_joint_searches([*edits, *earlier])
+        warn_of_other_encoders([*edits, *earlier])
     config = None
     if request.target is not None:
         target = read_target(request.target)

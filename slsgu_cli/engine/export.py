@@ -15,8 +15,8 @@ from slsgu_cli.checkpoints.edits import (
     earlier_edits,
     load_edits,
     recognised,
-    tell_of_joint_searches,
-    tell_of_other_encoders,
+    warn_of_joint_searches,
+    warn_of_other_encoders,
 )
 from slsgu_cli.checkpoints.lora import (
     PEFT_CONFIG,
@@ -101,8 +101,8 @@ def export(store: Store, request: ExportRequest) -> ExportResult:
             "these edits stand on others, which a LoRA must hold as well",
             hint=f"name them too: {named}",
         )
-    tell_of_joint_searches(edits)
-    tell_of_other_encoders(edits)
+    warn_of_joint_searches(edits)
+    warn_of_other_encoders(edits)
     _require_place(request)
     prefixes = _prefixes(request, edits)
     parts = [Decomposed(edit.header, edit.factor * edit.delta()) for edit in edits]

@@ -16,7 +16,7 @@ from slsgu_cli.checkpoints.edits import (
     earlier_edits,
     edit_digests,
     load_edit,
-    tell_of_joint_searches,
+    warn_of_joint_searches,
 )
 from slsgu_cli.checkpoints.layers import in_whole_and_in_part
 from slsgu_cli.checkpoints.targets import prompt_note
@@ -185,7 +185,7 @@ def _on_top(store: Store, plan: SearchPlan) -> SearchPlan:
             f"{twice} is changed as a whole and a third of it as well",
             hint="rank and search all sets with the same --qkv",
         )
-    tell_of_joint_searches(edits)
+    warn_of_joint_searches(edits)
     return replace(plan, earlier=tuple(edits), earlier_sets=tuple(sets.values()))
 
 

@@ -1,4 +1,4 @@
-"""Records to and from JSON, and the digest that addresses what was made from them."""
+"""Records to and from JSON, and their digests."""
 
 import dataclasses
 import functools
@@ -61,11 +61,10 @@ def encode(record: Any, *, sparse: bool = False) -> Any:
 
 
 def document(value: Any) -> Any:
-    """Return the JSON-ready form in which no key depends on data.
+    """Return a JSON-ready form in which no key depends on data.
 
-    A map in a record is a list of what it has, each with its `name`, beside the fields of a
-    record or else its `value`. A dict that is no field of a record has keys that are always
-    the same, and keeps them.
+    A map in a record becomes a list of objects, each with its `name` and either the fields of a
+    record or a `value`. A dict that is not a field of a record has fixed keys, and keeps them.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
@@ -78,7 +77,7 @@ def document(value: Any) -> Any:
 
 
 def by_name(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what a map has as rows, each with its `name`."""
+    """Return the items of a map as rows, each with its `name`."""
     encoded = {name: _without_maps(value) for name, value in values.items()}
     return [
         {"name": name, **(each if isinstance(each, dict) else {"value": each})}
@@ -102,14 +101,14 @@ def _is_usual(record: Any, field: "dataclasses.Field[Any]") -> bool:
 
 
 def usual_value(field: "dataclasses.Field[Any]") -> Any:
-    """Return what a field is where nothing is said of it; MISSING where that must be said."""
+    """Return the default of a field; MISSING if it is required."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
 
 
 def without_none(kind: Any) -> Any:
-    """Return the type of what is there, for a value that may be None."""
+    """Return the type of an optional value without None."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return next(each for each in typing.get_args(kind) if each is not type(None))
     return kind
@@ -166,7 +165,7 @@ def _fields(kind: Any) -> tuple[tuple[str, Any, bool], ...]:
 
 
 def _checked(value: Any, *kinds: type) -> Any:
-    """Refuse what a constructor would bend into shape: None to "None", "ab" to a tuple."""
+    """Refuse a value that a constructor would convert, such as None to "None"."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise TypeError(f"{value!r} is not a {kinds[0].__name__}")
     return value
@@ -182,7 +181,7 @@ def _compact(encoded: Any) -> str:
 
 
 def digest(value: Any) -> str:
-    """Return 24 hexadecimal digits that name a JSON-ready value or record by its content.
+    """Return 24 hexadecimal digits that identify the content of a JSON-ready value or record.
 
     They stay the same when a field is `added` to the record.
     """
@@ -216,7 +215,7 @@ def require_seal(content: Any) -> None:
     if not isinstance(content, Mapping) or SEAL not in content:
         raise ValueError("it carries no digest")
     if content[SEAL] != _seal({key: value for key, value in content.items() if key != SEAL}):
-        raise ValueError("its content is not what its digest was made of")
+        raise ValueError("its content does not match its digest")
     if (found := content.get(FORMAT_KEY, 0)) != FORMAT:
         raise FormatError(
             f"another version of slsgu wrote this store, in format {found}; "

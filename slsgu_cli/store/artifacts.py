@@ -1,7 +1,7 @@
-"""The table of artifacts: where each kind lies, what makes it, what it was made from.
+"""The table of artifacts: the location, the command and the inputs of each kind.
 
-Everything that names a place in the store, says which command to run first, judges whether
-a record still stands or goes on from an earlier run reads this table. `verify` reads one whole.
+Paths in the store, hints about the command to run first, checks for stale records and resuming
+all use this table. `verify` reads a whole artifact.
 """
 
 import zlib
@@ -57,11 +57,11 @@ class Artifact(StrEnum):
     UNFINISHED = "unfinished"
 
     def path(self, name: str) -> str:
-        """Return where the artifact `name` lies in a store. Raises UsageError."""
+        """Return the path of the artifact `name` in a store. Raises UsageError."""
         return self.place(check_name(name))
 
     def place(self, name: str) -> str:
-        """Return where an artifact lies whose name comes from the store, as it is."""
+        """Return the path of an artifact whose name comes from the store and needs no check."""
         return f"{self.beside(name)}{TABLE[self].suffix}"
 
     def beside(self, name: str) -> str:
@@ -77,7 +77,7 @@ class Artifact(StrEnum):
         return f"slsgu {TABLE[self].command.format(quote(name))}"
 
     def command_again(self, name: str) -> str | None:
-        """Return the command line that makes the artifact `name` as it was, if there is one."""
+        """Return the command line that makes the same artifact `name` again, if there is one."""
         if self is Artifact.SET:
             return f"slsgu build-sets {quote(name)} --replay"
         if self is Artifact.EDIT and set_of(name) != name:
@@ -85,11 +85,11 @@ class Artifact(StrEnum):
         return self.command(name) if TABLE[self].command else None
 
     def changed(self, record: Any, now: Mapping[str, Any]) -> "Change | None":
-        """Return the first digest of what a record was made from that is another `now`."""
+        """Return the first input of a record whose digest is different `now`."""
         return changed(TABLE[self].digests, record, now)
 
     def called(self, name: str) -> str:
-        """Return what people call the artifact `name`."""
+        """Return the artifact `name` in words."""
         noun = TABLE[self].noun
         return f"{noun} {name}" if self is Artifact.SET else f"{noun} of {name}"
 
@@ -98,13 +98,13 @@ class Artifact(StrEnum):
 class Row:
     """One kind of artifact. Data blocks and plots have no `record` of ours.
 
-    The record is said by module and name, so that a command loads no others. An artifact lies
-    in `folder` under its name and `suffix`; beside its record is a folder of its name where it
-    `has_folder`. `noun` is what it is called, `command` makes it; what is called by a digest is
-    `made_with` another artifact of a set. `digests` maps the fields of the record that tell what
-    it was made from to the reason it is stale once the store has others. It `needs` another
-    artifact of the same set. A later run goes on with `rows`, called `measured`, where `digests`
-    and `options` are as they were.
+    The record is given by module and name, so that a command loads no others. An artifact is in
+    `folder` under its name and `suffix`; if it `has_folder`, a folder of its name is next to the
+    record. `noun` names it in messages, and `command` makes it; an artifact that is named by a
+    digest is `made_with` another artifact of a set. `digests` maps each field with the digest of
+    an input to the reason why the artifact is stale once that digest changes. It `needs` another
+    artifact of the same set. A later run reuses `rows`, called `measured` in messages, if
+    `digests` and `options` are unchanged.
     """
 
     folder: str
@@ -129,16 +129,16 @@ class Row:
 
 TENSORS = ".safetensors"
 ROLES = ("forget", "retain")
-FORGET_GRADIENT = "the forget gradient was computed anew since"
-REWHITENED = "the retain set that whitened its direction was built anew since"
-WEIGHTS = "the model has other weights since"
-EVALUATION = "the evaluation set {} was built anew since"
-GRADIENT_OF = "the forget gradient of {} was computed anew since, or is gone"
-EDIT_OF = "the edit {} was made anew since"
-STOOD_ON = {"after": "the edit {}, which it stands on, was made anew since, or is gone"}
+FORGET_GRADIENT = "the forget gradient has been recomputed since"
+REWHITENED = "the retain set that whitened its direction has been rebuilt since"
+WEIGHTS = "the model's weights have changed since"
+EVALUATION = "the evaluation set {} has been rebuilt since"
+GRADIENT_OF = "the forget gradient of {} has been recomputed since or is missing"
+EDIT_OF = "the edit {} has been remade since"
+STOOD_ON = {"after": "the edit {}, which it builds on, has been remade since or is missing"}
 
-ROWS = {f"{role}_data": f"the {role} set was built anew since" for role in ROLES}
-GRADIENTS = dict.fromkeys(ROLES, "the gradients were computed anew since")
+ROWS = {f"{role}_data": f"the {role} set has been rebuilt since" for role in ROLES}
+GRADIENTS = dict.fromkeys(ROLES, "the gradients have been recomputed since")
 MODEL = {"model_fingerprint": WEIGHTS, "evals": EVALUATION}
 MEASURED = {"forget": FORGET_GRADIENT, **MODEL}
 SEARCHED = {"retain_data": REWHITENED, **MEASURED, **STOOD_ON}
@@ -223,7 +223,7 @@ TABLE: dict[Artifact, Row] = {
         "verification",
         "verify {}",
         needs=Artifact.SET,
-        digests={"data": "its {} rows were built anew since"},
+        digests={"data": "its {} rows have been rebuilt since"},
         options=("concept",),
         rows=("subjects", "under_way"),
         measured="findings",
@@ -268,7 +268,7 @@ FOLDERS = sorted({row.folder for row in TABLE.values()})
 
 
 def joint_label(names: Sequence[str]) -> str:
-    """Return what a joint search over several sets is called: their names, as far as they fit."""
+    """Return the name of a joint search over several sets: their names, shortened if necessary."""
     label = "+".join(names)
     if len(label) <= LONGEST_LABEL:
         return label
@@ -276,7 +276,7 @@ def joint_label(names: Sequence[str]) -> str:
 
 
 def target_edit(name: str, target: Path) -> str:
-    """Return what the edit of the set `name` is called that was steered on `target`."""
+    """Return the name of the edit of the set `name` that was searched on `target`."""
     return check_name(f"{name}@{target.resolve().name}")
 
 
@@ -286,13 +286,13 @@ def set_of(edit: str) -> str:
 
 
 def plot_path(name: str, kind: str) -> str:
-    """Return where a plot of the set `name` lies."""
+    """Return the path of a plot of the set `name`."""
     return f"{Artifact.PLOT.beside(check_name(name))}-{kind}{TABLE[Artifact.PLOT].suffix}"
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A field of a record of which the store has another digest now, and the reason in words."""
+    """An input of a record that has another digest now: the field, and the reason in words."""
 
     field: str
     reason: str
@@ -306,7 +306,7 @@ def changed(reasons: Mapping[str, str], record: Any, now: Mapping[str, Any]) -> 
     for name, reason in reasons.items():
         before, present = getattr(record, name), now.get(name)
         if isinstance(present, Mapping):
-            # A record that does not name the images of the concept says nothing of them.
+            # A record without images of the concept is not affected by them.
             for key, value in present.items():
                 if before.get(key, value if key == FORGET else None) != value:
                     return Change(name, reason.format("of the concept" if key == FORGET else key))
@@ -316,7 +316,7 @@ def changed(reasons: Mapping[str, str], record: Any, now: Mapping[str, Any]) -> 
 
 
 def digests_of(manifest: SetManifest | None, pointer: GradientPointer | None) -> dict[str, Any]:
-    """Return the digests that a set and its gradients have, by the fields that repeat them."""
+    """Return the digests of a set and its gradients, by the record fields that repeat them."""
     now: dict[str, Any] = {}
     if manifest is not None:
         rows = {role: ref.fingerprint for role, ref in manifest.blocks().items()}
@@ -338,7 +338,7 @@ def read_manifest(store: Store, name: str) -> SetManifest:
 
 
 def read_pointer(store: Store, manifest: SetManifest) -> GradientPointer:
-    """Return which gradients belong to a set as it is built now. Raises StaleError."""
+    """Return the gradients of a set in its current state. Raises StaleError."""
     name, run = manifest.name, Artifact.POINTER.command(manifest.name)
     path = Artifact.POINTER.path(name)
     require(store, path, what=Artifact.POINTER.called(name), run=run)
@@ -346,7 +346,7 @@ def read_pointer(store: Store, manifest: SetManifest) -> GradientPointer:
     if change := Artifact.POINTER.changed(pointer, digests_of(manifest, None)):
         which = change.field.removesuffix("_data")
         raise StaleError(
-            f"the gradients of {name} were computed before its {which} set was built anew",
+            f"the gradients of {name} were computed before its {which} set was rebuilt",
             hint=f"run `{run}`",
         )
     for address in (pointer.forget, pointer.retain):
@@ -370,21 +370,21 @@ def read_ranking(store: Store, pointer: GradientPointer) -> Ranking:
 
 
 def read_features(store: Store, path: str) -> Arrays:
-    """Return the features in a file by evaluation set; none where it cannot be read."""
+    """Return the features in a file by evaluation set; empty if it cannot be read."""
     try:
         store.read_header(path, FeatureHeader)
         return dict(store.read_tensors(path))
     except MissingError:
         return {}
     except (InputError, StaleError) as error:
-        progress.note(f"features that were kept cannot be used and are made again: {error}")
+        progress.note(f"saved features cannot be used and are computed again: {error}")
         return {}
 
 
 def resume(store: Store, kind: Artifact, name: str, fresh: T) -> T:
-    """Return the record `fresh` with the rows that an earlier run left in one of its kind.
+    """Return the record `fresh` with the rows that an earlier run recorded.
 
-    Of a record that is damaged, or was made from other things, none are kept, with a note.
+    Log a note and use none of them if that record is damaged or its inputs differ.
     """
     row, path = TABLE[kind], kind.path(name)
     if not store.exists(path):
@@ -395,7 +395,7 @@ def resume(store: Store, kind: Artifact, name: str, fresh: T) -> T:
         others = [f for f in made_from if getattr(record, f) != getattr(fresh, f)]
         if others:
             fields = ", ".join(others).replace("_", " ")
-            raise StaleError(f"they were made from other things ({fields})")
+            raise StaleError(f"their inputs differ ({fields})")
     except (StaleError, InputError) as error:
         progress.note(f"recorded {row.measured} cannot be used and are made again: {error}")
         return fresh
@@ -433,13 +433,13 @@ def verify(store: Store, kind: Artifact, path: str) -> None:
 
 
 def _require_picture(data: bytes) -> None:
-    """Raise ValueError unless a PNG file is whole and every chunk is what its checksum is of."""
+    """Raise ValueError unless a PNG file is complete and every chunk matches its checksum."""
     if not data.startswith(PNG_START):
-        raise ValueError("it is no PNG")
+        raise ValueError("it is not a PNG file")
     at, kind = len(PNG_START), b""
     while kind != PNG_END:
         end = at + 8 + int.from_bytes(data[at : at + 4])
         kind, checksum = data[at + 4 : at + 8], data[end : end + 4]
         if len(checksum) < 4 or zlib.crc32(data[at + 4 : end]) != int.from_bytes(checksum):
-            raise ValueError("a part of it is not what its checksum was made of")
+            raise ValueError("a chunk does not match its checksum")
         at = end + 4

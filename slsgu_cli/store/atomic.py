@@ -18,33 +18,33 @@ from slsgu_cli.errors import InputError, SlsguError
 
 PARTIAL = ".partial-"
 
-# safetensors writes under a temporary name of its own; a killed process leaves that one.
+# safetensors writes under a temporary name, which a killed process leaves behind.
 UNFINISHED = (PARTIAL, ".tmp")
 
-# What mends a write that failed, by the error; `{}` is what else can be done.
+# Hints for a write that failed, by error number; `{}` is another way out.
 REMEDIES = {
     errno.ENOSPC: "free some space, or {}",
     errno.EDQUOT: "free some space, or {}",
     errno.EFBIG: "free some space, or {}",
-    errno.EACCES: "see who may write there, or {}",
-    errno.EROFS: "it can only be read: {}",
+    errno.EACCES: "check its permissions, or {}",
+    errno.EROFS: "it is read-only: {}",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 
 
 def remedy(error: OSError, otherwise: str) -> str:
-    """Return what mends a write that failed, or else what can be done `otherwise`."""
+    """Return a hint for a write that failed, with what to do `otherwise`."""
     number = errno.EACCES if isinstance(error, PermissionError) else error.errno
     return REMEDIES.get(number or 0, "{}").format(otherwise)
 
 
 def partial_name(name: str) -> str:
-    """Return a fresh name under which this process writes what will be called `name`."""
+    """Return a new temporary name under which this process writes the file `name`."""
     return f"{PARTIAL}{_machine_digest()}.{os.getpid()}-{secrets.token_hex(4)}-{name}"
 
 
 def writer_lives(partial: str) -> bool | None:
-    """Return whether the process that writes under a partial name lives; None if none can tell."""
+    """Return whether the process that writes under a partial name runs; None if unknown."""
     there, _, process = partial.removeprefix(PARTIAL).partition("-")[0].partition(".")
     return process_lives(
         machine() if there == _machine_digest() else "", int(process) if process.isdecimal() else 0
@@ -53,7 +53,7 @@ def writer_lives(partial: str) -> bool | None:
 
 @functools.cache
 def machine() -> str:
-    """Return what tells the processes of one machine from those of others; "" if nothing does."""
+    """Return an identifier of this machine since its last boot; "" if there is none."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -62,7 +62,7 @@ def machine() -> str:
 
 
 def process_lives(where: str, process: int) -> bool | None:
-    """Return whether a process lives; None of one that is on another machine, or on none known."""
+    """Return whether a process runs; None if it is on another or an unknown machine."""
     if not where or where != machine() or process <= 0 or sys.platform == "win32":
         return None
     try:
@@ -77,11 +77,11 @@ def _machine_digest() -> str:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename `source` to `target` and let it take its place, in one step where that can be.
+    """Rename `source` to `target`, replacing it in one step where the system can.
 
-    Where two folders cannot swap, the old one steps aside first, again if another process
-    has put its own there in between. Raises OSError, or InputError where it is no file or
-    folder; what was at `target` stays then.
+    Where two folders cannot be exchanged, the old one is renamed first, again if another process
+    has put its own there in between. Raises OSError, or InputError where `target` is not a file
+    or folder; `target` is unchanged then.
     """
     require_regular(target)
     while True:
@@ -110,7 +110,7 @@ def move(source: Path, target: Path) -> None:
 
 
 def require_regular(target: Path) -> None:
-    """Refuse to take the place of what is neither a file nor a folder: a device, a pipe.
+    """Refuse to replace anything but a file or a folder, such as a device or a pipe.
 
     Links are followed. Raises InputError.
     """
@@ -118,13 +118,13 @@ def require_regular(target: Path) -> None:
         mode = target.stat().st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise InputError(
-                f"{target} is neither a file nor a folder, and is left alone",
-                hint="choose another place",
+                f"{target} is neither a file nor a folder and is not replaced",
+                hint="choose another path",
             )
 
 
 def move_if_absent(source: Path, target: Path) -> bool:
-    """Rename `source` to `target` if nothing is there, in one step; return whether it was so.
+    """Rename `source` to `target` in one step if nothing is there; return whether it did.
 
     Raises OSError.
     """
@@ -141,7 +141,7 @@ def move_if_absent(source: Path, target: Path) -> bool:
     except FileExistsError:
         return False
     except OSError:
-        # A file system without hard links: the last of two writers at one covariance stays.
+        # A file system without hard links: of two writers at the same moment, the last one wins.
         if target.exists():
             return False
         source.replace(target)
@@ -151,9 +151,9 @@ def move_if_absent(source: Path, target: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder if it is there, under a partial name while it goes.
+    """Remove a file or folder if it exists; it has a partial name while it is being removed.
 
-    Raises InputError for anything else that stands there.
+    Raises InputError for anything else.
     """
     require_regular(path)
     aside = path.with_name(partial_name(path.name))
@@ -163,7 +163,7 @@ def remove(path: Path) -> None:
 
 
 def discard(partial: Path) -> None:
-    """Remove what has a partial name, if it is there."""
+    """Remove a partial file or folder if it exists."""
     if partial.is_dir():
         shutil.rmtree(partial)
     else:
@@ -176,10 +176,10 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Yield a path to build a file or folder at; put it in `target`'s place on success.
+    """Yield a path at which to build a file or folder, and move it to `target` on success.
 
-    On any exception, Ctrl-C included, what was built is removed and `target` is as it
-    was. OSErrors (a full disk) become InputErrors.
+    On any exception, Ctrl-C included, the new files are removed and `target` is unchanged.
+    OSErrors (a full disk) become InputErrors.
     """
     target = target.resolve()
     partial = target.parent / partial_name(target.name)
@@ -197,7 +197,7 @@ def replacing(target: Path) -> Iterator[Path]:
             raise
         raise InputError(
             f"cannot write {target}: {error.strerror or error}",
-            hint=remedy(error, "choose another place with --out"),
+            hint=remedy(error, "choose another --out"),
         ) from error
     finally:
         if lock is not None:
@@ -206,7 +206,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def _put(built: Path, target: Path) -> None:
-    """Move what was built; where it takes the place of something, not before it is on the disk."""
+    """Move new files into place; if they replace others, flush them to the disk first."""
     replaced = target.exists()
     for path in [built, *built.rglob("*")] if replaced else ():
         _flush(path)
@@ -235,7 +235,7 @@ def _flush(path: Path) -> None:
 
 def _clear_abandoned(target: Path) -> None:
     for path in target.parent.glob(f"{PARTIAL}*-{target.name}"):
-        # A young one may stand between its creation and its lock.
+        # A recent one may have been created but not locked yet.
         if path.is_dir() and time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
             descriptor = os.open(path, os.O_RDONLY)
             try:
@@ -246,7 +246,7 @@ def _clear_abandoned(target: Path) -> None:
 
 
 def lock_now(descriptor: int) -> bool:
-    """Take the lock that lasts as long as this process; return whether it was free."""
+    """Lock an open file until it is closed; return whether it was free."""
     if sys.platform == "win32":
         return False
     import fcntl

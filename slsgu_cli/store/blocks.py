@@ -27,7 +27,7 @@ BY_ROW = ("tokens", "labels", "keys", "captions", "source_digests", "origins")
 ARRAYS = ("images", *BY_ROW)
 LAYOUT = "layout"
 
-# What zarr and its codecs raise on a group that is cut short, altered or no group.
+# Errors of zarr and its codecs for a group that is truncated, altered or not a group.
 DAMAGE = (ValueError, KeyError, TypeError, RuntimeError, OSError)
 BUILD_AGAIN = "run `slsgu build-sets` again for this set"
 
@@ -49,15 +49,15 @@ class DataBlock:
         """
         block = cls.at(store, ref.path)
         if block.attributes["fingerprint"] != ref.fingerprint:
-            anew = f"{block.where} was built anew since and holds other rows"
-            raise StaleError(anew, hint=BUILD_AGAIN)
+            rebuilt = f"{block.where} has been rebuilt since and holds other rows"
+            raise StaleError(rebuilt, hint=BUILD_AGAIN)
         return block
 
     @classmethod
     def at(cls, store: Store, path: str) -> "DataBlock":
-        """Open whatever complete block stands at `path`. Raises MissingError or InputError."""
+        """Open the complete block at `path`. Raises MissingError or InputError."""
         where = store.where(path)
-        # Elsewhere a block arrives file by file, and the one with its attributes last.
+        # A remote block arrives file by file, and the file with its attributes comes last.
         if not store.exists(path if store.is_local else f"{path}/zarr.json"):
             raise MissingError(f"there is no {where}", hint=BUILD_AGAIN)
         with _undamaged(where):
@@ -74,7 +74,7 @@ class DataBlock:
 
     @property
     def chunk_rows(self) -> int:
-        """How many images lie together; ranges that begin at multiples of it read fastest."""
+        """How many images are stored together; ranges that begin at its multiples read fastest."""
         return int(self._arrays["images"].chunks[0])
 
     @property
@@ -117,7 +117,7 @@ class DataBlock:
 
     @cached_property
     def keys(self) -> list[str]:
-        """What each row is called in its source."""
+        """The key of each row in its source."""
         return [str(key) for key in self._read_list("keys")]
 
     @cached_property
@@ -127,7 +127,7 @@ class DataBlock:
 
     @cached_property
     def origins(self) -> list[Origin | None]:
-        """Where each row was first met; None where nothing but the key is known of it."""
+        """Where each row was first found; None if only its key is known."""
         origins = self._read_list("origins")
         return [None if origin is None else Origin(*origin) for origin in origins]
 
@@ -147,11 +147,11 @@ class DataBlock:
                 pixels += _pixel_digests(self.images(start, start + self.chunk_rows))
             counted = {name: len(getattr(self, name)) for name in BY_ROW}
             if others := [name for name, count in counted.items() if count != self.rows]:
-                raise ValueError(f"it has not as many {others[0]} as rows")
+                raise ValueError(f"it has fewer or more {others[0]} than rows")
             size = self._arrays["images"].shape[1:3]
             fingerprint = _fingerprint(size, pixels, self.tokens, self.labels, self.attributes)
             if fingerprint != self.attributes["fingerprint"]:
-                raise ValueError("its rows are not those of its fingerprint")
+                raise ValueError("its rows do not match its fingerprint")
 
     def _read(self, name: str) -> npt.NDArray[Any]:
         with _undamaged(self.where):
@@ -165,25 +165,25 @@ class DataBlock:
         return {name: self.group[name] for name in ARRAYS}
 
     def _check(self) -> None:
-        """Raise ValueError unless every part is there: zarr reads absent chunks as zeros.
+        """Raise ValueError unless every chunk exists, because zarr reads absent chunks as zeros.
 
-        Chunks carry a checksum each, which zarr compares as it reads them.
+        zarr compares the checksum of each chunk when it reads it.
         """
         if self.attributes.get("complete") is not True:
             raise ValueError("it is not complete")
         require_seal(self.attributes)
         if self.attributes[LAYOUT] != _layout(self._arrays):
-            raise ValueError("its arrays are not laid out as its attributes say")
+            raise ValueError("the layout of its arrays differs from its attributes")
         for name, array in self._arrays.items():
             if array.size and array.nchunks_initialized != array.nchunks:
                 raise ValueError(f"{name} lacks {array.nchunks - array.nchunks_initialized} chunks")
         if self._arrays["images"].shape[0] != self.rows:
-            raise ValueError("it has not as many images as rows")
+            raise ValueError("it has fewer or more images than rows")
 
 
 @dataclass(frozen=True)
 class RepeatedBlock(DataBlock):
-    """The rows of a block, and all of them again with other tokens as often as there are some.
+    """The rows of a block, repeated with other tokens.
 
     `other_tokens` are int32 (times * rows, length).
     """
@@ -197,7 +197,7 @@ class RepeatedBlock(DataBlock):
 
     @property
     def rows(self) -> int:
-        """How many rows there are, with those that come again."""
+        """How many rows there are, including repetitions."""
         return super().rows + len(self.other_tokens)
 
     def images(self, start: int, stop: int) -> Pixels:
@@ -217,7 +217,7 @@ class RepeatedBlock(DataBlock):
 
     @cached_property
     def keys(self) -> list[str]:
-        """What each row is called in its source."""
+        """The key of each row in its source."""
         once = super().keys
         return once * (self.rows // len(once))
 
@@ -228,7 +228,7 @@ def _layout(arrays: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def _location(store: Store, path: str) -> LocalStore | FsspecStore:
-    """Return what zarr reads a block through."""
+    """Return the zarr store of a block."""
     if store.is_local:
         return LocalStore(store.where(path), read_only=True)
     fs, full = store.opened(path)
@@ -237,13 +237,13 @@ def _location(store: Store, path: str) -> LocalStore | FsspecStore:
 
 @dataclass(frozen=True)
 class JoinedRows:
-    """A few rows of several blocks, one block behind another; their images stay in memory."""
+    """A few rows of several blocks, concatenated; their images stay in memory."""
 
     parts: tuple[tuple[DataBlock, npt.NDArray[np.integer[Any]]], ...]
 
     @property
     def where(self) -> str:
-        """Where the blocks lie."""
+        """The locations of the blocks."""
         return " and ".join(block.where for block, _ in self.parts)
 
     @property
@@ -286,9 +286,9 @@ def _pixel_digests(images: Pixels) -> list[bytes]:
 def _fingerprint(
     size: Sequence[int], pixels: list[bytes], tokens: Ints, labels: Ints, attributes: dict[str, Any]
 ) -> str:
-    """Return what names a block's rows by all that counts of them.
+    """Return a digest of a block's rows.
 
-    Of the images, that is their `size` (height, width) and what names their `pixels`.
+    The images enter with their `size` (height, width) and the digests of their `pixels`.
     """
     content = hashlib.sha256(repr(tuple(size)).encode() + b"".join(pixels))
     content.update(tokens.astype("<i4").tobytes())
@@ -301,7 +301,7 @@ def _fingerprint(
 CHUNK_BYTES = 16 << 20
 MIN_CHUNK_ROWS = 64
 
-# Chunks that are compressed and written while the next one fills.
+# Chunks compressed and written while the next one fills.
 WRITERS = 2
 DIGEST_BYTES = 16
 
@@ -315,11 +315,11 @@ class BlockWriter:
         self._group = group
         chunk_rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (height * width * 3))
         self._chunk = np.empty((chunk_rows, height, width, 3), dtype=np.uint8)
-        # The number of rows is known in the end; `rows` is the most there can be.
+        # The number of rows is known at the end; `rows` is the maximum.
         self._images = _create(group, "images", (max(rows, 1), height, width, 3), self._chunk.shape)
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
         self._writing: list[tuple[Future[list[bytes]], Pixels]] = []
-        # Buffers are used again: fresh memory has to be cleared first.
+        # Buffers are reused, because fresh memory has to be cleared first.
         self._spare: list[Pixels] = []
         self._pixels: list[bytes] = []
         self.keys: list[str] = []
@@ -338,7 +338,7 @@ class BlockWriter:
         source_digest: bytes = bytes(DIGEST_BYTES),
         origin: Origin | None = None,
     ) -> None:
-        """Append a row. `source_digest` names the encoded image."""
+        """Append a row. `source_digest` is a digest of the encoded image."""
         self._chunk[self.rows % len(self._chunk)] = image
         self.rows += 1
         self.keys.append(key)
@@ -352,10 +352,10 @@ class BlockWriter:
     def finish(
         self, tokens: Ints | None, attributes: dict[str, Any], *, path: str | None = None
     ) -> str:
-        """Write what is left, and the attributes; return the fingerprint of the rows.
+        """Write the remaining rows and the attributes; return the fingerprint of the rows.
 
-        `tokens` is (rows, length), or None for rows that have no use for any. `path` is where
-        the block is to stand, if that was not known before all rows were.
+        `tokens` is (rows, length), or None for rows without tokens. `path` is the final path of
+        the block, if it depends on the rows.
         """
         self.path = path
         if self.rows % len(self._chunk):
@@ -388,23 +388,23 @@ class BlockWriter:
         return fingerprint
 
     def close(self) -> None:
-        """Wait for the writes that have begun and drop the others."""
+        """Wait for writes in progress and cancel the others."""
         self._pool.shutdown(cancel_futures=True)
 
     def _write(self, rows: int) -> None:
-        """Have the last `rows` rows written, and go on with a chunk of their own."""
+        """Start writing the last `rows` rows, and continue with another buffer."""
         self._await(WRITERS - 1)
         written = self._pool.submit(self._write_chunk, self.rows - rows, self._chunk[:rows])
         self._writing.append((written, self._chunk))
         self._chunk = self._spare.pop() if self._spare else np.empty_like(self._chunk)
 
     def _write_chunk(self, start: int, chunk: Pixels) -> list[bytes]:
-        """Write rows from `start` on; return what names each one by its pixels."""
+        """Write rows from `start` on; return the digest of each row's pixels."""
         self._images[start : start + len(chunk)] = chunk
         return _pixel_digests(chunk)
 
     def _await(self, most: int) -> None:
-        """Return when at most `most` chunks are being written. Raises what a write raised."""
+        """Wait until at most `most` chunks are being written. Raises what a write raised."""
         while len(self._writing) > most:
             written, chunk = self._writing.pop(0)
             self._pixels += written.result()
@@ -415,10 +415,10 @@ class BlockWriter:
 def block_writer(
     store: Store, path: str, *, height: int, width: int, rows: int
 ) -> Iterator[BlockWriter]:
-    """Yield a writer for at most `rows` rows; the block stands at `path` if all goes well.
+    """Yield a writer for at most `rows` rows; on success the block is at `path`.
 
-    Where `finish` is given another path, it stands there. A complete block that another
-    process put there meanwhile stays: the path says what it was made from.
+    If `finish` gets another path, the block is there. A complete block that another process wrote
+    in the meantime stays, because its path is derived from its inputs.
     """
 
     def whole(place: str) -> bool:
@@ -435,7 +435,7 @@ def block_writer(
         finally:
             writer.close()
         if not group.attrs.get("complete"):
-            raise RuntimeError("a block was left without `finish`")
+            raise RuntimeError("`finish` was not called on a block")
 
 
 def _create(
@@ -449,7 +449,7 @@ def _create(
         chunks=chunks,
         dtype=dtype,
         compressors=[blosc, Crc32cCodec()],
-        # An image may be all black: zarr would leave it out, and a lost chunk reads the same.
+        # zarr would leave out black images, which a lost chunk looks the same as.
         config={"write_empty_chunks": True},
     )
 

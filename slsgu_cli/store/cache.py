@@ -10,27 +10,27 @@ from pathlib import Path
 
 from slsgu_cli.store.atomic import partial_name
 
-# The variables that say where copies of tensors lie, and how many bytes of them.
+# The environment variables for the folder of the copies and their total size.
 CACHE, CACHE_SIZE = "SLSGU_CACHE", "SLSGU_CACHE_SIZE"
 DEFAULT_SIZE = "20G"
 
-# Copies that were read so many seconds ago are not removed: somebody may be about to open one.
+# Copies read within this many seconds are not removed: a process may be about to open one.
 RECENT = 60.0
 
 
 @contextmanager
 def cached(identity: str, fetch: Callable[[Path], object]) -> Iterator[Path]:
-    """Yield a copy of what is elsewhere, fetched unless it was before.
+    """Yield a local copy of a remote file, fetched unless the cache has it.
 
-    It is called by a digest of its `identity`: its address and state. Where the cache
-    cannot be written, the copy is gone after the block.
+    Its name is a digest of its `identity`: its URL and its state. If the cache cannot be written,
+    the copy is removed after the block.
     """
     folder = cache_folder()
     copy = folder / hashlib.sha256(identity.encode()).hexdigest()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if copy.exists():
-            # Read now, changed then: the former says which copies go first.
+            # Update only the time of access, which decides the copies to remove first.
             os.utime(copy, (time.time(), copy.stat().st_mtime))
         else:
             partial = folder / partial_name(copy.name)
@@ -49,7 +49,7 @@ def cached(identity: str, fetch: Callable[[Path], object]) -> Iterator[Path]:
 
 
 def cache_folder() -> Path:
-    """Return where copies of remote tensors lie."""
+    """Return the folder of copies of remote tensors."""
     if named := os.environ.get(CACHE):
         return Path(named)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -57,7 +57,7 @@ def cache_folder() -> Path:
 
 
 def _make_room(folder: Path) -> None:
-    """Remove the copies that were not read for longest, until the others are within bounds."""
+    """Remove the least recently read copies until the others are within bounds."""
     from slsgu_cli.records.words import bytes_of
 
     most = bytes_of(CACHE_SIZE, os.environ.get(CACHE_SIZE, DEFAULT_SIZE))

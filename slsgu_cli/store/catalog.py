@@ -1,7 +1,7 @@
-"""What the store holds, what each artifact was made from, and whether that still stands.
+"""List the artifacts of a store, their inputs, and whether they are up to date.
 
-Only records and headers are read: no tensor, no image, and nothing of the model. An
-artifact that cannot be read is listed with the reason.
+Only records and headers are read: no tensors, no images, and no models. An artifact that
+cannot be read is listed with the reason.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from slsgu_cli.text import reason_of
 
 
 class Standing(StrEnum):
-    """Whether an artifact can be used as it stands."""
+    """Whether an artifact can be used as it is."""
 
     OK = "ok"
     STALE = "stale"
@@ -33,7 +33,7 @@ class Standing(StrEnum):
 # An artifact's standing, and the reason where it is not ok.
 Verdict = tuple[Standing, str | None]
 GOOD: Verdict = (Standing.OK, None)
-LEFT = "a write under way, or what a killed process left"
+LEFT = "a write in progress, or one that a killed process left behind"
 
 
 class Catalog:
@@ -73,7 +73,7 @@ class Catalog:
         return self._digests[kind, name]
 
     def block(self, path: str) -> dict[str, Any]:
-        """Return what a block says of itself, as `attributes` does. Raises SlsguError."""
+        """Return the attributes of a block of rows. Raises SlsguError."""
         return once(self._blocks, path, partial(attributes, self.store, path))
 
     def all(self, kind: Artifact) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class Catalog:
         return [owner for owner in owners if self.is_of(kind, name, owner)]
 
     def maker(self, kind: Artifact, name: str) -> str | None:
-        """Return the command that makes an artifact, as far as it is known which."""
+        """Return the command that makes an artifact, if it is known."""
         made_with = TABLE[kind].made_with
         if made_with is not None:
             users = self.users(kind, name)
@@ -129,7 +129,7 @@ class Catalog:
         return kind.command_again(name)
 
     def standing(self, kind: Artifact, name: str, record: Any) -> Verdict:
-        """Return whether a record that could be read can be used, and else the reason."""
+        """Return whether a readable record can be used, and if not, the reason."""
         needs = TABLE[kind].needs
         if kind in BESIDES and (flaw := BESIDES[kind](self, name, record)) is not None:
             return flaw
@@ -151,15 +151,15 @@ class Catalog:
         return GOOD
 
     def _now(self, kind: Artifact, record: Any) -> dict[str, Any]:
-        """Return the digests that the store has now of what a record was made from."""
+        """Return the current digests of a record's inputs."""
         if not TABLE[kind].digests:
             return {}
         if kind in (Artifact.GENERATION, Artifact.ANSWERS):
-            # Edits that came from files elsewhere cannot be looked up, and need not be.
+            # Edits read from files outside the store cannot be looked up, and need not be.
             edits = [name for name in record.edits if self.get(Artifact.EDIT, name)]
             return {"edits": {name: self.digest(Artifact.EDIT, name) for name in edits}}
         if kind is Artifact.JOINT:
-            # Of several sets, what differs is what counts.
+            # With several sets, any difference counts.
             manifests = [self.get(Artifact.SET, name) for name in record.names]
             pointers = {name: self.get(Artifact.POINTER, name) for name in record.names}
             models = {p.model_fingerprint for p in pointers.values() if p}
@@ -182,7 +182,7 @@ class Catalog:
 
 
 def attributes(store: Store, path: str) -> dict[str, Any]:
-    """Return what a block says of itself, read without zarr. Raises SlsguError."""
+    """Return the attributes of a block, read without zarr. Raises SlsguError."""
     content = store.read_bytes(f"{path}/zarr.json")
     try:
         said = parse_json(content)["attributes"]
@@ -213,7 +213,7 @@ def _other_block(catalog: Catalog, _name: str, manifest: SetManifest) -> Verdict
         except SlsguError as error:
             return Standing.DAMAGED, f"its {role} rows cannot be read: {error.message}"
         if fingerprint != ref.fingerprint:
-            return _stale(f"its {role} rows were built anew since")
+            return _stale(f"its {role} rows have been rebuilt since")
     return None
 
 
@@ -225,10 +225,10 @@ def _missing_gradient(catalog: Catalog, _name: str, pointer: GradientPointer) ->
 
 
 def _foreign_layer(catalog: Catalog, _name: str, edit: EditHeader) -> Verdict | None:
-    """Tell of an edit whose layer the model of its gradient has not."""
+    """Return the verdict on an edit of a layer that the model of its gradient does not have."""
     gradient = catalog.get(Artifact.GRADIENT, edit.gradient)
     names = gradient.weights if gradient else ()
-    # A third of a fused weight is called by the name of the weight, with a letter behind.
+    # A q, k or v slice of a fused weight is named after the weight, with a letter at the end.
     if not names or edit.layer in names or edit.layer.rpartition(".")[0] in names:
         return None
     return Standing.DAMAGED, f"it names {edit.layer}, and {edit.model} has no such layer"
@@ -245,14 +245,19 @@ def _other_gradient(catalog: Catalog, _name: str, sweep: Sweep) -> Verdict | Non
 def _other_edit(catalog: Catalog, name: str, verification: Verification) -> Verdict | None:
     edit = catalog.get(Artifact.EDIT, name)
     edits = [subject.edit for subject in verification.subjects if subject.edit is not None]
-    return _stale("the edit was made anew since") if edit and edits and edit not in edits else None
+    return (
+        _stale("the edit has been remade since") if edit and edits and edit not in edits else None
+    )
 
 
 def _under_way(_catalog: Catalog, _name: str, _header: Any) -> Verdict:
-    return Standing.UNREFERENCED, "a pass or a training under way; the same command goes on with it"
+    return (
+        Standing.UNREFERENCED,
+        "an unfinished pass or training; run the same command to resume it",
+    )
 
 
-# What is looked at besides the digests of the table.
+# Further checks, next to the digests in the table.
 BESIDES: dict[Artifact, Callable[[Catalog, str, Any], Verdict | None]] = {
     Artifact.COLLECTION: _missing_shard,
     Artifact.SET: _other_block,
@@ -263,20 +268,20 @@ BESIDES: dict[Artifact, Callable[[Catalog, str, Any], Verdict | None]] = {
     Artifact.VERIFICATION: _other_edit,
 }
 
-# What is said of what is called by a digest, where no set is left that it is of.
+# Why an artifact that is named by a digest is unused.
 UNUSED = {
-    Artifact.GRADIENT: "no set's gradients are these",
-    Artifact.SQUARES: "no set's gradients are these",
-    Artifact.COVARIANCE: "no set's gradients are of this model and these retain rows",
-    Artifact.FEATURES: "no set of this model's gradients is measured on these rows",
+    Artifact.GRADIENT: "no set uses it",
+    Artifact.SQUARES: "no set uses it",
+    Artifact.COVARIANCE: "no set has gradients of this model and these retain rows",
+    Artifact.FEATURES: "no set with gradients of this model is measured on these rows",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One artifact: its path in the store, its size in bytes, its origin and its state.
+    """One artifact: its path in the store, its size in bytes, its inputs and its state.
 
-    `made_from` maps what it was made from to words; `reason` says why it is not ok.
+    `made_from` describes the inputs by kind; `reason` says why it is not ok.
     """
 
     kind: Artifact
@@ -288,7 +293,7 @@ class Entry:
     reason: str | None = None
 
     def summary(self) -> str:
-        """Return what it was made from on one line."""
+        """Return the inputs on one line."""
         return ", ".join(f"{what} {words}" for what, words in self.made_from.items())
 
 
@@ -337,7 +342,7 @@ def _data(catalog: Catalog) -> Iterator[Entry]:
             made_from = {"rows": str(catalog.block(path)["rows"]), **made_from}
         except SlsguError as error:
             if isinstance(error, MissingError) and not store.is_local:
-                # Elsewhere a block arrives file by file, and the one that is missing last.
+                # A remote block arrives file by file, and the missing file comes last.
                 yield _unfinished_entry(store, path, LEFT)
                 continue
             verdict = Standing.DAMAGED, error.message
@@ -351,7 +356,7 @@ def _unfinished(store: Store) -> Iterator[Entry]:
     folder, complete = TABLE[Artifact.COLLECTION].folder, Artifact.COLLECTION.names(store)
     for name in store.names(folder):
         if not name.endswith(".json") and name not in complete:
-            going_on = "a collection under way; the same build-sets goes on with it"
+            going_on = "an unfinished collection; run the same build-sets to resume it"
             yield _unfinished_entry(store, f"{folder}/{name}", going_on)
 
 
@@ -361,7 +366,7 @@ def _unfinished_entry(store: Store, path: str, reason: str) -> Entry:
 
 
 def _size(store: Store, path: str) -> int:
-    """Return the bytes at `path`; 0 where nothing is, or another process has just removed it."""
+    """Return the bytes at `path`; 0 if nothing is there or another process has just removed it."""
     try:
         return store.size(path)
     except OSError:

@@ -1,7 +1,7 @@
-"""What of a store is damaged or in nobody's use, and what of it may be removed.
+"""Find damaged and unused artifacts in a store, and remove those that are safe to remove.
 
-`ls` reads records and headers; here everything is read and compared with its digests. What a
-command makes again, from what is still there, may go. The rest stays until that is asked for.
+`ls` reads records and headers; a check reads everything and compares it with its digests. An
+artifact that a command can make again may be removed; the others stay until the user asks.
 """
 
 import time
@@ -23,23 +23,23 @@ from slsgu_cli.store.locks import FOLDER, holder
 from slsgu_cli.store.store import Store
 from slsgu_cli.text import near
 
-# After so long without a change, a write is given up of whose process nobody can tell.
+# A write whose process cannot be identified counts as abandoned after this time without a change.
 ABANDONED_SECONDS = 3600.0
-UNDER_WAY = "a write under way"
+UNDER_WAY = "a write in progress"
 
-# After so long, nobody goes on with the sums of a pass.
+# The sums of an unfinished pass are removable after this time.
 FORGOTTEN_SECONDS = 7 * 86400.0
-# What sums become, and what is said of them when it is there.
+# The artifacts that sums become, and what a finding says once they exist.
 MADE_OF_SUMS = {Artifact.GRADIENT: "its gradient is", Artifact.COVARIANCE: "its covariances are"}
 REPAIR = "slsgu check --repair"
 BLOCK, PICTURE = TABLE[Artifact.DATA].suffix, TABLE[Artifact.PLOT].suffix
 
-# Whether a model is there, with the weights of this fingerprint; None for any weights.
+# Whether a model exists, with the weights of this fingerprint (None for any weights).
 HasModel = Callable[[ModelSpec, str | None], bool]
 
 
 class State(StrEnum):
-    """What may be wrong with something in a store, the worst first."""
+    """What may be wrong with something in a store, worst first."""
 
     DAMAGED = "damaged"
     FOREIGN = "foreign"
@@ -50,9 +50,10 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is not as it should be: where, how large, why, and the command that mends it.
+    """A problem in a store: where, how large, why, and the command that fixes it.
 
-    `removable` tells that it may go unasked: a command makes it again, or nobody has a use for it.
+    `removable` things may be removed without asking: they are unused, or a command makes them
+    again.
     """
 
     state: State
@@ -68,7 +69,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """How many artifacts and bytes were read, and what is wrong, the worst first."""
+    """How many artifacts and bytes were read, and the problems found, worst first."""
 
     artifacts: int
     size: int
@@ -83,10 +84,10 @@ def check(
     irreplaceable: bool = False,
     has_model: HasModel = lambda _model, _fingerprint: False,
 ) -> Checked:
-    """Read all of a store, or what belongs to the sets, edits and files of `names`.
+    """Read all of a store, or only what belongs to the sets, edits and files of `names`.
 
-    With `repair`, what is damaged and made again by a command is removed, and what dead
-    processes left; if `irreplaceable`, also what is damaged and made by none. Raises
+    `repair` removes damaged artifacts that a command makes again, and leftovers of dead processes;
+    `irreplaceable` also removes damaged artifacts that no command makes. Raises
     MissingError for a name that is not there, and InputError where something cannot be removed.
     """
     run = _Check(store, has_model)
@@ -107,16 +108,16 @@ def check(
 
 
 def garbage(store: Store) -> list[Finding]:
-    """Return what nothing in a store refers to: data, gradients, covariances, squares, dead writes.
+    """Return unreferenced data, gradients, covariances and squares, and abandoned writes.
 
-    While another process writes, what is young may be part of its work, and is left out.
-    Raises InputError where a record cannot be read: what it refers to is not known.
+    While another process writes, recent files may be part of its work and are left out.
+    Raises InputError where a record cannot be read, because its references are unknown.
     """
     run = _Check(store, lambda _model, _fingerprint: False)
     for kind in (Artifact.SET, Artifact.POINTER):
         if unread := sorted(set(run.catalog.all(kind)) - set(run.catalog.readable(kind))):
             raise InputError(
-                f"what {store.where(kind.path(unread[0]))} refers to is not known: it is damaged",
+                f"cannot tell what {store.where(kind.path(unread[0]))} refers to: it is damaged",
                 hint="run `slsgu check`",
             )
     found = [finding for entry in run.entries for finding in run.unused(entry)]
@@ -138,7 +139,7 @@ def remove(store: Store, findings: Sequence[Finding]) -> list[Finding]:
 
 
 class _Check:
-    """One reading of a store: its records, and what is damaged of it as far as it was read."""
+    """One pass over a store: its records, and the damage found so far."""
 
     def __init__(self, store: Store, has_model: HasModel) -> None:
         self.store = store
@@ -150,7 +151,7 @@ class _Check:
         self._has_model = cache(has_model)
 
     def chosen(self, names: Sequence[str]) -> tuple[list[Entry], list[Path]]:
-        """Return the entries that belong to names, by default all, and files outside the store."""
+        """Return the entries that belong to `names` (default: all), and files outside the store."""
         if not names:
             return self.entries, []
         chosen: set[str] = set()
@@ -169,7 +170,7 @@ class _Check:
         return [entry for entry in self.entries if entry.path in chosen], outside
 
     def _belongs(self, entry: Entry, name: str) -> bool:
-        """Return whether an entry is what a name or path says, or what a set of it is made of."""
+        """Return whether an entry has this name or path, or belongs to the set of this name."""
         if entry.path == name or self.store.where(entry.path) == str(Path(name).absolute()):
             return True
         if name in (entry.name, set_of(entry.name)) or name in entry.name.split("+"):
@@ -180,7 +181,7 @@ class _Check:
         return is_known and self.catalog.is_of(entry.kind, entry.name, name)
 
     def of_entry(self, entry: Entry) -> Iterator[Finding]:
-        """Read all of an entry, and yield what is wrong with it."""
+        """Read all of an entry, and yield its problems."""
         error = self._unreadable(entry)
         if isinstance(error, ForeignError | StaleError):
             yield _finding(entry, State.FOREIGN, error.message)
@@ -205,7 +206,7 @@ class _Check:
             yield _finding(entry, State(entry.state), entry.reason, mend)
 
     def unused(self, entry: Entry) -> Iterator[Finding]:
-        """Yield an entry if nothing refers to it, damaged or not; nothing of it is read."""
+        """Yield an entry if nothing refers to it, damaged or not, without reading it."""
         if entry.kind is Artifact.UNFINISHED:
             yield self._of_unfinished(entry)
             return
@@ -224,7 +225,7 @@ class _Check:
         return remove(self.store, [finding])[0]
 
     def foreign(self) -> Iterator[Finding]:
-        """Yield what lies in the folders of artifacts and is none; hidden files are passed over."""
+        """Yield files in the artifact folders that are not artifacts; hidden files are skipped."""
         known = {entry.path for entry in self.entries}
         for folder in FOLDERS:
             works = [kind for kind, row in TABLE.items() if row.folder == folder and row.has_folder]
@@ -235,7 +236,7 @@ class _Check:
                     continue
                 under_way = bool(works) and not Path(name).suffix
                 state = State.UNFINISHED if under_way else State.FOREIGN
-                reason = "what it belongs to is not complete" if under_way else "no artifact"
+                reason = "it belongs to an unfinished artifact" if under_way else "no artifact"
                 yield Finding(state, None, name, path, self.store.size(path), reason)
 
     def locks(self) -> Iterator[Finding]:
@@ -248,7 +249,7 @@ class _Check:
             yield Finding(State.UNFINISHED, None, name, path, 0, reason, mend, not by)
 
     def _unreadable(self, entry: Entry) -> SlsguError | None:
-        """Return what kept the catalog from reading an entry."""
+        """Return the error that the catalog met in reading an entry."""
         if entry.kind is Artifact.DATA:
             return InputError(entry.reason or "") if entry.state is Standing.DAMAGED else None
         if entry.kind not in TABLE or not TABLE[entry.kind].record_name:
@@ -257,7 +258,7 @@ class _Check:
         return record if isinstance(record, SlsguError) else None
 
     def _read_folder(self, entry: Entry) -> None:
-        """Read the pictures in the folder beside a record; compare those that have a digest."""
+        """Read the pictures in the folder of a record; compare those that have a digest."""
         folder = entry.kind.beside(entry.name)
         if entry.kind is Artifact.GENERATION:
             generation = self.catalog.read(entry.kind, entry.name)
@@ -268,7 +269,7 @@ class _Check:
                 verify(self.store, Artifact.PLOT, f"{folder}/{name}")
 
     def _of_unfinished(self, entry: Entry) -> Finding:
-        """Return a write that is not complete; that of a dead process is nobody's."""
+        """Return an incomplete write, removable if its process is dead."""
         name = entry.path.rpartition("/")[2]
         arriving = entry.path == Artifact.DATA.place(Path(name).stem)
         if not (arriving or name.startswith(UNFINISHED)):
@@ -278,11 +279,11 @@ class _Check:
             lives = _last_change(self.store, entry.path) > time.time() - ABANDONED_SECONDS
         if lives:
             return _finding(entry, State.UNFINISHED, UNDER_WAY)
-        gone = "the process that wrote it is gone"
+        gone = "the process that wrote it has ended"
         return _finding(entry, State.UNFINISHED, gone, REPAIR, removable=True)
 
     def _of_sums(self, entry: Entry) -> Finding:
-        """Return work that the same command goes on with, unless nothing is left of it to do."""
+        """Return work that the same command resumes, removable if it is done or abandoned."""
         found = _finding(entry, State.UNFINISHED, entry.reason)
         if entry.path != Artifact.SUMS.place(entry.name):
             return found
@@ -290,20 +291,20 @@ class _Check:
         made = [kind for kind in MADE_OF_SUMS if self.store.exists(kind.place(entry.name))]
         header = self.catalog.get(Artifact.SUMS, entry.name)
         if header and header.squares and not self.store.exists(Artifact.SQUARES.place(entry.name)):
-            # The gradient may have been there before; its squares are what they will make.
+            # The gradient may have existed before; these sums will become its squares.
             made = []
         if entry.state is Standing.DAMAGED:
             return replace(found, mend=REPAIR, removable=True)
         if not (made or old):
             return found
-        why = f"{MADE_OF_SUMS[made[0]]} complete" if made else "nobody went on with it"
+        why = f"{MADE_OF_SUMS[made[0]]} complete" if made else "it has not changed for a week"
         return replace(found, reason=why, mend=REPAIR, removable=True)
 
     def _is_made_again(self, entry: Entry) -> bool:
-        """Return whether a command makes an artifact anew from what is still there.
+        """Return whether a command can make an artifact again from what still exists.
 
-        What a user chose (sets, edits), what many commands made (sweeps) or what lies far
-        (shards, other models) is not: removing that is never right unasked.
+        A user's choices (sets, edits), the work of many commands (sweeps) and remote things
+        (shards, other models) cannot be made again, so they are never removed without asking.
         """
         kind, name = entry.kind, entry.name
         match kind:
@@ -326,7 +327,7 @@ class _Check:
         return kind is Artifact.PLOT
 
     def _is_graded_again(self, name: str) -> bool:
-        """Return whether `grad` can compute the gradients of a set as they were."""
+        """Return whether `grad` can compute the same gradients of a set again."""
         pointer, manifest = self._pointers.get(name), self._sets.get(name)
         if pointer is None or manifest is None:
             return False
@@ -336,7 +337,7 @@ class _Check:
         return has_rows and self._has_model(pointer.model, pointer.model_fingerprint)
 
     def _has_sources(self, manifest: SetManifest) -> bool:
-        """Return whether every source that a set was built from is still there."""
+        """Return whether every source that a set was built from still exists."""
         try:
             texts = {text for ref in manifest.blocks().values() for text in ref.sources}
             return bool(manifest.request) and all(expand(parse_source(each)) for each in texts)
@@ -352,7 +353,7 @@ def _finding(
 
 
 def _of_file(path: Path) -> Finding | None:
-    """Return what is wrong with an artifact outside of any store."""
+    """Return the problem of an artifact outside any store, if it has one."""
     kinds = {TENSORS: Artifact.EDIT, BLOCK: Artifact.DATA, PICTURE: Artifact.PLOT}
     store, kind = Store(str(path.parent)), kinds.get(path.suffix, Artifact.RANKING)
     size = _file_size(path)
@@ -364,7 +365,7 @@ def _of_file(path: Path) -> Finding | None:
 
 
 def _why(damage: SlsguError) -> str:
-    """Return why something is damaged, without its place: that is said beside it."""
+    """Return why something is damaged, without its path, which is printed separately."""
     return damage.message.rpartition(" is damaged: ")[2]
 
 
@@ -373,7 +374,7 @@ def _file_size(path: Path) -> int:
 
 
 def _last_change(store: Store, path: str) -> float:
-    """Return when something was last written; now, where it has just gone."""
+    """Return when something was last written; now if it has just been removed."""
     try:
         return store.changed(path)
     except SlsguError:

@@ -32,7 +32,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def link_file(source: Path, target: Path) -> bool:
-    """Make `target` another name of the file `source`; return False where that cannot be."""
+    """Make `target` a hard link to `source`; return False where the system cannot."""
     try:
         os.link(source.resolve(), target)
     except OSError:
@@ -51,14 +51,14 @@ def write_at(path: Path, pieces: Iterable[tuple[int, bytes | memoryview]]) -> No
 
 
 def same_place(one: Path, other: Path) -> bool:
-    """Return whether two paths lead to the same file or folder, there or yet to be."""
+    """Return whether two paths are the same file or folder, which need not exist."""
     if one.exists() and other.exists():
         return one.samefile(other)
     return one.resolve() == other.resolve()
 
 
 def _copy_in_kernel(old: int, new: int, size: int) -> int:
-    """Copy as much as the file systems do by themselves; return the bytes copied."""
+    """Copy as many bytes as the kernel can; return their number."""
     copied = 0
     if sys.platform != "linux":
         return copied
@@ -66,7 +66,7 @@ def _copy_in_kernel(old: int, new: int, size: int) -> int:
         try:
             count = os.copy_file_range(old, new, min(BLOCK, size - copied))
         except OSError:
-            # Not between these file systems, or the disk is full: plain writes will tell.
+            # Not between these file systems, or the disk is full: plain writes will raise.
             break
         if count == 0:
             break

@@ -23,7 +23,7 @@ CONNECT, READ, TRIES = 5, 8, 3
 
 @dataclass(slots=True)
 class Remote:
-    """A file system, the path on it, and with what options it can be opened once more."""
+    """A file system, the path on it, and the options that open it."""
 
     fs: Any
     root: str
@@ -45,12 +45,12 @@ class Remote:
 
     @property
     def protocols(self) -> tuple[str, ...]:
-        """What the file system is called in URLs."""
+        """The names of the file system in URLs."""
         protocol = self.fs.protocol
         return protocol if isinstance(protocol, tuple) else (protocol,)
 
     def asynchronous(self) -> Any:
-        """Return the same file system for a loop of somebody else, as zarr has one."""
+        """Return the same file system for the event loop of another library, such as zarr."""
         if not self.fs.async_impl:
             from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
@@ -58,9 +58,9 @@ class Remote:
         return fsspec.filesystem(self.protocols[0], asynchronous=True, **self.options)
 
     def put(self, built: Path, target: str) -> None:
-        """Upload a file, or the files of a folder: those at its top last, for they tell of all.
+        """Upload a file, or the files of a folder: those at its top last, because they complete it.
 
-        What else lies below `target` is removed.
+        All other files below `target` are removed.
         """
         if built.is_file():
             self._put_file(built, target)
@@ -128,15 +128,15 @@ def _s3_options() -> dict[str, Any]:
 
 
 def _send_at_once(params: dict[str, Any], **_: Any) -> None:
-    """Let a request not ask first whether its content may come.
+    """Send the content of a request without asking the server first.
 
-    aiohttp forgets the time limit of an answer where such a question was answered just before.
+    Otherwise aiohttp drops the time limit of the final response.
     """
     params["headers"].pop("Expect", None)
 
 
 def _look_into(url: str, fs: Any, root: str) -> None:
-    """See that a bucket is there and may be read. Raises InputError and MissingError."""
+    """Require a bucket that exists and can be read. Raises InputError and MissingError."""
     from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError
 
     bucket, key, _ = fs.split_path(root)
@@ -150,12 +150,12 @@ def _look_into(url: str, fs: Any, root: str) -> None:
     except FileNotFoundError as error:
         raise MissingError(
             f"there is no bucket {bucket}: {error}",
-            hint="check the name in --store; slsgu makes no buckets",
+            hint="check the name in --store; slsgu does not create buckets",
         ) from error
     except PermissionError as error:
         raise InputError(
-            f"the store {url} may not be read: {error}",
-            hint="see what AWS_PROFILE or AWS_ACCESS_KEY_ID is, and what it is allowed",
+            f"no permission to read the store {url}: {error}",
+            hint="check AWS_PROFILE or AWS_ACCESS_KEY_ID and its permissions",
         ) from error
     except (OSError, BotoCoreError) as error:
         raise InputError(f"cannot open the store {url}: {error}") from error

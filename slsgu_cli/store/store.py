@@ -1,4 +1,4 @@
-"""The store: where artifacts lie, written whole or not at all.
+"""The store: artifacts in a folder or at a URL, written whole or not at all.
 
 A store is a folder or any fsspec URL. Every write goes to a partial name first and is
 moved into place when complete, so a killed process leaves nothing that looks finished
@@ -45,19 +45,21 @@ from slsgu_cli.store.tensor_header import safetensors_header
 T = TypeVar("T")
 HEADER, TENSORS = "slsgu", "tensors"
 
-# What a path of a record may not have: it would lead out of the store, or to another system.
+# Parts of a path that would lead out of the store, or to another file system.
 OUTSIDE = re.compile(r"(?:^|/)\.\.(?:/|$)|::|\0")
 
-# What to do about a store that cannot be written, and about what is damaged in one.
+# Hints for a store that cannot be written, and for a damaged artifact.
 ELSEWHERE = "choose another store with --store"
-REMEDY = "`slsgu check` says what mends it, and `slsgu check --repair` removes what is made again"
+REMEDY = (
+    "`slsgu check` says how to fix it; `slsgu check --repair` removes what a command can make again"
+)
 
-# Where kinds of file systems say when a file was written.
+# The keys under which file systems return the time of the last write.
 WRITTEN = ("mtime", "LastModified", "last_modified", "updated", "created")
 
 SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
-# Bytes that are written to see whether a disk is full.
+# Bytes written to find out whether the disk is full.
 ROOM = 1 << 16
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -75,21 +77,21 @@ class Store:
         self._remote = Remote.open(url)
         self._fs, self.root = self._remote.fs, self._remote.root
         self.is_local = "file" in self._remote.protocols
-        # What is kept in memory is gone with the process.
+        # A store in memory ends with the process.
         self.is_lasting = "memory" not in self._remote.protocols
-        # By file, the digests of tensors that have not been compared with them yet.
+        # By file, the digests that have not been compared with their tensors yet.
         self._uncompared: dict[tuple[Any, ...], dict[str, str]] = {}
         if self.is_local and Path(self.root).exists():
             self._require_folder()
 
     def _require_folder(self) -> None:
-        """Refuse what is no folder, or one that may not be read: it would pass for empty."""
+        """Refuse a file, and a folder without read permission, which would look empty."""
         if not Path(self.root).is_dir():
             raise InputError(f"{self.url} is a file, not a folder", hint="name a folder")
         if not os.access(self.root, os.R_OK | os.X_OK):
             raise InputError(
-                f"the store {self.url} may not be read by this user",
-                hint=f"have it be allowed to, or {ELSEWHERE}",
+                f"this user may not read the store {self.url}",
+                hint=f"give the user permission, or {ELSEWHERE}",
             )
 
     def opened(self, path: str) -> tuple[Any, str]:
@@ -102,7 +104,7 @@ class Store:
         return full if self.is_local else str(self._fs.unstrip_protocol(full))
 
     def exists(self, path: str) -> bool:
-        """Return whether a complete artifact stands at `path`."""
+        """Return whether a complete artifact is at `path`."""
         with self._explained("read", path):
             return bool(self._fs.exists(self._full(path)))
 
@@ -115,7 +117,7 @@ class Store:
         ]
 
     def unfinished(self, folder: str) -> list[str]:
-        """Return the partial names in `folder`: writes under way, or left by a killed process."""
+        """Return the partial names in `folder`: writes in progress, or abandoned."""
         return [name for name in self._listed(folder) if name.startswith(UNFINISHED)]
 
     def size(self, path: str) -> int:
@@ -123,7 +125,7 @@ class Store:
         return int(self._fs.du(self._full(path)))
 
     def changed(self, path: str) -> float:
-        """Return when `path`, or what lies below it, was last written; seconds since 1970."""
+        """Return when `path`, or any file below it, was last written, in seconds since 1970."""
         with self._reading(path):
             below = self._fs.find(self._full(path), detail=True).values()
         known = [
@@ -157,11 +159,11 @@ class Store:
     ) -> Iterator[str]:
         """Yield where on this machine to write `path`; put it into place if the block succeeds.
 
-        That is beside `path` under a partial name, or in a temporary folder where the store is
-        elsewhere. `into` tells in the end where it is put instead, in the same folder. Where
-        `whole` tells of what stands there by then that it is complete, that stays and what was
-        written is dropped: its readers lose no file. On an exception the partial file or
-        folder is removed.
+        The place is next to `path` under a partial name, or in a temporary folder if the store is
+        remote. `into` is called at the end and returns another path in the same folder to use
+        instead. If `whole` returns True for an artifact that is at the path by then, that artifact
+        stays and the new one is dropped, so its readers lose no file. On an exception the partial
+        file or folder is removed.
         """
         folder, _, name = path.rpartition("/")
         if not self.is_local:
@@ -186,7 +188,7 @@ class Store:
                 discard(partial)
 
     def require_writable(self, path: str) -> None:
-        """Raise InputError unless there is leave and room to write at `path`; for long work."""
+        """Raise InputError unless `path` can be written and the disk has space."""
         folder, _, name = path.rpartition("/")
         probe = f"{folder}/{partial_name(name)}"
         try:
@@ -196,11 +198,11 @@ class Store:
                 self.remove(probe)
 
     def write_picture(self, path: str, data: bytes) -> str | None:
-        """Write what can be drawn again; return where, or None with a warning if it cannot be."""
+        """Write a picture and return its location, or warn and return None if that fails."""
         try:
             self.write_bytes(path, data)
         except InputError as error:
-            progress.warn(f"{error.message}; what it shows is not kept")
+            progress.warn(f"{error.message}; the picture is not saved")
             return None
         return self.where(path)
 
@@ -223,9 +225,9 @@ class Store:
         return whole.hexdigest()
 
     def require_digest(self, path: str, digest: str) -> None:
-        """Raise InputError unless a file is what its digest was made of."""
+        """Raise InputError unless a file matches its digest."""
         if self.file_digest(path) != digest:
-            raise self._damaged(path, ValueError("it is not what its digest was made of"))
+            raise self._damaged(path, ValueError("it does not match its digest"))
 
     def write_record(self, path: str, record: Any) -> None:
         """Write a record with a digest as indented JSON. Raises InputError for NaN and the like."""
@@ -260,8 +262,8 @@ class Store:
     ) -> None:
         """Write arrays, a record as their header and digests of both to a safetensors file.
 
-        With `keep_first`, for names that say what they were made from, a readable file that
-        another process put there meanwhile stays, and nothing is written.
+        With `keep_first`, for names derived from the inputs, a readable file that another process
+        wrote in the meantime stays, and nothing is written.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
@@ -281,7 +283,7 @@ class Store:
             try:
                 save_file(arrays, partial, metadata)
             except SafetensorError as error:
-                # It says which error of the system it met in its text alone.
+                # The error number of the system is only in its text.
                 number = SYSTEM_ERROR.search(str(error))
                 raise OSError(int(number[1]) if number else 0, str(error)) from error
             # safetensors leaves its file readable by its owner alone; a store may be shared.
@@ -324,14 +326,14 @@ class Store:
     def read_tensors(self, path: str, names: list[str] | None = None) -> Arrays:
         """Return the named arrays (default: all) of the safetensors file at `path`.
 
-        Raises MissingError, and InputError where one is not what its digest was made of.
+        Raises MissingError, and InputError where one does not match its digest.
         """
         try:
             return self._tensors(path, names)
         except InputError:
             if self.is_local:
                 raise
-            # The copy in the cache may have been what is damaged; it is gone now.
+            # Perhaps only the copy in the cache was damaged; it has been removed.
             return self._tensors(path, names)
 
     def _tensors(self, path: str, names: list[str] | None) -> Arrays:
@@ -353,9 +355,9 @@ class Store:
 
     @contextmanager
     def _tensor_file(self, path: str, *, fresh: bool = False) -> Iterator[tuple[Path, Any]]:
-        """Yield a safetensors file that is open, and where on this machine it or a copy lies.
+        """Yield an open safetensors file, and the local path of it or of its copy.
 
-        A `fresh` copy is fetched now. One that turns out to be damaged is dropped.
+        `fresh` bypasses the cache. A damaged copy is removed.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -373,9 +375,9 @@ class Store:
                 raise self._damaged(path, error) from error
 
     def _tensor(self, place: Path, file: Any, name: str) -> npt.NDArray[Any]:
-        """Return a tensor of an open file. Raises ValueError where its digest is of another.
+        """Return a tensor of an open file. Raises ValueError if it does not match its digest.
 
-        A file's are compared once, as long as it is the same file.
+        Each digest is compared once, as long as the file stays the same.
         """
         status = place.stat()
         state = (place, status.st_ino, status.st_size, status.st_mtime_ns)
@@ -384,7 +386,7 @@ class Store:
             digests = self._uncompared[state] = _digests_in(_header_of(file), file.keys())
         array: npt.NDArray[Any] = file.get_tensor(name)
         if name in digests and content_digest(*_content(array)) != digests[name]:
-            raise ValueError(f"{name} is not what its digest was made of")
+            raise ValueError(f"{name} does not match its digest")
         digests.pop(name, None)
         return array
 
@@ -441,18 +443,18 @@ class Store:
         if OUTSIDE.search(path):
             raise InputError(
                 f"{path!r} leads out of the store {self.url}",
-                hint="the record that says so is damaged or of others; make it again",
+                hint="the record that names this path is damaged or foreign; make it again",
             )
         return f"{self.root}/{path}" if path else self.root
 
 
 def _header_of(file: Any) -> Any:
-    """Return the header of an open safetensors file; None where it has none of ours."""
+    """Return the header that slsgu wrote into an open safetensors file, or None."""
     return parse_json((file.metadata() or {}).get(HEADER, "null"))
 
 
 def _content(array: npt.NDArray[Any]) -> tuple[str, memoryview]:
-    """Return what the digest of an array is of: its number format and shape, and its values."""
+    """Return what the digest of an array covers: its number format and shape, and its bytes."""
     return f"{array.dtype.str} {list(array.shape)} ", array.reshape(-1).view(np.uint8).data
 
 
@@ -471,7 +473,7 @@ def _digests_in(header: Any, names: Collection[str]) -> dict[str, str]:
 def require(store: Store, path: str, *, what: str, run: str, near: str | None = None) -> None:
     """Raise MissingError naming `what` and the command to `run` unless `path` is in the store.
 
-    `near` says what else was perhaps meant.
+    `near` is a hint about similar names.
     """
     if store.exists(path):
         return
@@ -479,6 +481,6 @@ def require(store: Store, path: str, *, what: str, run: str, near: str | None = 
         hint = f"{near}; or run `{run}`" if near else f"run `{run}`"
         raise MissingError(f"{store.url} has no {what}", hint=hint)
     raise MissingError(
-        f"there is no {what}, for there is no store {store.where('').rstrip('/')}",
+        f"there is no {what}, because there is no store {store.where('').rstrip('/')}",
         hint=f"run `{run}`, or name the store with --store or SLSGU_STORE",
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import slsgu_cli
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.edits import Edit, edit_digests, load_edit, tell_of_other_encoders
+from slsgu_cli.checkpoints.edits import Edit, edit_digests, load_edit, warn_of_other_encoders
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.figures.sheets import (
     Strip,
@@ -104,7 +104,7 @@ def generate(store: Store, request: GenerateRequest) -> tuple[Generation, Output
     Raises MissingError, InputError, StaleError and UsageError.
     """
     edits = [load_edit(store, name) for name in request.names]
-    tell_of_other_encoders(edits)
+    warn_of_other_encoders(edits)
     request = replace(request, judges=judge_specs(store, request.names[0], request.judges))
     classes = judged_classes(store, edits, request.classes, request.templates)
     if request.judges and len(classes) < 2:
@@ -162,7 +162,7 @@ def before_and_after(
     made_from = [edit_digests(edits), folder_fingerprint(request.target), jobs, request.diffusion]
     output.resume(digest([*made_from, pipe.device]), chain(*files.values()))
     values = new_values(pipe.encoders, edits)
-    pipe.tell_of_readers(pipe.edited_names(values))
+    pipe.warn_of_readers(pipe.edited_names(values))
     made = {}
     with progress.bar("generating", 2 * len(jobs)) as ticker:
         for key, names in files.items():

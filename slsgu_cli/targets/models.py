@@ -279,7 +279,7 @@ class Pipeline:
             live.put(new)
         return names
 
-    def tell_of_readers(self, edited: Collection[str]) -> None:
+    def warn_of_readers(self, edited: Collection[str]) -> None:
         """Note which other encoders read the prompts as well as the `edited` ones."""
         if note := prompt_note(str(self.target.path), self.target.readers_beside(edited)):
             progress.note(note)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import slsgu_cli
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.edits import edit_digests, load_edit, tell_of_other_encoders
+from slsgu_cli.checkpoints.edits import edit_digests, load_edit, warn_of_other_encoders
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Share
@@ -50,7 +50,7 @@ def answer_set(store: Store, request: CanvasRequest) -> AnswerSet:
         raise UsageError("an answer set has one judge", hint="give --judge once")
     request = replace(request, judges=judge_specs(store, request.names[0], request.judges))
     edits = [load_edit(store, name) for name in request.names]
-    tell_of_other_encoders(edits)
+    warn_of_other_encoders(edits)
     concept = edits[0].header.concept
     themes, objects = (_listed(name) for name in (request.themes, request.objects))
     of_theme, of_object = find_class(themes, concept), find_class(objects, concept)
@@ -70,7 +70,7 @@ def answer_set(store: Store, request: CanvasRequest) -> AnswerSet:
     if missing:
         pipe = Pipeline.load(request.target, device=request.device)
         values = new_values(pipe.encoders, edits)
-        pipe.tell_of_readers(pipe.edited_names(values))
+        pipe.warn_of_readers(pipe.edited_names(values))
         left = sum(map(len, missing))
         with progress.bar("generating", left) as ticker, pipe.edited(values):
             for rows in missing:

@@ -494,7 +494,7 @@ def test_a_lost_shard_is_noticed(tmp_path, state, other):
     with pytest.raises(InputError, match=r"holds no weights of a CLIP: only 2 of its 3 shards"):
         read_target(path)
     save(tiny_targets.transformers_weights(state), path / "model.safetensors")
-    with pytest.raises(InputError, match="lies beside the weights and cannot be edited: only 2"):
+    with pytest.raises(InputError, match="is next to the weights and cannot be edited: only 2"):
         run([edit_of(state, VISION.format(LAYERS[0]))], path, tmp_path / "out")
 
 

@@ -79,7 +79,7 @@ def test_another_clip_inside_is_told_of(tmp_path, state, shapes):
     encoder = ("CLIPTextModel", tower(state, "text"))
     sd = pipeline(tmp_path / "sd", "StableDiffusionPipeline", {"text_encoder": encoder})
     wider = {name: tuple(2 * size for size in shape) for name, shape in shapes.items()}
-    with pytest.raises(InputError, match="another than the one the gradients are of"):
+    with pytest.raises(InputError, match="is not the one that the gradients are of"):
         live(wider, sd)
 
 

@@ -309,10 +309,10 @@ def test_the_smallest_rank_that_suffices_is_found(full):
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        ("visual.transformer.resblocks.0.mlp.c_fc.weight", "is of the vision tower"),
-        ("transformer.resblocks.0.ln_1.weight", "is no linear module"),
-        ("text_projection", "is no linear module"),
-        ("text.transformer.encoder.layer.0.output.dense.weight", "is no linear module"),
+        ("visual.transformer.resblocks.0.mlp.c_fc.weight", "is in the vision tower"),
+        ("transformer.resblocks.0.ln_1.weight", "is not a linear module"),
+        ("text_projection", "is not a linear module"),
+        ("text.transformer.encoder.layer.0.output.dense.weight", "is not a linear module"),
     ],
 )
 def test_a_layer_that_no_client_can_name_is_refused(state, layer, reason):

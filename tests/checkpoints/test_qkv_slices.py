@@ -157,7 +157,7 @@ def test_a_layer_is_not_edited_whole_and_in_part(world, tmp_path):
         direct_edit(world.store, world.name, layer=layer, step=0.1)
         for layer in (VISION, f"{VISION}.k")
     ]
-    with pytest.raises(UsageError, match="as a whole and a third of it as well"):
+    with pytest.raises(UsageError, match="as a whole and its q, k or v slice"):
         apply_edits(edits, read_target(world.folder), tmp_path / "out", options=ApplyOptions())
     assert not (tmp_path / "out").exists()
 

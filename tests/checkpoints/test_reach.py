@@ -23,7 +23,7 @@ def test_a_penultimate_state_leaves_the_last_block_out():
     assert live(penultimate(24, norm=True), *layers) == [TEXT.format(22), "ln_final.weight"]
     assert live(penultimate(24, norm=False), *layers) == [TEXT.format(22)]
     reason = penultimate(24, norm=False).why_not(TEXT.format(23))
-    assert reason == "it reads the penultimate hidden state, which lies before block 23"
+    assert reason == "it reads the penultimate hidden state, which comes before block 23"
 
 
 def test_vision_features_come_from_before_the_last_block():

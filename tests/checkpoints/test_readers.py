@@ -191,7 +191,7 @@ def test_what_no_clip_reads_is_told_of(tmp_path, tiny_pipeline, states):
     with pytest.raises(InputError, match=told):
         read_target(tmp_path)
     flux = read_target(tiny_pipeline("flux"))
-    with pytest.raises(UsageError, match=r"the text_encoder_2 of .* is a T5, which is no CLIP"):
+    with pytest.raises(UsageError, match=r"the text_encoder_2 of .* is a T5, not a CLIP"):
         flux.chosen("text_encoder_2")
     with pytest.raises(UsageError, match="flux has no CLIP called text_encoder_2"):
         layers_read_by("flux", text_layers(states["text_encoder"]), encoder="text_encoder_2")

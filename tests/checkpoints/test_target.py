@@ -84,7 +84,7 @@ def test_an_index_that_names_files_elsewhere_is_refused(tmp_path, state, place, 
     tiny_targets.write_json(path / f"{index}.index.json", {"weight_map": names})
     read_target(path)
     tiny_targets.write_json(path / f"{index}.index.json", {"weight_map": {**names, "c": place}})
-    with pytest.raises(InputError, match=r"index\.json names '.*', which lies outside"):
+    with pytest.raises(InputError, match=r"index\.json names '.*', which is outside"):
         read_target(path)
 
 
@@ -94,7 +94,7 @@ def test_a_pipeline_with_parts_elsewhere_is_refused(tmp_path, state, place):
     path = pipeline(tmp_path / "sd", "StableDiffusionPipeline", {"text_encoder": encoder})
     index = json.loads((path / "model_index.json").read_text())
     tiny_targets.write_json(path / "model_index.json", {**index, place: index["text_encoder"]})
-    with pytest.raises(InputError, match=r"model_index\.json names '.*', which lies outside"):
+    with pytest.raises(InputError, match=r"model_index\.json names '.*', which is outside"):
         read_target(path)
 
 

@@ -454,7 +454,7 @@ def test_a_set_built_anew_makes_its_gradients_stale(shared_world, store):
     for words in (["rank", "blue"], ["search", "blue"], ["apply", "blue", "--out", "x"]):
         stale = inside(*words, store=store)
         assert stale.exit_code == 4
-        assert "before its retain set was built anew" in stale.stderr
+        assert "before its retain set was rebuilt" in stale.stderr
         assert "run `slsgu grad blue`" in stale.stderr
     listed = json.loads(inside("ls", "--json", store=store).stdout)["store"]
     assert {e["state"] for e in listed if e["kind"] in ("pointer", "ranking")} == {"stale"}

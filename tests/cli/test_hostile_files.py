@@ -64,7 +64,7 @@ def test_a_server_that_cannot_be_reached_is_bad_input_wherever_it_shows(world, m
 
     monkeypatch.setattr("slsgu_cli.engine.plots.rank", refuse)
     told = refused("rank", world.name, "--store", world.store.root)
-    assert "a server cannot be reached, or refuses: [Errno -2] Name or service" in told
+    assert "a server cannot be reached or refused the request: [Errno -2] Name or service" in told
 
 
 def test_a_folder_that_is_gone_is_told_before_anything_is_done(world, tmp_path, monkeypatch):
@@ -110,7 +110,7 @@ def test_a_store_or_source_that_may_not_be_read_does_not_pass_for_an_empty_one(
     assert f"cannot open source {locked}: Permission denied" in told
     monkeypatch.setattr("os.access", lambda *_: False)
     told = refused("ls", "--store", world.store.root)
-    assert "may not be read by this user" in told
+    assert "this user may not read the store" in told
 
 
 def test_a_file_system_that_cannot_be_reached_is_told_of(world, monkeypatch):

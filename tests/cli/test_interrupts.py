@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from slsgu_cli.engine.evaluator import Evaluator
 from slsgu_cli.engine.gradient_pass import GradientPass
 
-END = "interrupted; what was complete is kept\n"
+END = "interrupted; completed work is saved\n"
 # Rows of the forget set are added first, then those of the retain set.
 ROW, FORGET = "slsgu_cli.store.blocks:BlockWriter.add", 20
 

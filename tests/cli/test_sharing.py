@@ -89,7 +89,7 @@ def test_results_are_printed_where_the_plot_cannot_be_written(world, refusing, c
     done = inside(command, "blue", store=world.store.root)
     assert done.exit_code == 0, done.stderr
     assert "warning: cannot write" in done.stderr
-    assert "Read-only file system; what it shows is not kept" in done.stderr
+    assert "Read-only file system; the picture is not saved" in done.stderr
     assert "wrote" not in done.stderr
     assert done.stdout.startswith(begins)
 
@@ -98,7 +98,7 @@ def test_results_are_printed_where_the_plot_cannot_be_written(world, refusing, c
     ("number", "remedy"),
     [
         (errno.EROFS, "it can only be read: choose another store"),
-        (errno.EACCES, "see who may write there, or choose another store"),
+        (errno.EACCES, "check its permissions, or choose another store"),
         (errno.ENOSPC, "free some space, or choose another store"),
         (errno.ENAMETOOLONG, "choose a shorter name"),
     ],

@@ -141,7 +141,7 @@ def test_half_precision_is_rounded_once(several_world, tmp_path):
 
 def test_a_checkpoint_without_the_earlier_edit_is_refused(after, tmp_path):
     world, _, _ = after
-    with pytest.raises(StaleError, match="lacks the edit blue, which the edit red stands on") as e:
+    with pytest.raises(StaleError, match="lacks the edit blue, which the edit red builds on") as e:
         applied(world, "red", out=tmp_path / "alone")
     assert "slsgu apply blue red" in e.value.hint
     assert not (tmp_path / "alone").exists()
@@ -235,8 +235,8 @@ def test_an_earlier_edit_made_anew_makes_it_stale(after, tmp_path):
     write_edit(world.store, replace(blue, header=again))
     for kind in (Artifact.EDIT, Artifact.TRIALS):
         entry = next(e for e in entries(world.store) if (e.kind, e.name) == (kind, "red"))
-        assert entry.state == "stale" and "the edit blue, which it stands on" in entry.reason
-    with pytest.raises(StaleError, match="stands on an edit blue that was made anew") as refused:
+        assert entry.state == "stale" and "the edit blue, which it builds on" in entry.reason
+    with pytest.raises(StaleError, match="builds on an edit blue that has been remade") as refused:
         applied(world, "blue", "red", out=tmp_path / "both")
     assert refused.value.hint == "run `slsgu search red --after blue`"
 

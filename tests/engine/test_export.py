@@ -100,4 +100,4 @@ def test_the_command_writes_a_lora_and_refuses_what_no_client_can_name(edited, t
         "export", "blue", "--out", str(tmp_path / "v.safetensors"), store=edited.store.root
     )
     assert done.exit_code == 3 and not (tmp_path / "v.safetensors").exists()
-    assert "no client has a LoRA of visual.proj" in done.stderr
+    assert "no client supports a LoRA of visual.proj" in done.stderr

@@ -160,7 +160,7 @@ def test_other_rows_change_the_address_of_their_role(world):
 def test_ranking_a_set_built_anew_is_refused(world):
     for changes, role in (({"retain_samples": 40}, "retain"), ({"max_forget": 10}, "forget")):
         world.build(**changes)
-        with pytest.raises(StaleError, match=f"before its {role} set was built anew"):
+        with pytest.raises(StaleError, match=f"before its {role} set was rebuilt"):
             rank(world.store, "blue", options=RankOptions())
     compute(world)
     assert rank(world.store, "blue", options=RankOptions()).scores

@@ -273,7 +273,7 @@ def test_a_lora_is_of_all_requests_and_of_text_layers(shared_world, tmp_path):
 
 def test_a_lora_of_other_layers_is_refused(job):
     outputs = Outputs(lora=job.folder / "l.safetensors")
-    with pytest.raises(InputError, match=r"no client has a LoRA of visual\.proj"):
+    with pytest.raises(InputError, match=r"no client supports a LoRA of visual\.proj"):
         job("blue", "red", outputs=outputs)
     assert not outputs.lora.exists()
 

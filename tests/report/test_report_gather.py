@@ -59,7 +59,7 @@ def test_a_stale_record_is_named_and_withheld(store):
     ranking = found(store).ranking
     assert ranking.record is None
     assert ranking.state is Standing.STALE
-    assert ranking.trouble == "The ranking is stale: the gradients were computed anew since."
+    assert ranking.trouble == "The ranking is stale: the gradients have been recomputed since."
     assert ranking.run == f"slsgu rank {NAME}"
 
 

@@ -153,7 +153,7 @@ def test_figures_on_rows_that_may_have_changed_come_with_a_notice(store, tmp_pat
     rebuilt.write_record(path, replace(manifest, evals=evals))
     page = html(rebuilt)
     assert "These figures were recorded when the edit was made." in page
-    assert "The search is stale: the evaluation set brands was built anew since." in page
+    assert "The search is stale: the evaluation set brands has been rebuilt since." in page
     assert "The best trial of each layer" not in page
 
 
@@ -180,7 +180,7 @@ def test_joint_searches_and_sweeps_are_shown_to_the_concepts_they_concern(store,
     pointer = more.read_record("gradients/castle.json", GradientPointer)
     more.write_record("gradients/castle.json", replace(pointer, forget=pointer.retain))
     page = html(more)
-    assert "The sweep all is stale: the forget gradient of castle was computed anew" in page
+    assert "The sweep all is stale: the forget gradient of castle has been recomputed" in page
     assert "All edits in place" not in page
 
 
@@ -219,7 +219,7 @@ def test_verification_and_comparison_are_shown_with_their_verdicts(store, tmp_pa
     edit = load_edit(more, NAME)
     write_edit(more, replace(edit, header=replace(edit.header, step=0.5)))
     page = html(more)
-    assert "The verification is stale: the edit was made anew since." in page
+    assert "The verification is stale: the edit has been remade since." in page
     assert "Where the concept went" not in page
 
 

@@ -75,7 +75,7 @@ def test_dropped_rows_are_gone_and_artifacts_of_them_are_stale(world):
     assert np.array_equal(after.tokens, before.tokens[kept])
     assert np.array_equal(after.images(0, after.rows), before.images(0, before.rows)[kept])
     assert world.manifest.forget.refused["dropped by hand"] == 2
-    with pytest.raises(StaleError, match="before its forget set was built anew"):
+    with pytest.raises(StaleError, match="before its forget set was rebuilt"):
         read_pointer(world.store, world.manifest)
     stale = {entry.kind for entry in entries(world.store) if entry.state is Standing.STALE}
     assert {"pointer", "ranking"} <= stale

@@ -122,7 +122,7 @@ def test_an_array_that_says_it_is_shorter_is_damage(store):
     write_block(store)
     path = Path(store.where(BLOCK), "labels", "zarr.json")
     path.write_text(path.read_text().replace("70", "66", 1))
-    with pytest.raises(InputError, match=r"a\.zarr is damaged: .*laid out"):
+    with pytest.raises(InputError, match=r"a\.zarr is damaged: the layout"):
         DataBlock.at(store, BLOCK)
 
 
@@ -134,7 +134,9 @@ def test_a_tensor_that_is_not_asked_for_is_not_looked_at(store):
     data[-1] ^= 1
     file.write_bytes(data)
     assert store.read_tensors(TENSORS, ["a"])["a"].tolist() == [0] * 4
-    with pytest.raises(InputError, match=r"covariances/a\.safetensors is damaged: b is not"):
+    with pytest.raises(
+        InputError, match=r"covariances/a\.safetensors is damaged: b does not match"
+    ):
         store.read_tensors(TENSORS, ["b"])
 
 
@@ -175,7 +177,7 @@ def test_a_damaged_copy_of_a_remote_file_is_fetched_again(tmp_path, monkeypatch)
     remote.verify(TENSORS)
     remote.write_bytes(TENSORS, bytes(data))
     for read in (remote.verify, remote.read_tensors):
-        with pytest.raises(InputError, match="a is not what its digest was made of"):
+        with pytest.raises(InputError, match="a does not match its digest"):
             read(TENSORS)
 
 

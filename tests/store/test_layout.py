@@ -60,7 +60,7 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(world):
 @pytest.mark.parametrize("role", ["forget", "retain"])
 def test_gradients_of_other_rows_are_stale(world, role):
     other = replace(getattr(world.manifest, role), fingerprint="other")
-    with pytest.raises(StaleError, match=f"before its {role} set was built anew") as error:
+    with pytest.raises(StaleError, match=f"before its {role} set was rebuilt") as error:
         artifacts.read_pointer(world.store, replace(world.manifest, **{role: other}))
     assert "slsgu grad blue" in error.value.hint
 

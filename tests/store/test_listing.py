@@ -247,19 +247,19 @@ def test_a_block_built_anew_makes_its_set_stale(store):
     write_block(store, "d2", "print2b")
     state, reason = not_ok(store)["sets/facebook.json"]
     assert state is Standing.STALE
-    assert "retain rows were built anew" in reason
+    assert "retain rows have been rebuilt" in reason
 
 
 def test_a_new_forget_gradient_leaves_all_that_was_made_from_the_old_one_stale(store):
     write_gradient(store, "g9", "print1")
     change(store, "gradients/facebook.json", forget="g9")
     assert not_ok(store) == {
-        "gradients/g1.safetensors": (Standing.UNREFERENCED, "no set's gradients are these"),
-        "rankings/facebook.json": (Standing.STALE, "the gradients were computed anew since"),
-        "trials/facebook.json": (Standing.STALE, "the forget gradient was computed anew since"),
+        "gradients/g1.safetensors": (Standing.UNREFERENCED, "no set uses it"),
+        "rankings/facebook.json": (Standing.STALE, "the gradients have been recomputed since"),
+        "trials/facebook.json": (Standing.STALE, "the forget gradient has been recomputed since"),
         "edits/facebook.safetensors": (
             Standing.STALE,
-            "the forget gradient was computed anew since",
+            "the forget gradient has been recomputed since",
         ),
     }
 
@@ -277,7 +277,7 @@ def test_a_later_run_goes_on_with_what_was_made_from_the_same(store, listener):
     assert resume(store, Artifact.TRIALS, "facebook", fresh) is fresh
     differing, damaged = listener.heard
     unusable = "recorded trials cannot be used and are made again: "
-    assert differing == f"{unusable}they were made from other things (forget, precision)"
+    assert differing == f"{unusable}their inputs differ (forget, precision)"
     assert damaged.startswith(unusable)
     assert "is not JSON" in damaged
 

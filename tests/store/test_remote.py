@@ -181,7 +181,7 @@ def test_a_store_that_may_not_be_read(s3, url):
     s3.faults = [403]
     done = inside("ls", store=url)
     assert done.exit_code == 3
-    assert f"error: the store {url} may not be read: AccessDenied" in done.stderr
+    assert f"error: no permission to read the store {url}: AccessDenied" in done.stderr
     assert "AWS_PROFILE" in done.stderr
 
 
@@ -189,7 +189,7 @@ def test_a_store_that_may_not_be_written(s3, store):
     s3.faults = [403]
     with pytest.raises(InputError, match=r"cannot write s3://.*: AccessDenied") as caught:
         store.require_writable("sets/a.json")
-    assert "see who may write there" in caught.value.hint
+    assert "check its permissions" in caught.value.hint
 
 
 def test_no_credentials(s3, url, monkeypatch, tmp_path):

@@ -195,7 +195,7 @@ class Painter(Moving):
         assert not edits
         return []
 
-    def tell_of_readers(self, edited):
+    def warn_of_readers(self, edited):
         """Tell nothing where one encoder reads prompts."""
 
     def generate(self, jobs, options):

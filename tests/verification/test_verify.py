@@ -424,11 +424,11 @@ def test_the_list_knows_when_a_verification_is_of_other_things(world):
 
     assert state() == (Standing.OK, None)
     find(world, "transformer.resblocks.1.ln_1.weight")
-    assert state() == (Standing.STALE, "the edit was made anew since")
+    assert state() == (Standing.STALE, "the edit has been remade since")
     run(world)
     assert state()[0] is Standing.OK
     world.build(retain_samples=50)
-    assert state() == (Standing.STALE, "its retain rows were built anew since")
+    assert state() == (Standing.STALE, "its retain rows have been rebuilt since")
 
 
 def test_a_concept_that_is_no_class_is_verified_too(world):
