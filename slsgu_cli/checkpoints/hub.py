@@ -46,5 +46,5 @@ def unreachable(what: str, error: BaseException) -> MissingError:
     """Return the error of a failed download."""
     return MissingError(
         f"cannot fetch {what}: {first_lines(error)}",
-        hint="check the name and the network, or use local-dir:PATH or --pretrained FILE",
+        hint="check the name and the connection, or use local-dir:PATH or --pretrained FILE",
     )

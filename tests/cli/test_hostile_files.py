@@ -83,7 +83,7 @@ def test_what_the_system_refuses_is_bad_input_wherever_it_shows(world, monkeypat
     monkeypatch.setattr("slsgu_cli.engine.plots.rank", refuse)
     told = refused("rank", world.name, "--store", world.store.root)
     assert "cannot use /secret/pairs: Permission denied" in told
-    assert "allowed" in told
+    assert "give this user permission" in told
 
 
 def test_a_name_that_is_too_long_is_told_of_as_such(world):

@@ -97,7 +97,7 @@ def test_results_are_printed_where_the_plot_cannot_be_written(world, refusing, c
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [
-        (errno.EROFS, "it can only be read: choose another store"),
+        (errno.EROFS, "it is read-only: choose another store"),
         (errno.EACCES, "check its permissions, or choose another store"),
         (errno.ENOSPC, "free some space, or choose another store"),
         (errno.ENAMETOOLONG, "choose a shorter name"),

@@ -283,5 +283,5 @@ def test_other_repositories_of_the_hub_are_told_apart(hub, copy):
         resolve(ModelSpec("hf-hub:org/empty"))
     rewrite(copy / "config.json", lambda content: content.update(model_type="bert"))
     hub(copy, "bert")
-    with pytest.raises(InputError, match=r"org/bert is no CLIP .* open_clip_config\.json"):
+    with pytest.raises(InputError, match=r"org/bert is not a CLIP .* open_clip_config\.json"):
         resolve(ModelSpec("hf-hub:org/bert"))

@@ -447,7 +447,7 @@ def test_two_encoders_of_a_pipeline_are_two_files_for_comfyui(small, tmp_path):
     request = ApplyRequest(
         names=["blue", "red"], target=pipeline, out=tmp_path / "te.safetensors", layout=COMFY
     )
-    with pytest.raises(UsageError, match="these edits are of text_encoder and text_encoder_2"):
+    with pytest.raises(UsageError, match="these edits are for text_encoder and text_encoder_2"):
         apply(store, request)
     apply(store, replace(request, names=["red"]))
     found = load_file(tmp_path / "te.safetensors")

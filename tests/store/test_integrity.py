@@ -134,9 +134,7 @@ def test_a_tensor_that_is_not_asked_for_is_not_looked_at(store):
     data[-1] ^= 1
     file.write_bytes(data)
     assert store.read_tensors(TENSORS, ["a"])["a"].tolist() == [0] * 4
-    with pytest.raises(
-        InputError, match=r"covariances/a\.safetensors is damaged: b does not match"
-    ):
+    with pytest.raises(InputError, match=r"/a\.safetensors is damaged: b does not match"):
         store.read_tensors(TENSORS, ["b"])
 
 
