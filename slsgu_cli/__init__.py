@@ -164,7 +164,7 @@ _FACE = {
     "store.locks": ("held",),
     "store.store": ("Store",),
     "study.joint": ("joint_search",),
-    "verification.verdicts": (
+    "verification.results": (
         "conclusion",
         "verdict_rows",
     ),
