@@ -1,5 +1,6 @@
 """Families of CLIPs in transformers: their configurations and open_clip's, each way."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,14 +45,24 @@ def other_model(folder: Path) -> tuple[str, str] | None:
 
 
 def require_towers(of: str, model: Mapping[str, Any]) -> None:
-    """Raise InputError unless a model_cfg describes both towers; `of` names the model."""
+    """Raise InputError unless a model_cfg describes two towers; `of` names the model.
+
+    PyTorch would accept heads that are not a whole number.
+    """
     for name in ("vision_cfg", "text_cfg"):
         if not isinstance(model.get(name), dict):
             raise invalid_field(of, name, model.get(name))
+    heads = model["text_cfg"].get("heads", 1)
+    if not _is_size(heads):
+        raise invalid_field(of, "heads", heads)
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int and value > 0
+def _is_size(value: Any, largest: float = math.inf) -> bool:
+    return type(value) is int and 0 < value <= largest
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def invalid_field(of: object, name: str, value: Any) -> InputError:
@@ -126,12 +137,12 @@ def _metaclip_config(config: Part, text: Part, vision: Part) -> Part:
 def _chinese_fits(text: Part, vision: Part) -> dict[str, bool]:
     positions, padding = text["max_position_embeddings"], text["pad_token_id"]
     return {
-        "layer_norm_eps": vision["layer_norm_eps"] == 1e-5 and text["layer_norm_eps"] > 0,
+        "layer_norm_eps": vision["layer_norm_eps"] == 1e-5 and _is_positive(text["layer_norm_eps"]),
         "hidden_act": vision["hidden_act"] in ("gelu", "quick_gelu")
         and text["hidden_act"] in BERT_ACTS,
         "num_channels": vision["num_channels"] == 3,
-        "max_position_embeddings": _is_size(positions),
-        "type_vocab_size": _is_size(text["type_vocab_size"]),
+        "max_position_embeddings": _is_size(positions, LONGEST),
+        "type_vocab_size": _is_size(text["type_vocab_size"], MOST_TYPES),
         "pad_token_id": type(padding) is int and padding >= 0,
         "position_embedding_type": text["position_embedding_type"] == "absolute",
     }
@@ -245,9 +256,8 @@ def _mlp_ratio(part: Part) -> float:
 
 
 def _siglip_fits(text: Part, vision: Part) -> dict[str, bool]:
-    eps = text["layer_norm_eps"]
     return {
-        "layer_norm_eps": eps > 0 and vision["layer_norm_eps"] == 1e-6,
+        "layer_norm_eps": _is_positive(text["layer_norm_eps"]) and vision["layer_norm_eps"] == 1e-6,
         "hidden_act": {text["hidden_act"], vision["hidden_act"]} <= GELU.keys(),
         "num_channels": vision["num_channels"] == 3,
         "projection_size": _embed_dim(text) == vision["hidden_size"],
@@ -286,6 +296,9 @@ def _embed_dim(text: Part) -> Any:
 
 # Where the authors of Chinese CLIP cut texts.
 CHINESE_LENGTH = 52
+
+# More than any BERT has: a configuration with larger tables would fill the memory.
+LONGEST, MOST_TYPES = 1 << 16, 1 << 10
 
 # Marks texts that go to a tokenizer unchanged, for which open_clip has no name.
 AS_IT_IS = "none"

@@ -464,6 +464,7 @@ WRONG = [
     ("vision_cfg", "image_size", [32, 32, 32]),
     ("vision_cfg", "layers", -1),
     ("vision_cfg", "width", 1.5),
+    ("text_cfg", "heads", 1.5),
     ("text_cfg", "width", [24]),
     ("text_cfg", "tokenizer_kwargs", {"a": 1}),
     ("preprocess_cfg", "mean", 0.5),

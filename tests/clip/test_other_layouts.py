@@ -329,7 +329,7 @@ def test_another_layout_is_rehearsed_and_its_place_is_checked(folder, tmp_path):
     assert result.model == str(tmp_path / "hf") and not (tmp_path / "hf").exists()
     with pytest.raises(UsageError, match="transformers loads a folder"):
         applied(tmp_path, spec(folder), "hf.safetensors", layout=HF)
-    with pytest.raises(UsageError, match="--link does not go with --format"):
+    with pytest.raises(UsageError, match="--link cannot be combined with --format"):
         applied(tmp_path, spec(folder), "hf", layout=HF, link=True)
     copy = shutil.copytree(folder, tmp_path / "copy")
     with pytest.raises(InputError, match="is the model itself"):

@@ -274,4 +274,4 @@ def test_naflex_is_refused_with_what_it_is(copy):
     for door in (lambda: resolve(ModelSpec(str(copy))), lambda: read_target(copy)):
         with pytest.raises(Exception, match=r"Siglip2Model \(siglip2\)") as caught:
             door()
-        assert "NaFlex takes images as patches in their own proportions" in caught.value.hint
+        assert "NaFlex, which takes images in their own aspect ratios" in caught.value.hint
