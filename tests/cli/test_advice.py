@@ -40,7 +40,7 @@ def folder(at, config):
 @pytest.mark.parametrize(
     ("config", "kind", "hint"),
     [
-        (NAFLEX, "Siglip2Model", "a SiglipModel, such as google/siglip2-base-patch16-224"),
+        (NAFLEX, "Siglip2Model", "a SiglipModel such as google/siglip2-base-patch16-224"),
         (ALIGN, "AlignModel", "CLIPModel, MetaClip2Model, SiglipModel, ChineseCLIPModel)"),
     ],
 )
@@ -66,9 +66,9 @@ def test_an_address_of_the_hub_is_spelt_as_open_clip_does():
     ("config", "message"),
     [
         (NAFLEX, r"is a Siglip2Model \(siglip2\), SigLIP 2 as NaFlex"),
-        (GEMMA, r"is a Gemma3.* \(gemma3\), and slsgu does not know what it reads of"),
+        (GEMMA, r"is a Gemma3.* \(gemma3\), and slsgu does not know how it uses a CLIP"),
         (PIXTRAL, r"is a Llava.* \(llava\), whose vision tower is a pixtral"),
-        (QWEN, r"is a Qwen2VL.* \(qwen2_vl\), and slsgu does not know what it reads of"),
+        (QWEN, r"is a Qwen2VL.* \(qwen2_vl\), and slsgu does not know how it uses a CLIP"),
         (ALIGN, r"holds no weights of a CLIP: it is a AlignModel \(align\)"),
     ],
 )

@@ -17,6 +17,7 @@ from processes import inside, on_terminal, rows, slsgu
 from safetensors.numpy import load_file, save_file
 
 from slsgu_cli.checkpoints.layers import known_as
+from slsgu_cli.records.codec import sealed
 from slsgu_cli.records.method import EditHeader, Ranking
 from slsgu_cli.store.store import Store
 
@@ -512,7 +513,12 @@ def test_a_search_that_does_not_forget_shows_its_trials_and_keeps_its_edit(store
     [
         (b'{"name": ', 3, "is not JSON"),
         (b"\xff\xfe", 3, "is not JSON"),
-        (b'{"name": "blue"}', 4, "was not written by this version of slsgu: it has no 'concept'"),
+        (b'{"name": "blue"}', 3, "is damaged: it carries no digest"),
+        (
+            json.dumps(sealed({"name": "blue"})).encode(),
+            4,
+            "was not written by this version of slsgu: it has no 'concept'",
+        ),
     ],
 )
 def test_a_damaged_manifest(store, content, code, told):

@@ -89,14 +89,14 @@ def test_checks_are_those_of_the_table_and_of_the_bounds():
     text = WHOLE.replace("fa1 <= 0", "attack.ring-a-bell <= 10")
     first, second = read(text).requests
     assert (read(text).checks_of(first), read(text).checks_of(second)) == ((), ("ring-a-bell",))
-    # `eval` knows nothing of attacks.
-    assert read(text).words("eval", ["b b"]) == ["--assert", "loss.brands<=1"]
+    # `eval` runs no attacks.
+    assert options_for("eval", read(text), ["b b"]) == ["--assert", "loss.brands<=1"]
     table = '[verify]\nchecks = "relearn,typos"\nsteps = 4\n\n[outputs]'
     with_table = read(text.replace("[outputs]", table))
     assert with_table.verify.settings.steps == 4
     assert with_table.checks_of(first) == ("typos", "relearn")
     assert with_table.checks_of(second) == ("typos", "relearn", "ring-a-bell")
-    # Of the command line, `verify` tries the same on the same model; all where nothing is named.
+    # The command `verify` gets the same checks and model, and all checks by default.
     (written,) = (f"local-dir:{with_table.outputs.checkpoint}",)
     said = options_for("verify", with_table, ["b b"])
     assert said[:2] == ["--model", written]

@@ -363,8 +363,8 @@ def test_bounds_on_attacks_verify_the_written_model(job, shared_world, monkeypat
     page = job.folder / "page.html"
     asked_for = ReportRequest(names=["blue"], out=page, examples=False)
     write_report(job.store, asked_for)
-    tried_on = "Tried on the model that was written, with all that was taken out of it: "
-    assert f"{tried_on}<code>{written.label}</code>" in page.read_text()
+    verified = "The verified model is the one that was written, with all its edits: "
+    assert f"{verified}<code>{written.label}</code>" in page.read_text()
     assert job("blue", "red", **changes).done == ()
     failed = job("blue", "red", **changes | {"bounds": (Assertion("attack.prefix", "<", -100.0),)})
     assert failed.done == ()
@@ -383,7 +383,7 @@ def test_bounds_on_attacks_verify_the_written_model(job, shared_world, monkeypat
     # The verification of an earlier checkpoint is not shown for the new one.
     running.run(recipe_of(shared_world, job.folder, "red"), store=job.store)
     write_report(job.store, replace(asked_for, overwrite=True))
-    assert tried_on not in page.read_text()
+    assert verified not in page.read_text()
 
 
 def test_recipes_in_one_store_do_not_replace_each_others_sets(job, shared_world):
