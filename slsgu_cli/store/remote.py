@@ -1,5 +1,6 @@
 """Stores on S3 and other file systems of fsspec."""
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import fsspec
 
+from slsgu_cli import progress
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.store.atomic import partial_name
 from slsgu_cli.store.cache import cached
@@ -16,9 +18,8 @@ from slsgu_cli.store.cache import cached
 # Object stores: a file appears whole or not at all, and a folder is no more than a name.
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "memory"}
 
-# Seconds to wait for a connection and for an answer, and how often botocore tries. s3fs tries
-# again on top of that.
-CONNECT, READ, TRIES = 5, 8, 3
+# Seconds to wait for a connection and for an answer, and how often s3fs sends a request.
+CONNECT, READ, TRIES = 5, 8, 5
 
 
 @dataclass(slots=True)
@@ -34,12 +35,13 @@ class Remote:
         """Open a URL or folder. Raises InputError, and MissingError where there is no bucket."""
         try:
             protocol = fsspec.core.split_protocol(url)[0]
-            options = _s3_options() if protocol in ("s3", "s3a") else {}
+            options = _s3_options(url) if protocol in ("s3", "s3a") else {}
             fs, root = fsspec.core.url_to_fs(url, **options)
         except (ImportError, ValueError) as error:
             hint = "pip install 'slsgu[s3]'" if "s3fs" in str(error) else None
             raise InputError(f"cannot open the store {url}: {error}", hint=hint) from error
         if options:
+            fs.retries = TRIES
             _look_into(url, fs, str(root))
         return cls(fs, str(root).rstrip("/"), options)
 
@@ -55,7 +57,10 @@ class Remote:
             from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
             return AsyncFileSystemWrapper(self.fs, asynchronous=True)
-        return fsspec.filesystem(self.protocols[0], asynchronous=True, **self.options)
+        fs = fsspec.filesystem(self.protocols[0], asynchronous=True, **self.options)
+        if self.options:
+            fs.retries = TRIES
+        return fs
 
     def put(self, built: Path, target: str) -> None:
         """Upload a file, or the files of a folder: those at its top last, because they complete it.
@@ -109,19 +114,66 @@ class Remote:
             yield copy
 
 
-def _s3_options() -> dict[str, Any]:
-    """Return the options of s3fs: fresh listings, bounded waits and retries.
+class _TransientError(OSError):
+    """A failed request that s3fs sends again."""
+
+
+@dataclass(slots=True)
+class _Answers:
+    """Report failed requests to the S3 server at `url`, and have s3fs send them again.
+
+    If the server has never answered, its address may be wrong, and requests fail at once.
+    """
+
+    url: str
+    answered: bool = False
+
+    def check(self, http_response: Any, parsed: dict[str, Any], **_: Any) -> None:
+        """Raise _TransientError for an answer that blames the server."""
+        self.answered = True
+        error, status = parsed.get("Error", {}), http_response.status_code
+        code = error.get("Code")
+        if status >= 500 or status == 429 or code in ("RequestTimeout", "SlowDown"):
+            self._retry(f"{status} {error.get('Message') or code or ''}".strip())
+
+    def fail(self, exception: Exception, **_: Any) -> None:
+        """Raise _TransientError, or OSError if the server has never answered."""
+        from botocore.exceptions import ConnectionClosedError, HTTPClientError
+        from botocore.exceptions import ConnectionError as NoConnection
+
+        if not isinstance(exception, NoConnection | HTTPClientError):
+            return
+        # The query of a URL does not help the user.
+        reason = re.sub(r"\?[^\s\"]*", "", str(exception))
+        if not self.answered and not isinstance(exception, ConnectionClosedError):
+            raise OSError(reason) from exception
+        self._retry(reason)
+
+    def _retry(self, reason: str) -> None:
+        progress.note(f"{self.url}: {reason}; a request is sent up to {TRIES} times")
+        raise _TransientError(reason)
+
+
+def _s3_options(url: str) -> dict[str, Any]:
+    """Return the options of s3fs: fresh listings, bounded waits, reported retries.
 
     The user's own configuration of fsspec takes precedence. Raises ImportError.
     """
     try:
         from aiobotocore.session import AioSession
+        from s3fs.core import S3_RETRYABLE_ERRORS, add_retryable_error
     except ImportError as error:
         raise ImportError("S3 needs the package s3fs") from error
     set_by_user = fsspec.config.conf.get("s3", {})
     session = AioSession(profile=set_by_user.get("profile"))
+    if _TransientError not in S3_RETRYABLE_ERRORS:
+        add_retryable_error(_TransientError)
+    answers = _Answers(url)
     session.register("before-call.s3", _send_at_once)
-    retries = {"mode": "standard", "total_max_attempts": TRIES}
+    session.register("after-call.s3", answers.check)
+    session.register("after-call-error.s3", answers.fail)
+    # s3fs alone retries: it also repeats a download that breaks off.
+    retries = {"mode": "standard", "total_max_attempts": 1}
     ours = {"connect_timeout": CONNECT, "read_timeout": READ, "retries": retries}
     config = {**ours, **set_by_user.get("config_kwargs", {})}
     return {"session": session, "use_listings_cache": False, "config_kwargs": config}
@@ -158,4 +210,7 @@ def _look_into(url: str, fs: Any, root: str) -> None:
             hint="check AWS_PROFILE or AWS_ACCESS_KEY_ID and its permissions",
         ) from error
     except (OSError, BotoCoreError) as error:
-        raise InputError(f"cannot open the store {url}: {error}") from error
+        raise InputError(
+            f"cannot open the store {url}: {error}",
+            hint="check AWS_ENDPOINT_URL and the network connection, then run this again",
+        ) from error

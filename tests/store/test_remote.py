@@ -118,29 +118,35 @@ def test_commands_on_s3(s3, shared_world, url):
 
 
 @pytest.mark.parametrize("fault", [500, 503, "drop"])
-def test_a_passing_fault_is_retried(s3, store, fault):
+def test_a_passing_fault_is_retried_and_reported(s3, store, url, listener, fault):
     s3.faults = [fault, fault]
     store.write_bytes("sets/a.json", b"1")
     s3.faults = [fault, fault]
     assert store.read_bytes("sets/a.json") == b"1"
+    reports = [text for text in listener.heard if f"{url}: " in text]
+    assert all("a request is sent up to 5 times" in text for text in reports)
+    # Over a connection that was used before, aiohttp sends a request once more by itself.
+    assert len(reports) == 4 or fault == "drop"
 
 
-def test_an_answer_that_does_not_come_is_asked_for_again(s3, url, monkeypatch):
+def test_an_answer_that_does_not_come_is_asked_for_again(s3, url, listener, monkeypatch):
     monkeypatch.setattr(remote, "READ", 2)
     store = Store(url)
     s3.faults = ["hang"]
     store.write_bytes("sets/a.json", b"1")
+    assert any("Read timeout on endpoint URL" in text for text in listener.heard)
     # Such a request has no time limit while its answer is waited for.
     assert s3.asked_first == 0
     assert store.read_bytes("sets/a.json") == b"1"
 
 
-def test_a_block_is_read_though_answers_fail(s3, store):
+def test_a_block_is_read_though_answers_fail(s3, store, listener):
     write_block(store)
     s3.faults = [500, "drop"]
     block = DataBlock.at(store, BLOCK)
     s3.faults = [503]
     assert block.images(0, 3)[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert any("503 SlowDown" in text for text in listener.heard)
 
 
 def test_an_answer_that_is_cut_short_is_asked_for_again(s3, store):
@@ -150,24 +156,46 @@ def test_an_answer_that_is_cut_short_is_asked_for_again(s3, store):
     assert store.read_bytes("sets/a") == data
 
 
-def test_tries_are_bounded(s3, store):
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [(503, "503 SlowDown"), (500, "500 InternalError"), ("hang", "Read timeout")],
+)
+def test_tries_are_bounded(s3, url, monkeypatch, fault, reason):
+    monkeypatch.setattr(remote, "READ", 0.2)
+    store = Store(url)
     before = len(s3.requests)
-    s3.always = 503
-    with pytest.raises(InputError, match=r"cannot write s3://"):
+    s3.always = fault
+    with pytest.raises(InputError, match=rf"cannot write s3://.*: {reason}"):
         store.write_bytes("sets/a.json", b"1")
-    assert len(s3.requests) - before <= 5 * remote.TRIES
+    assert len(s3.requests) - before == 5
     s3.always = None
     assert not store.exists("sets/a.json")
 
 
-def test_a_server_that_never_answers_is_given_up(s3, url, monkeypatch):
+def test_a_connection_that_always_breaks_is_an_error(s3, store):
+    before = len(s3.requests)
+    s3.always = "drop"
+    with pytest.raises(InputError, match=r"cannot write s3://.*: Connection was closed"):
+        store.write_bytes("sets/a.json", b"1")
+    # Over a connection that was used before, aiohttp sends a request once more by itself.
+    assert 5 <= len(s3.requests) - before <= 10
+
+
+def test_a_server_that_never_answered_is_given_up_at_once(s3, url, monkeypatch):
     monkeypatch.setattr(remote, "READ", 0.2)
     before = len(s3.requests)
     s3.always = "hang"
     done = inside("ls", store=url)
     assert done.exit_code == 3
     assert f"error: cannot open the store {url}: Read timeout" in done.stderr
-    assert len(s3.requests) - before <= 5 * remote.TRIES
+    assert "AWS_ENDPOINT_URL" in done.stderr
+    assert len(s3.requests) - before == 1
+
+
+def test_a_silent_server_is_reported_within_a_quarter_of_a_minute():
+    config = remote._s3_options("s3://a/b")["config_kwargs"]
+    assert config["connect_timeout"] + config["read_timeout"] < 15
+    assert config["retries"]["total_max_attempts"] == 1
 
 
 def test_nobody_listens(s3, url, monkeypatch):
@@ -220,7 +248,7 @@ def test_a_mistyped_bucket_is_told_and_not_made(s3, shared_world):
 
 
 def test_without_the_package(monkeypatch):
-    def options():
+    def options(url):
         raise ImportError("S3 needs the package s3fs")
 
     monkeypatch.setattr(remote, "_s3_options", options)
