@@ -146,7 +146,7 @@ def test_a_block_is_read_though_answers_fail(s3, store, listener):
     block = DataBlock.at(store, BLOCK)
     s3.faults = [503]
     assert block.images(0, 3)[:, 0, 0, 0].tolist() == [0, 1, 2]
-    assert any("503 SlowDown" in text for text in listener.heard)
+    assert any("503 Service Unavailable" in text for text in listener.heard)
 
 
 def test_an_answer_that_is_cut_short_is_asked_for_again(s3, store):
