@@ -69,7 +69,7 @@ class InputError(SlsguError, ValueError):
 
 
 class NotFiniteError(InputError):
-    """Weights or features that are NaN or infinite."""
+    """Weights, features or figures that are NaN or infinite."""
 
 
 class ForeignError(InputError):

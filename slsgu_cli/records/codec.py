@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from slsgu_cli.errors import FormatError, StaleError
+from slsgu_cli.errors import FormatError, NotFiniteError, StaleError
 from slsgu_cli.text import reason_of
 
 T = TypeVar("T")
@@ -172,12 +172,17 @@ def _checked(value: Any, *kinds: type) -> Any:
 
 
 def canonical_json(value: Any, *, sparse: bool = False) -> str:
-    """Return one JSON text per value: keys sorted, no white space."""
+    """Return one JSON text per value: keys sorted, no white space. Raises NotFiniteError."""
     return _compact(encode(value, sparse=sparse))
 
 
 def _compact(encoded: Any) -> str:
-    return json.dumps(encoded, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    try:
+        return json.dumps(encoded, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:
+        raise NotFiniteError(
+            "a figure in the record is not finite, which JSON cannot hold"
+        ) from error
 
 
 def digest(value: Any) -> str:
@@ -202,7 +207,10 @@ FORMAT_KEY, SEAL = "format", "sha256"
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a JSON-ready object with its format, and last a digest of its content."""
+    """Return a JSON-ready object with its format, and last a digest of its content.
+
+    Raises NotFiniteError for NaN and infinities.
+    """
     unsealed = {FORMAT_KEY: FORMAT} | {key: v for key, v in content.items() if key != SEAL}
     return {**unsealed, SEAL: _seal(unsealed)}
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from slsgu_cli.checkpoints.layouts import open_weights
-from slsgu_cli.errors import SlsguError
-from slsgu_cli.records.codec import decode, encode, parse_json, require_seal, sealed
+from slsgu_cli.errors import NotFiniteError, SlsguError
+from slsgu_cli.records.codec import SEAL, decode, encode, parse_json, require_seal, sealed
 from slsgu_cli.records.method import EditHeader, GradientPointer, Ranking
 from slsgu_cli.records.sets import (
     Collection,
@@ -188,7 +188,12 @@ def test_records_of_other_values(record, data):
     content = encode(record)
     for key in data.draw(st.lists(st.sampled_from(sorted(content)), max_size=3)):
         content[key] = data.draw(values)
-    parsed(json.dumps(sealed(content)).encode())
+    try:
+        whole = sealed(content)
+    except NotFiniteError:
+        # JSON text of NaN and infinities, which Python reads but slsgu does not write.
+        whole = {**content, SEAL: "0" * 64}
+    parsed(json.dumps(whole).encode())
 
 
 @fuzzed
