@@ -357,7 +357,7 @@ def test_sums_of_squares_stay_where_their_gradient_is_there_already(
     sums = world.store.read_bytes(path)
     (found,) = check(world.store, repair=True).findings
     assert (found.path, found.removed) == (path, False)
-    assert "the same command goes on with it" in found.reason
+    assert "run the same command to resume it" in found.reason
     compute(world, squares=True)
     assert any("goes on after 1 of its 2 mini-batches" in text for text in listener.heard)
     world.store.write_bytes(path, sums)

@@ -10,7 +10,6 @@ from processes import inside
 from tiny_images import encoded, shard
 from worlds import Listener
 
-from slsgu_cli.clip.models import contents
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.records.options import BuildRequest, MetadataSource
 from slsgu_cli.records.sets import Concept, DownloadOptions, Origin
@@ -18,7 +17,7 @@ from slsgu_cli.sets import collection
 from slsgu_cli.sets.build import build_many, build_sets, require_all
 from slsgu_cli.sets.replay import replay
 from slsgu_cli.sets.requests import with_collection
-from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.artifacts import Artifact, verify
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.catalog import entries
 from slsgu_cli.store.store import Store
@@ -77,10 +76,10 @@ def test_a_damaged_shard_is_an_error(store, tiny_model, metadata):
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(InputError, match=r"00000\.tar is damaged: it is not what its digest"):
+    with pytest.raises(InputError, match=r"00000\.tar is damaged: it does not match its digest"):
         build_sets(store, request)
     with pytest.raises(InputError, match=r"00000\.tar is damaged"):
-        contents(store, Artifact.COLLECTION, Artifact.COLLECTION.path(name))
+        verify(store, Artifact.COLLECTION, Artifact.COLLECTION.path(name))
 
 
 def test_downloads_in_any_order_make_the_same_set(store, tiny_model, metadata, tmp_path):

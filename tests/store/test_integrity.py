@@ -13,7 +13,7 @@ from processes import inside
 from slsgu_cli.errors import InputError, SlsguError
 from slsgu_cli.records import codec
 from slsgu_cli.records.codec import SEAL, encode, require_seal, sealed
-from slsgu_cli.records.directions import Direction
+from slsgu_cli.records.directions import Direction, DirectionSpec
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import (
     Alignment,
@@ -29,6 +29,7 @@ from slsgu_cli.store.blocks import DataBlock, block_writer
 from slsgu_cli.store.store import Store
 
 HEADER = CovarianceHeader("model", "data", 9, {"a": LayerCovariance(0, 9.0, 1.25)}, (), "0.1.0")
+WHITENED = DirectionSpec.of(Direction.WHITENED, damping=0.1)
 RECORD = "rankings/a.json"
 TENSORS = "covariances/a.safetensors"
 BLOCK = "data/a.zarr"
@@ -40,8 +41,11 @@ def store(tmp_path):
 
 
 def ranking():
-    score = LayerScore("visual.proj", Tower.VISION, (2, 3), 0.125, 0.25, 1.5, 2.5, 3.5, True)
-    return Ranking("a", "f", "r", Alignment.ABS, Direction.BOTH, 0.1, (score,), "0.1.0", "céline")
+    score = LayerScore(
+        "visual.proj", Tower.VISION, (2, 3), 0.125, 0.25, 1.5, 2.5, 3.5, True, WHITENED
+    )
+    directions = DirectionSpec.of(Direction.GRADIENT), WHITENED
+    return Ranking("a", "f", "r", Alignment.ABS, directions, (score,), "0.1.0", "céline")
 
 
 def write_block(store):

@@ -135,7 +135,7 @@ def test_one_encoder_is_searched_with_the_others_edit_in_place(both, world, tmp_
     again = search_target(world.store, "blue", options=options)
     assert again.reused == len(again.trials.trials) == len(found.trials.trials)
     assert search_target(world.store, "blue", options=steered(folder, goal=0.0)).reused == 0
-    assert any("made from other things (beside)" in text for text in listener.heard)
+    assert any("their inputs differ (beside)" in text for text in listener.heard)
 
 
 def test_pictures_are_painted_with_what_was_put_in_place(both, world):

@@ -1,7 +1,6 @@
 """What is chosen by some prompts, seeds and images, and reported of others, on stand-ins."""
 
 import io
-import json
 import re
 from dataclasses import replace
 
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 import tiny_targets
 from tiny_clip import COLOURS, SHAPES
-from worlds import Listener
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.cli.console import Console
@@ -17,10 +15,9 @@ from slsgu_cli.cli.search_on_target import require_reached, show_target_search
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.errors import NotForgottenError, UsageError
-from slsgu_cli.records.codec import decode, encode
 from slsgu_cli.records.comparison import PipelineCompareOptions
 from slsgu_cli.records.directions import Direction
-from slsgu_cli.records.figures import Share, TargetFigures
+from slsgu_cli.records.figures import Share
 from slsgu_cli.records.sets import ModelSpec, Split
 from slsgu_cli.records.targets import Budget, GradientOf, ReportBudget, TargetSearchOptions
 from slsgu_cli.store.artifacts import Artifact
@@ -219,24 +216,6 @@ def test_a_search_that_is_repeated_paints_nothing_and_of_other_reports_only_thes
     assert result.figures.after.concept == Share(0, 21)
     assert len(painter.jobs) == len(reported_jobs(painter)) == 2 * 22
     assert result.trials.seconds == first.trials.seconds
-
-
-def test_trials_and_edits_of_before_pictures_were_dealt_are_told_apart(sd, world):
-    sd()
-    result = search_target(world.store, "blue", options=sd.options)
-    path = Artifact.TARGET_TRIALS.path("blue@sd")
-    record = json.loads(world.store.read_bytes(path))
-    del record["asked"], record["reports"]
-    world.store.write_record(path, record)
-    listener = Listener()
-    again = search_target(world.store, "blue", options=sd.options)
-    assert again.reused == 0 and again.chosen == result.chosen
-    assert any("made from other things (asked)" in text for text in listener.heard)
-    figures = encode(result.figures)
-    for name in ("judge", "unseen", "further"):
-        del figures[name]
-    old = decode(TargetFigures, figures)
-    assert (old.after, old.unseen) == (result.figures.after, False)
 
 
 @pytest.fixture
