@@ -32,31 +32,16 @@ def parse_json(text: str | bytes) -> Any:
         raise TooDeepError("it is nested too deeply") from error
 
 
-ADDED = "added"
-
-
-def added(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING) -> Any:
-    """Return a field that records of earlier versions lack: they are read with its default."""
-    if factory is not dataclasses.MISSING:
-        return dataclasses.field(default_factory=factory, metadata={ADDED: True})
-    return dataclasses.field(default=default, metadata={ADDED: True})
-
-
-def encode(record: Any, *, sparse: bool = False) -> Any:
-    """Return the JSON-ready form of a record (or of a container of records).
-
-    A `sparse` one leaves out what was `added` and has its default.
-    """
+def encode(record: Any) -> Any:
+    """Return the JSON-ready form of a record (or of a container of records)."""
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
         return {
-            field.name: encode(getattr(record, field.name), sparse=sparse)
-            for field in dataclasses.fields(record)
-            if not (sparse and _is_usual(record, field))
+            field.name: encode(getattr(record, field.name)) for field in dataclasses.fields(record)
         }
     if isinstance(record, Mapping):
-        return {str(key): encode(value, sparse=sparse) for key, value in record.items()}
+        return {str(key): encode(value) for key, value in record.items()}
     if isinstance(record, list | tuple):
-        return [encode(value, sparse=sparse) for value in record]
+        return [encode(value) for value in record]
     return record
 
 
@@ -93,13 +78,6 @@ def _without_maps(value: Any) -> Any:
     return document(value)
 
 
-def _is_usual(record: Any, field: "dataclasses.Field[Any]") -> bool:
-    """Return whether a field came later and says what records without it mean."""
-    if not field.metadata.get(ADDED):
-        return False
-    return bool(getattr(record, field.name) == usual_value(field))
-
-
 def usual_value(field: "dataclasses.Field[Any]") -> Any:
     """Return the default of a field; MISSING if it is required."""
     if field.default_factory is not dataclasses.MISSING:
@@ -117,8 +95,7 @@ def without_none(kind: Any) -> Any:
 def decode(kind: type[T], value: Any) -> T:
     """Rebuild a record of type `kind` from its JSON form.
 
-    A field that an earlier version did not write (see `added`) has its default. Raises
-    StaleError where another field is missing, or one has another shape.
+    Raises StaleError if a field is missing or has another shape.
     """
     try:
         return typing.cast(T, _build(kind, value))
@@ -144,24 +121,17 @@ def _build(kind: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         _checked(value, dict)
         make: Any = kind
-        return make(
-            **{
-                name: _build(hint, value[name])
-                for name, hint, was_added in _fields(make)
-                if name in value or not was_added
-            }
-        )
+        return make(**{name: _build(hint, value[name]) for name, hint in _fields(make)})
     if kind is float:
         return float(_checked(value, float, int))
     return kind(_checked(value, kind)) if kind in (str, int, bool) else kind(value)
 
 
 @functools.cache
-def _fields(kind: Any) -> tuple[tuple[str, Any, bool], ...]:
-    """Return name and type of each field of a record, and whether it was `added`."""
+def _fields(kind: Any) -> tuple[tuple[str, Any], ...]:
+    """Return the name and the type of each field of a record."""
     hints = typing.get_type_hints(kind)
-    fields = dataclasses.fields(kind)
-    return tuple((f.name, hints[f.name], bool(f.metadata.get(ADDED))) for f in fields)
+    return tuple((field.name, hints[field.name]) for field in dataclasses.fields(kind))
 
 
 def _checked(value: Any, *kinds: type) -> Any:
@@ -171,9 +141,9 @@ def _checked(value: Any, *kinds: type) -> Any:
     return value
 
 
-def canonical_json(value: Any, *, sparse: bool = False) -> str:
+def canonical_json(value: Any) -> str:
     """Return one JSON text per value: keys sorted, no white space. Raises NotFiniteError."""
-    return _compact(encode(value, sparse=sparse))
+    return _compact(encode(value))
 
 
 def _compact(encoded: Any) -> str:
@@ -186,11 +156,8 @@ def _compact(encoded: Any) -> str:
 
 
 def digest(value: Any) -> str:
-    """Return 24 hexadecimal digits that identify the content of a JSON-ready value or record.
-
-    They stay the same when a field is `added` to the record.
-    """
-    return hashlib.sha256(canonical_json(value, sparse=True).encode()).hexdigest()[:24]
+    """Return 24 hexadecimal digits that identify the content of a JSON-ready value or record."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:24]
 
 
 def finite(value: Any) -> Any:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import ClassVar, Generic, Self, TypeVar
 
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.codec import added
 from slsgu_cli.records.figures import Accuracy, Effect, Figures, PassTime
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.targets import Budget, judge_option
@@ -259,9 +258,9 @@ class ClipOutcome(Outcome):
     utility: dict[str, Accuracy]
     forget_passes: float
     retain_passes: float
-    layer: str | None = added(None)
-    step: float | None = added(None)
-    chosen_by: Figures | None = added(None)
+    layer: str | None = None
+    step: float | None = None
+    chosen_by: Figures | None = None
 
     methods: ClassVar[tuple[Method, ...]] = CLIP_METHODS
 
@@ -363,7 +362,7 @@ class PipelineComparison(Comparison[PipelineOutcome]):
     retain_data: str
     judge: str
     budget: Budget
-    asked: str = added("")
+    asked: str = ""
 
     def about(self) -> dict[str, str]:
         """Return a description of what the record was made from."""

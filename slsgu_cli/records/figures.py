@@ -4,11 +4,10 @@ import math
 import operator
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.codec import added
 from slsgu_cli.text import near
 
 # How sure an interval of a share is, and to which share of its width bisection finds its ends.
@@ -91,7 +90,7 @@ class Accuracy:
     top1: float
     top5: float
     rows: int
-    unseen: bool = added(False)
+    unseen: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,10 +321,10 @@ class TargetFigures:
     fingerprint: str
     before: Effect
     after: Effect
-    judge: str | None = added(None)
-    unseen: bool = added(False)
-    further: tuple[JudgeFigures, ...] = added(())
-    beside: dict[str, str] = added(factory=dict)
+    judge: str | None = None
+    unseen: bool = False
+    further: tuple[JudgeFigures, ...] = ()
+    beside: dict[str, str] = field(default_factory=dict)
 
     @property
     def by_judge(self) -> tuple[JudgeFigures, ...]:

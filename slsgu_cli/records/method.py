@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from enum import StrEnum
 
-from slsgu_cli.records import codec
-from slsgu_cli.records.codec import added
 from slsgu_cli.records.directions import Direction, DirectionSpec
 from slsgu_cli.records.figures import Accuracy, BaseEdits, ClassLoss, PassTime, TargetFigures
 from slsgu_cli.records.sets import ModelSpec, SetManifest, Split
@@ -136,7 +134,7 @@ class SumsHeader:
     added: int
     done: int
     version: str
-    squares: bool = codec.added(False)
+    squares: bool = False
 
     @property
     def made_from(self) -> tuple[str, str, int]:
@@ -165,7 +163,7 @@ class GradientPointer:
     batch_size: int
     precision: str
     version: str
-    prefixes: tuple[str, ...] = codec.added(())
+    prefixes: tuple[str, ...] = ()
 
     def about(self) -> dict[str, str]:
         """Return what it was made from, in words."""
@@ -201,8 +199,8 @@ class CovarianceHeader:
     layers: dict[str, LayerCovariance]
     unseen: tuple[str, ...]
     version: str
-    prefixes: tuple[str, ...] = codec.added(())
-    revision: int = codec.added(1)
+    prefixes: tuple[str, ...] = ()
+    revision: int = 1
 
     def about(self) -> dict[str, str]:
         """Return what it was made from, in words."""
@@ -294,7 +292,7 @@ class Ranking:
     target: str | None = None
     unreached: dict[str, str] = dataclasses.field(default_factory=dict)
     qkv: Qkv = Qkv.FUSED
-    readers: tuple[PromptReader, ...] = added(())
+    readers: tuple[PromptReader, ...] = ()
 
     def about(self) -> dict[str, str]:
         """Return what it was made from, in words."""
@@ -341,10 +339,10 @@ class Trial:
     forget: Accuracy
     gap: float
     utility: dict[str, Accuracy] | None
-    worst: ClassLoss | None = added(None)
-    expected: float | None = added(None)
-    measurement: Measurement | None = added(None)
-    moved: float | None = added(None)
+    worst: ClassLoss | None = None
+    expected: float | None = None
+    measurement: Measurement | None = None
+    moved: float | None = None
 
     @property
     def move(self) -> Move:
@@ -374,8 +372,8 @@ class Trials:
     baseline_utility: dict[str, Accuracy]
     trials: tuple[Trial, ...]
     version: str
-    took: PassTime | None = added(None)
-    after: dict[str, str] = added(factory=dict)
+    took: PassTime | None = None
+    after: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def about(self) -> dict[str, str]:
         """Return what it was made from, in words."""
@@ -432,10 +430,10 @@ class EditHeader:
     version: str
     layout: str = "open_clip"
     target: TargetFigures | None = None
-    harmed: tuple[ClassLoss, ...] = added(())
-    nearest: tuple[ClassLoss, ...] = added(())
-    base_edits: BaseEdits | None = added(None)
-    rank: int | None = added(None)
+    harmed: tuple[ClassLoss, ...] = ()
+    nearest: tuple[ClassLoss, ...] = ()
+    base_edits: BaseEdits | None = None
+    rank: int | None = None
 
     @property
     def after(self) -> dict[str, str]:
@@ -488,7 +486,7 @@ class LoraEdit:
     edit: EditHeader
     rank: int
     starts: dict[str, int]
-    prefix: str | None = codec.added(None)
+    prefix: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

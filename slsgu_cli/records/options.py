@@ -208,7 +208,6 @@ class BuildRequest:
     test_fraction: float = option(
         0.5,
         "--test-fraction",
-        later=True,
         min=0.0,
         max=0.9,
         panel=EVALUATION,
@@ -218,7 +217,6 @@ class BuildRequest:
     tests: dict[str, str] = option(
         {},
         "--test",
-        later=True,
         metavar="NAME=SOURCE",
         panel=EVALUATION,
         help="Separate source of test images for an evaluation set.",
@@ -288,7 +286,6 @@ class PassOptions:
     prefixes: Sequence[str] = option(
         (),
         "--prefix",
-        later=True,
         metavar="WORDS",
         panel=ROWS,
         help="Also forget the name when these words precede it.",

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import attrgetter
 
-from slsgu_cli.records.codec import added
 from slsgu_cli.records.directions import DirectionSpec
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import Criterion, Move, Precision, Tower, Trial, Trials
@@ -44,8 +43,8 @@ class JointTrial:
     forget: dict[str, Accuracy]
     gaps: dict[str, float]
     utility: dict[str, Accuracy] | None
-    cost: float | None = added(None)
-    slopes: dict[str, float] | None = added(None)
+    cost: float | None = None
+    slopes: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

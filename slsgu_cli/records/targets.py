@@ -2,14 +2,13 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.codec import added
 from slsgu_cli.records.directions import DAMPING, Direction, DirectionSpec
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share
 from slsgu_cli.records.method import Qkv, Tower, over_layers
@@ -101,8 +100,8 @@ class Generation:
     before: Effect | None
     after: Effect | None
     version: str
-    further: tuple[JudgeFigures, ...] = added(())
-    digests: dict[str, str] = added(factory=dict)
+    further: tuple[JudgeFigures, ...] = ()
+    digests: dict[str, str] = field(default_factory=dict)
 
     @property
     def by_judge(self) -> tuple[JudgeFigures, ...]:
@@ -259,9 +258,9 @@ class TargetTrials:
     trials: tuple[TargetTrial, ...]
     seconds: float
     version: str
-    asked: str = added("")
-    reports: tuple[TargetReport, ...] = added(())
-    beside: dict[str, str] = added(factory=dict)
+    asked: str = ""
+    reports: tuple[TargetReport, ...] = ()
+    beside: dict[str, str] = field(default_factory=dict)
 
     def about(self) -> dict[str, str]:
         """Return in words what it was made from."""

@@ -6,7 +6,6 @@ from enum import StrEnum
 from typing import Self
 
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.codec import added
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.sets import ModelSpec
@@ -350,7 +349,7 @@ class Attempt:
     text: str
     loss: float
     forget: Accuracy
-    tried: tuple[str, ...] = added(())
+    tried: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,12 +365,12 @@ class Finding:
     variants: tuple[Variant, ...] = ()
     curves: tuple[Curve, ...] = ()
     neighbourhood: Neighbourhood | None = None
-    classes: dict[str, tuple[KnownClass, ...]] | None = added(None)
-    classifiers: tuple[ClassifierScore, ...] = added(())
-    retrieval: Retrieval | None = added(None)
+    classes: dict[str, tuple[KnownClass, ...]] | None = None
+    classifiers: tuple[ClassifierScore, ...] = ()
+    retrieval: Retrieval | None = None
     membership: tuple[MembershipScore, ...] = ()
-    attempts: tuple[Attempt, ...] = added(())
-    skipped: str = added("")
+    attempts: tuple[Attempt, ...] = ()
+    skipped: str = ""
 
     def best(self, name: str) -> Attempt:
         """Return the attempt for `name` with the lowest loss."""
@@ -421,7 +420,7 @@ class Verification:
     data: dict[str, str]
     subjects: tuple[VerifiedModel, ...]
     version: str
-    under_way: Finding | None = added(None)
+    under_way: Finding | None = None
 
     def findings_of(self, key: str) -> tuple[Finding, ...]:
         """Return the findings on the model with that key, empty if it is not verified."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.codec import ADDED, usual_value, without_none
+from slsgu_cli.records.codec import usual_value, without_none
 from slsgu_cli.text import near
 
 R = TypeVar("R")
@@ -94,12 +94,9 @@ class Nested:
     panel: str | None = None
 
 
-def option(default: Any, *flags: str, later: bool = False, **attributes: Any) -> Any:
-    """Return a field with an Option; the default `...` makes it required.
-
-    Records that were written before an option was added (`later`) get its default.
-    """
-    metadata = {"option": Option(flags, **attributes), ADDED: later}
+def option(default: Any, *flags: str, **attributes: Any) -> Any:
+    """Return a field with an Option; the default `...` makes it required."""
+    metadata = {"option": Option(flags, **attributes)}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=MISSING if default is ... else default, metadata=metadata)

@@ -90,5 +90,5 @@ class Job:
 
 def options_digest(record: Any) -> str:
     """Return a digest of the options that change results."""
-    options = encode(record, sparse=True)
+    options = encode(record)
     return digest({key: value for key, value in options.items() if key not in SPEED})
