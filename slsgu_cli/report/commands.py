@@ -79,7 +79,9 @@ def _searches(trials: Trials, ranking: Ranking) -> list[list[str]]:
     # Directions without a damping are searched next to those with one.
     dampings = dict.fromkeys(each.parameters.get("damping") for _, each in steps)
     dampings = {each: None for each in dampings if each is not None} or {None: None}
-    usual = next((e.parameters["damping"] for e in ranking.directions if e.parameters), None)
+    usual = next(
+        (e.parameters["damping"] for e in ranking.directions if "damping" in e.parameters), None
+    )
     for damping in dampings:
         searched = replace(options, damping=None if damping == usual else damping)
         words = command_line(searched, fields=SHOWN, also=also)
