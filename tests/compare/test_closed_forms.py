@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from baselines import open_bench
-from plain import Plain
+from reference import Reference
 
 from slsgu_cli.compare.baselines.alphaedit import alphaedit
 from slsgu_cli.compare.baselines.ccup import ccup
@@ -60,7 +60,7 @@ def test_rome_gives_its_key_the_value_and_disturbs_least():
 def test_memit_of_one_key_is_our_direction_but_for_its_length():
     key, metric = drawn(INPUTS, seed=2), RetainMetric(covariance(), 1, DAMPING)
     gradient = torch.outer(drawn(OUTPUTS), key)
-    ours = metric.whiten(gradient)
+    ours = metric.steepest(gradient)
     found = memit(gradient, torch.outer(key, key), metric, 3.0)
     torch.testing.assert_close(
         F.normalize(found.flatten(), dim=0), F.normalize(ours.flatten(), dim=0)
@@ -270,10 +270,10 @@ def test_a_layer_goes_by_what_tables_call_it(shared_world):
 def test_figures_are_those_of_the_edited_model(method, forms, shared_world):
     outcome = forms.run(method, 0.1)
     layer = forms.layers[method]
-    plain = Plain(shared_world)
+    reference = Reference(shared_world)
     change = linear_map(layer, forms.change(method, 0.1, layer)).float()
-    plain.model.get_parameter(layer).data.add_(change, alpha=outcome.step)
-    expected = plain.figures()
+    reference.model.get_parameter(layer).data.add_(change, alpha=outcome.step)
+    expected = reference.figures()
     assert (outcome.forget.top1, outcome.forget.top5) == expected.forget
     assert {n: (a.top1, a.top5) for n, a in outcome.utility.items()} == expected.utility
     assert outcome.layer == layer

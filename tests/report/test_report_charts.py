@@ -6,6 +6,7 @@ import pytest
 from reports import CHOSEN, HOSTILE, LAYERS, NAME, fill, fill_verification, score
 
 from slsgu_cli.figures.style import blank, svg
+from slsgu_cli.records.directions import FALLBACK
 from slsgu_cli.records.method import Tower, Trials
 from slsgu_cli.records.verification import Check, Verification
 from slsgu_cli.report.charts import VARIABLES, front_chart, step_chart, training_chart
@@ -55,10 +56,10 @@ def test_signed_and_zero_alignments_have_a_place():
 
 
 def test_steps_have_a_line_for_each_accuracy_and_one_for_the_chosen_step(trials):
-    drawn = texts(step_chart(trials, (CHOSEN, None), chosen=1.5))
+    drawn = texts(step_chart(trials, (CHOSEN, FALLBACK), chosen=1.5))
     labels = ("FA@1", "FA@5", "TA@1 brands", "TA@1 objects <b>", "chosen step 1.5")
     assert {*labels, "accuracy, %"} <= {*drawn}
-    assert "chosen step 1.5" not in texts(step_chart(trials, (CHOSEN, None)))
+    assert "chosen step 1.5" not in texts(step_chart(trials, (CHOSEN, FALLBACK)))
 
 
 def test_training_draws_both_models_and_the_new_name(store):
@@ -68,7 +69,7 @@ def test_training_draws_both_models_and_the_new_name(store):
 
 
 def test_charts_follow_the_colours_of_the_page(trials):
-    for chart in (front_chart(OF_VISION, "vision tower"), step_chart(trials, (CHOSEN, None))):
+    for chart in (front_chart(OF_VISION, "vision tower"), step_chart(trials, (CHOSEN, FALLBACK))):
         assert not [grey for grey in VARIABLES if grey in chart]
         assert "var(--ink)" in chart
         # Black text would vanish on a dark page.
@@ -77,7 +78,7 @@ def test_charts_follow_the_colours_of_the_page(trials):
 
 
 def test_ids_differ_between_charts_and_every_reference_has_its_target(trials):
-    charts = [front_chart(OF_VISION, "vision tower"), step_chart(trials, (CHOSEN, None))]
+    charts = [front_chart(OF_VISION, "vision tower"), step_chart(trials, (CHOSEN, FALLBACK))]
     ids = [re.findall(r' id="([^"]+)"', chart) for chart in charts]
     for chart, own in zip(charts, ids, strict=True):
         used = {*re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', chart)}

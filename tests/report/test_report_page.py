@@ -202,7 +202,7 @@ def test_verification_and_comparison_are_shown_with_their_verdicts(store, tmp_pa
         "Trained on images of the concept again",
         "No other method is at least as good",
         "lr 1e-06",
-        "beyond chance; the most is",
+        "beyond chance. Strongest: ",
         "The largest losses among classes",
         "&lt;i&gt;ubuntu&lt;/i&gt;",
         "The names nearest to the concept&#39;s, on brands &lt;b&gt;",

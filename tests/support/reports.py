@@ -1,5 +1,6 @@
 """A store that knows all there is to know of a concept with a hostile name, and no model."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ from slsgu_cli.checkpoints.edits import make_edit, write_edit
 from slsgu_cli.checkpoints.number_formats import layer_digests
 from slsgu_cli.engine.examples import BeforeAfter
 from slsgu_cli.figures.pictures import Example
+from slsgu_cli.records.codec import sealed
 from slsgu_cli.records.comparison import ClipComparison, ClipOutcome, Method
 from slsgu_cli.records.directions import FALLBACK, Direction
 from slsgu_cli.records.figures import Accuracy
@@ -305,8 +307,8 @@ def guesses(concept: str = HOSTILE, names: int = 10) -> BeforeAfter:
 
 def _block(store: Store, name: str, role: str) -> DataRef:
     path, print_ = f"data/{name}-{role}.zarr", f"{name}-{role}"
-    told = f'{{"attributes": {{"rows": 96, "fingerprint": "{print_}", "complete": true}}}}'
-    store.write_bytes(f"{path}/zarr.json", told.encode())
+    attributes = sealed({"rows": 96, "fingerprint": print_, "complete": True})
+    store.write_bytes(f"{path}/zarr.json", json.dumps({"attributes": attributes}).encode())
     refused = {"about <i>the</i> concept": 12, "broken image": 3}
     sources = (f"../icons/<{role}>.parquet?kind=brand",)
     return DataRef(path, print_, 96, 17689, refused, sources)

@@ -80,7 +80,7 @@ def test_a_file_has_names_by_kind():
         ("German", "Himmelblau"),
         ("related", "sky"),
     )
-    with pytest.raises(InputError, match=r"names\.txt holds no names"):
+    with pytest.raises(InputError, match=r"names\.txt contains no names"):
         parse_names("# German\n\n", "names.txt")
 
 

@@ -13,8 +13,8 @@ import tiny_clip
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from plain import Plain
 from processes import inside
+from reference import Reference
 
 from slsgu_cli.checkpoints.edits import load_edit, write_edit
 from slsgu_cli.cli import verify as cli_verify
@@ -125,12 +125,12 @@ def test_all_rows_are_measured_where_there_are_no_more(world):
 
 
 def test_other_templates_are_measured_as_if_they_were_the_sets(edited, verified):
-    plain = Plain(edited)
-    block = plain.blocks["first"]
+    reference = Reference(edited)
+    block = reference.blocks["first"]
     expected = {}
     for names in (SETTINGS.templates, *((t,) for t in SETTINGS.templates)):
         block.attributes["templates"] = list(names)
-        expected[names] = plain.figures().forget
+        expected[names] = reference.figures().forget
     found = variants(verified, Check.PARAPHRASE, place=0)
     together = found[TOGETHER].forget
     assert (together.top1, together.top5) == pytest.approx(expected[SETTINGS.templates])
@@ -296,11 +296,11 @@ def test_images_of_the_concept_bring_it_back(world):
 
 
 def test_neighbours_are_the_nearest_names_and_the_commonest_guesses(edited, verified):
-    plain = Plain(edited)
-    block = plain.blocks["first"]
+    reference = Reference(edited)
+    block = reference.blocks["first"]
     with torch.no_grad():
         texts = [t.format(n) for n in block.class_names for t in block.templates]
-        t = plain.model.encode_text(plain.tokenize(texts), normalize=True)
+        t = reference.model.encode_text(reference.tokenize(texts), normalize=True)
     means = torch.nn.functional.normalize(t.reshape(8, 3, -1).mean(1), dim=-1)
     cosines = (means @ means[block.class_names.index("blue")]).numpy()
     order = [i for i in np.argsort(-cosines) if block.class_names[i] != "blue"]
