@@ -321,7 +321,7 @@ class TargetFigures:
     fingerprint: str
     before: Effect
     after: Effect
-    judge: str | None = None
+    judge: str
     unseen: bool = False
     further: tuple[JudgeFigures, ...] = ()
     beside: dict[str, str] = field(default_factory=dict)
@@ -329,7 +329,7 @@ class TargetFigures:
     @property
     def by_judge(self) -> tuple[JudgeFigures, ...]:
         """The figures by each judge, the one first that the search was steered by."""
-        return JudgeFigures(self.judge or "", self.before, self.after), *self.further
+        return JudgeFigures(self.judge, self.before, self.after), *self.further
 
 
 @dataclass(frozen=True, slots=True)
