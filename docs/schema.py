@@ -83,7 +83,7 @@ def documents() -> dict[str, list[dict[str, Any]]]:
         "nearest": [ClassLoss],
         "files": PATHS,
     }
-    steering = an_object(
+    search = an_object(
         {
             "trials": record(TargetTrials),
             "chosen": record(TargetTrial),
@@ -92,7 +92,12 @@ def documents() -> dict[str, list[dict[str, Any]]]:
             "figures": record(TargetFigures),
         }
     )
-    steered = {"search": steering, "chosen": TargetTrial, "effect?": effect, "edit": PATHS}
+    targets = {
+        "search": search,
+        "chosen": TargetTrial,
+        "effect?": effect,
+        "edit": PATHS,
+    }
     sentences = table("model", "check", "text")
     return {
         "build-sets": [
@@ -140,8 +145,8 @@ def documents() -> dict[str, list[dict[str, Any]]]:
                 ),
                 "files": PATHS,
             },
-            steered,
-            {"sets": a_list(an_object({"set": CELL, **_schemas(steered)}))},
+            targets,
+            {"sets": a_list(an_object({"set": CELL, **_schemas(targets)}))},
         ],
         "apply": [{"applied": AppliedResult}],
         "export": [

@@ -128,6 +128,6 @@ def show_before_after(console: "Console", models: Figures) -> None:
 
 def recognised(name: str, forget: Accuracy) -> str:
     """Return a sentence that says how often a concept is recognised, and on which images."""
-    images = "unseen images" if forget.unseen else "images, which the edit was chosen by"
+    images = "test images" if forget.is_test else "images, which the edit was chosen by"
     share = Share.of(forget.top1, forget.rows)
     return f"{name.strip() or 'the concept'} is recognised in {share.in_words(images)}"

@@ -66,7 +66,7 @@ def show_target_search(console: "Console", store: "Store", result: "TargetSearch
         f"{chosen.step:.4g}, a move by {100 * chosen.share:.1f}% of the layer's norm",
     )
     show_effects(console, figures.by_judge)
-    things = "unseen images" if figures.unseen else "images, which the edit was chosen by"
+    things = "test images" if figures.is_test else "images, which the edit was chosen by"
     for by in figures.by_judge:
         judge = f"by {by.judge}, " if figures.further else ""
         console.note(f"{judge}{trials.name} is recognised in {by.after.concept.in_words(things)}")

@@ -47,13 +47,13 @@ CONCEPT_SHARE = 8
 class EvaluationSet:
     """Images and the classes of their zero-shot classification; `names` are those classes.
 
-    With `unseen`, these are test images: no layer or step was chosen by them.
+    With `is_test`, these are test images: no layer or step was chosen by them.
     """
 
     images: ImageSide
     prompts: PromptSide
     names: tuple[str, ...]
-    unseen: bool = False
+    is_test: bool = False
 
     def base_accuracy(self) -> Accuracy:
         """Return the accuracy of the original model."""
@@ -66,7 +66,7 @@ class EvaluationSet:
     def accuracy_of(self, ranks: Tensor) -> Accuracy:
         """Return the accuracy from the ranks of the true classes."""
         top1, top5 = accuracies(ranks)
-        return Accuracy(top1, top5, int(ranks.numel()), self.unseen)
+        return Accuracy(top1, top5, int(ranks.numel()), self.is_test)
 
     def base_ranks(self) -> Tensor:
         """Return the rank of the true class of every image, by the original model."""
@@ -74,7 +74,7 @@ class EvaluationSet:
 
     def some(self, rows: Ints) -> "EvaluationSet":
         """Return the set with some of its images."""
-        return EvaluationSet(self.images.some(rows), self.prompts, self.names, self.unseen)
+        return EvaluationSet(self.images.some(rows), self.prompts, self.names, self.is_test)
 
     def ranks(self, features: Tensor, embeddings: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the rank of the true class for the features of `rows` (default: all)."""
@@ -322,9 +322,9 @@ class _Opening:
         """Return an evaluation set with the rows of the split."""
         named = DataBlock.open(self.store, self.manifest.evals[name])
         prompts = self.prompts(named, named.class_names)
-        block, rows, unseen = serving_rows(self.store, self.manifest, name, self.split)
+        block, rows, is_test = serving_rows(self.store, self.manifest, name, self.split)
         images = self.images(block, rows, block.labels[rows])
-        return EvaluationSet(images, prompts, named.class_names, unseen)
+        return EvaluationSet(images, prompts, named.class_names, is_test)
 
     def concept(self, manifest: SetManifest, sets: Mapping[str, EvaluationSet]) -> EvaluationSet:
         """Return the images of a concept in the split.
@@ -341,7 +341,7 @@ class _Opening:
             labels = np.full(block.rows, len(prompted.class_names))
             images = self.images(block, np.arange(block.rows), labels)
             return EvaluationSet(images, self.prompts(prompted, names), names)
-        block, rows, unseen = shown
+        block, rows, is_test = shown
         group, labels = sets[manifest.forget_eval], block.labels[rows]
         few = self.split is Split.VALIDATION and len(rows) < ENOUGH_TO_CHOOSE
         if few and concept_is_split(self.store, manifest):
@@ -353,7 +353,7 @@ class _Opening:
             images = self.images(joined, np.arange(joined.rows), labels)
         else:
             images = self.images(block, rows, labels)
-        return EvaluationSet(images, group.prompts, group.names, unseen)
+        return EvaluationSet(images, group.prompts, group.names, is_test)
 
     def images(self, block: DataBlock | JoinedRows, rows: Ints, labels: Ints) -> ImageSide:
         """Return some rows of a block as images with labels."""
@@ -368,7 +368,7 @@ class _Opening:
 
 
 def rows_for(split: Split, manifest: SetManifest, name: str, labels: Ints) -> tuple[Ints, bool]:
-    """Return the rows of evaluation set `name` in a split, and whether they are unseen.
+    """Return the rows of evaluation set `name` in a split, and whether these are test rows.
 
     `labels` are those of the set, or of its test rows if these have a source of their own. Each
     class is split by the test fraction, drawn by seed; both splits get at least one row of a class
@@ -386,7 +386,7 @@ def rows_for(split: Split, manifest: SetManifest, name: str, labels: Ints) -> tu
 def serving_rows(
     store: Store, manifest: SetManifest, name: str, split: Split
 ) -> tuple[DataBlock, Ints, bool]:
-    """Return the block of evaluation set `name`, its rows in a split, and whether unseen."""
+    """Return the block of evaluation set `name`, its rows in a split, and if they are test rows."""
     ref = manifest.evals[name]
     if split is Split.TEST:
         ref = manifest.tests.get(name, ref)
@@ -397,9 +397,9 @@ def serving_rows(
 def concept_rows(
     store: Store, manifest: SetManifest, split: Split
 ) -> tuple[DataBlock, Ints, bool] | None:
-    """Return the block and rows of the concept in a split, and whether unseen; None without any.
+    """Return the block and rows of the concept in a split, and if they are test rows.
 
-    If there are too few to split, both splits have all of them.
+    None if no evaluation set contains the concept. Too few rows to split are in both splits.
     """
     name = manifest.forget_eval
     if name is None:
@@ -407,10 +407,10 @@ def concept_rows(
     block = DataBlock.open(store, manifest.evals[name])
     label = find_class(block.class_names, manifest.concept)
     rows: Ints = np.arange(block.rows)
-    unseen = False
+    is_test = False
     if concept_is_split(store, manifest):
-        block, rows, unseen = serving_rows(store, manifest, name, split)
-    return block, rows[block.labels[rows] == label], unseen
+        block, rows, is_test = serving_rows(store, manifest, name, split)
+    return block, rows[block.labels[rows] == label], is_test
 
 
 def in_test_split(labels: Ints, share: float, seed: int) -> npt.NDArray[np.bool_]:

@@ -58,7 +58,7 @@ WRITE_SECONDS, WRITE_TIMES = 1.0, 50
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """Every trial, the chosen one, whether it forgets, and what it does to unseen images.
+    """Every trial, the chosen one, whether it forgets, and what it does to test images.
 
     Trials are measured on the images to choose by.
     """

@@ -158,7 +158,7 @@ def named_layer(store: Store, pointer: GradientPointer, text: str) -> Layer:
 
 
 def require_forgotten(result: SearchResult) -> None:
-    """Raise NotForgottenError unless the chosen step brings the steered accuracy to 0."""
+    """Raise NotForgottenError unless the chosen step brings the accuracy of the criterion to 0."""
     if result.forgotten:
         return
     chosen, trials = result.chosen, result.trials

@@ -54,7 +54,7 @@ class Covariances:
 
     store: Store
     places: dict[str, tuple[str, LayerCovariance]]
-    unseen: frozenset[str]
+    uncaptured: frozenset[str]
     device: str = "cpu"
 
     def has(self, layer: str) -> bool:
@@ -67,7 +67,7 @@ class Covariances:
 
     def lack(self, parameters: Collection[str]) -> list[str]:
         """Return those parameters of which it is not known whether they have covariances."""
-        return sorted(set(parameters) - set(self.places) - self.unseen)
+        return sorted(set(parameters) - set(self.places) - self.uncaptured)
 
     def covariance(self, layer: str) -> "Tensor":
         """Return the covariance of the layer's inputs, on the device it is solved with.
@@ -107,7 +107,7 @@ def find_covariances(store: Store, pointer: GradientPointer, device: str = "cpu"
     `device` is where they are to be solved with.
     """
     places: dict[str, tuple[str, LayerCovariance]] = {}
-    unseen: set[str] = set()
+    uncaptured: set[str] = set()
     for name in store.names("covariances", ".safetensors"):
         path = Artifact.COVARIANCE.path(name)
         try:
@@ -117,8 +117,8 @@ def find_covariances(store: Store, pointer: GradientPointer, device: str = "cpu"
             continue
         if header.is_of(pointer):
             places |= {layer: (path, about) for layer, about in header.layers.items()}
-            unseen.update(header.unseen if header.revision == REVISION else ())
-    return Covariances(store, places, frozenset(unseen), device)
+            uncaptured.update(header.uncaptured if header.revision == REVISION else ())
+    return Covariances(store, places, frozenset(uncaptured), device)
 
 
 def ensure_covariances(
@@ -177,7 +177,7 @@ def _found_by_first(store: Store, pointer: GradientPointer, device: str) -> Cova
 
     def found() -> tuple[dict[str, tuple[str, LayerCovariance]], frozenset[str]]:
         known = find_covariances(store, pointer, device)
-        return known.places, known.unseen
+        return known.places, known.uncaptured
 
     return Covariances(store, *processes.from_first(found), device)
 
@@ -227,7 +227,7 @@ def _compute(
         data=pointer.retain_data,
         rows=len(chosen_rows(block.rows)),
         layers=about,
-        unseen=tuple(layer for layer in layers if layer not in about),
+        uncaptured=tuple(layer for layer in layers if layer not in about),
         version=slsgu_cli.__version__,
         prefixes=pointer.prefixes,
         revision=REVISION,

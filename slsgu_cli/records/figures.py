@@ -40,18 +40,18 @@ class Share:
         return 100 * low, 100 * _largest_share(self.count, self.total, tail)
 
     @property
-    def bound(self) -> str:
-        """The one-sided 95% bound in words, rounded up to a tenth so that it stays true."""
+    def upper_bound(self) -> float:
+        """The one-sided 95% upper bound in percent, rounded up to a tenth."""
         tenths = 1000 * _largest_share(self.count, self.total, 1 - CONFIDENCE)
-        return f"with 95% confidence below {math.ceil(tenths) / 10:.1f}%"
+        return math.ceil(tenths) / 10
 
     def in_words(self, things: str) -> str:
-        """Return the share of `things`, and what so few of them let one say of others."""
+        """Return the share of `things` with its 95% upper bound or interval."""
         counted = f"{self.count} of {self.total} {things}"
         if self.total == 0:
             return counted
         if self.count == 0:
-            return f"{counted}; {self.bound}"
+            return f"{counted} (95% upper bound: {self.upper_bound:.1f}%)"
         low, high = self.interval
         return f"{counted} ({self.percent:.1f}%; 95% interval {low:.1f} to {high:.1f}%)"
 
@@ -84,13 +84,13 @@ def _largest_share(count: int, total: int, tail: float) -> float:
 class Accuracy:
     """Zero-shot accuracy in percent over `rows` images.
 
-    `unseen` images are none that a layer or step was chosen by.
+    With `is_test`, no layer or step was chosen by these images.
     """
 
     top1: float
     top5: float
     rows: int
-    unseen: bool = False
+    is_test: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,11 +310,11 @@ class JudgeFigures:
 
 @dataclass(frozen=True, slots=True)
 class TargetFigures:
-    """What an edit did to a model built on CLIP that its search was steered on.
+    """The effect of an edit on the target that it was searched on.
 
-    `before` and `after` are by `judge`, by which the search was steered; `further` are by
-    others, which had no part in it. No layer or step was chosen by pictures or answers that
-    are `unseen`. All are with the edits `beside` in place, by digest: of other text encoders.
+    `judge` decided in the search and gives `before` and `after`; `further` are figures by other
+    judges. With `is_test`, no layer or step was chosen by these pictures or answers. The edits
+    `beside` of other text encoders, by digest, were in place.
     """
 
     target: str
@@ -322,13 +322,13 @@ class TargetFigures:
     before: Effect
     after: Effect
     judge: str
-    unseen: bool = False
+    is_test: bool = False
     further: tuple[JudgeFigures, ...] = ()
     beside: dict[str, str] = field(default_factory=dict)
 
     @property
     def by_judge(self) -> tuple[JudgeFigures, ...]:
-        """The figures by each judge, the one first that the search was steered by."""
+        """The figures by each judge, the one that decided in the search first."""
         return JudgeFigures(self.judge, self.before, self.after), *self.further
 
 

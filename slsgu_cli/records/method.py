@@ -188,16 +188,15 @@ class LayerCovariance:
 class CovarianceHeader:
     """The header of a file of input covariances of a model over retain rows.
 
-    `unseen` are layers that were looked for, and whose inputs were not seen: by what could be
-    seen in that `revision`. Captions have `prefixes` as well, where those of the forget gradient
-    have.
+    `uncaptured` lists the layers whose inputs could not be captured by that `revision` of the
+    code. Captions get `prefixes` where those of the forget gradient have them.
     """
 
     model: str
     data: str
     rows: int
     layers: dict[str, LayerCovariance]
-    unseen: tuple[str, ...]
+    uncaptured: tuple[str, ...]
     version: str
     prefixes: tuple[str, ...] = ()
     revision: int = 1

@@ -186,15 +186,15 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReportBudget:
-    """Of how many images or questions figures are, that no layer or step was chosen by."""
+class HeldOutBudget:
+    """How many test images or questions measure the chosen edit."""
 
     concept: int = option(
-        40, "--report-images", min=1, help="Test images of the concept.", panel=GENERATION
+        40, "--test-images", min=1, help="Test images of the concept.", panel=GENERATION
     )
     others: int = option(
         100,
-        "--report-others",
+        "--test-others",
         min=1,
         help="Test images of other classes.",
         panel=GENERATION,
@@ -232,7 +232,7 @@ class TargetReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetTrials:
-    """Every trial of a search that was steered on a target.
+    """Every trial of a search on a target.
 
     `importance` ranks the layers that it can be reached through, for the direction taken:
     of a LLaVA's, it is their promise. `asked` is a digest of the prompts and seeds, or of the
@@ -439,7 +439,7 @@ class TargetSearchOptions:
         panel=SEARCH,
     )
     budget: Budget = options(Budget(), omit=("seed",))
-    report: ReportBudget = options(ReportBudget())
+    test: HeldOutBudget = options(HeldOutBudget())
     judges: Sequence[ModelSpec] = judge_option("set")
     encoder: str | None = ENCODER()
     device: str = DEVICE()
@@ -459,9 +459,9 @@ class TargetSearchOptions:
         return DirectionSpec.of(self.direction, damping=self.damping)
 
     @property
-    def report_budget(self) -> Budget:
+    def test_budget(self) -> Budget:
         """What a report takes, made as in a trial."""
-        return replace(self.budget, concept=self.report.concept, others=self.report.others)
+        return replace(self.budget, concept=self.test.concept, others=self.test.others)
 
 
 def numbers(name: str, text: str) -> tuple[int, ...]:

@@ -146,7 +146,7 @@ class VerifyRequest:
     """Which checks to run on which models.
 
     The original model is compared with `model`, with each of `edits`, or else with the
-    set's edit. `templates` is a file or the name of a built-in list, None for built-in unseen
+    set's edit. `templates` is a file or the name of a built-in list, None for built-in unused
     templates; `spellings` is a file of further names of the concept. `verify` fills both
     into `settings`.
     """

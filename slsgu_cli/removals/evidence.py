@@ -186,7 +186,7 @@ def _figures(row: LedgerRow, ledger: Ledger) -> Iterator[dict[str, Any]]:
                 "before": getattr(before, field),
                 "after": value,
                 "images": after.rows,
-                "test": after.unseen,
+                "test": after.is_test,
                 "from": round(low, 4),
                 "to": round(high, 4),
             }

@@ -144,7 +144,7 @@ def _on_target(edit: EditHeader) -> Markup:
         *figures("original", "edited", "change, points", "of", "95% interval, edited"),
     ]
     measured_on = (
-        "test prompts or images" if target.unseen else "the prompts or images of the search"
+        "test prompts or images" if target.is_test else "the prompts or images of the search"
     )
     table = Table(f"{target.target}, measured on {measured_on}", columns, rows)
     return fill("target.html", edit=edit, table=table, layer=known_as(edit.layer))

@@ -344,7 +344,7 @@ class TargetSearch(StepSearch[TargetTrial]):
             before=before[first],
             after=after[first],
             judge=first,
-            unseen=subject.unseen,
+            is_test=subject.is_test,
             further=tuple(JudgeFigures(name, before[name], after[name]) for name in further),
             beside=subject.beside,
         )
@@ -365,7 +365,7 @@ class TargetSearch(StepSearch[TargetTrial]):
 
     def _reported(self, layer: str | None, step: float, subject: Subject) -> dict[str, Effect]:
         """Return the report of a step, or of the original; measure it unless it is recorded."""
-        place, judges = (layer, step, subject.to_report.digest), set(subject.judges)
+        place, judges = (layer, step, subject.to_test.digest), set(subject.judges)
         for known in self._header.reports:
             if (known.layer, known.step, known.asked) == place and judges <= set(known.effects):
                 return known.effects

@@ -43,8 +43,8 @@ ROWS = 32
 class TargetSubject:
     """A target in memory. Everything is measured on its present weights.
 
-    Trials measure the `searched` prompts or questions, reports those `to_report`. The first of
-    the `judges` decides. Reports are `unseen` if they share nothing with trials. Edits `beside`,
+    Trials measure the `searched` prompts or questions, the final figures those `to_test`. With
+    `is_test`, the two share no prompt or image. The first of the `judges` decides. Edits `beside`,
     by digest, are in place in other encoders.
 
     A trial counts the outputs that still show the `concept`, and stops early once a goal is
@@ -53,7 +53,7 @@ class TargetSubject:
 
     encoder: LiveEncoder
     judges: tuple[str, ...]
-    unseen: bool = True
+    is_test: bool = True
     beside: dict[str, str] = field(default_factory=dict)
 
 
@@ -74,7 +74,7 @@ class PipelineSubject(TargetSubject):
     pipe: Pipeline
     captions: Sequence[str]
     searched: JudgedPrompts
-    to_report: JudgedPrompts
+    to_test: JudgedPrompts
 
     @classmethod
     def load(
@@ -104,7 +104,7 @@ class PipelineSubject(TargetSubject):
             pipe=pipe,
             encoder=next(live for live in pipe.encoders if live.encoder.name == name),
             searched=searched,
-            to_report=searched.reporting(options.report_budget),
+            to_test=searched.reporting(options.test_budget),
             captions=[retain.captions[row] for row in chosen_rows(retain.rows)],
             judges=tuple(map(str, judges)),
             beside=edit_digests(edits),
@@ -123,10 +123,10 @@ class PipelineSubject(TargetSubject):
     def report(self) -> dict[str, Effect]:
         """Return the effect on test prompts and seeds, by each judge."""
         concept, others = (
-            list(self.to_report.generated(self.pipe, prompts))
-            for prompts in (self.to_report.of_concept, self.to_report.of_others)
+            list(self.to_test.generated(self.pipe, prompts))
+            for prompts in (self.to_test.of_concept, self.to_test.of_others)
         )
-        return self.to_report.effects(concept, others)
+        return self.to_test.effects(concept, others)
 
     def run_retained(self) -> None:
         """Run the text encoder over the retain set's captions, padded as the pipeline pads."""
@@ -217,7 +217,7 @@ class LlavaSubject(TargetSubject):
     forget: Sequence[Question]
     retained: Sequence[Image.Image]
     searched: Questions
-    to_report: Questions
+    to_test: Questions
     judges: tuple[str, ...] = (ANSWERS,)
 
     @classmethod
@@ -239,10 +239,10 @@ class LlavaSubject(TargetSubject):
             encoder=llava.encoder,
             name=manifest.concept,
             searched=Questions.about(store, manifest, Split.VALIDATION, options.budget),
-            to_report=Questions.about(store, manifest, Split.TEST, options.report_budget),
+            to_test=Questions.about(store, manifest, Split.TEST, options.test_budget),
             forget=[Question(image, text) for image in _images(forget, chosen_rows(forget.rows))],
             retained=_images(retain, chosen_rows(retain.rows)),
-            unseen=concept_is_split(store, manifest),
+            is_test=concept_is_split(store, manifest),
         )
 
     def concept(self, goal: float | None = None) -> Share:
@@ -255,7 +255,7 @@ class LlavaSubject(TargetSubject):
 
     def report(self) -> dict[str, Effect]:
         """Return the effect on test images."""
-        concept, others = self.to_report.concept, self.to_report.others
+        concept, others = self.to_test.concept, self.to_test.others
         return {ANSWERS: Effect(self._named(concept), self._named(others))}
 
     def run_retained(self) -> None:

@@ -82,7 +82,7 @@ def _of_name(concept: str, lines: list[VerdictRow], strongest: VerdictRow | None
         return f"The checks say nothing: the original hardly recognises {concept} either."
     most = max(telling, key=lambda row: (row.after.top1, row.gain))
     share = Share.of(most.after.top1, most.after.rows)
-    hits = share.in_words("unseen images" if most.after.unseen else "images")
+    hits = share.in_words("test images" if most.after.is_test else "images")
     if count == 0:
         return f"The model names {concept} for {hits}."
     if share.count == 0:

@@ -81,7 +81,7 @@ class Training:
         return [each for group in self.optimizer.param_groups for each in group["params"]]
 
     def _arrays(self) -> Arrays:
-        figures = [(each.top1, each.top5, each.rows, each.unseen) for each in self.figures]
+        figures = [(each.top1, each.top5, each.rows, each.is_test) for each in self.figures]
         arrays = {FIGURES: np.array(figures, dtype=np.float64).reshape(-1, 4)}
         for index, parameter in enumerate(self._parameters):
             arrays[f"{index}"] = parameter.detach().cpu().numpy()
@@ -91,8 +91,8 @@ class Training:
 
     @torch.no_grad()
     def _load(self, _header: SumsHeader, arrays: Arrays) -> None:
-        for top1, top5, rows, unseen in arrays[FIGURES].tolist():
-            self.figures.append(Accuracy(top1, top5, int(rows), bool(unseen)))
+        for top1, top5, rows, is_test in arrays[FIGURES].tolist():
+            self.figures.append(Accuracy(top1, top5, int(rows), bool(is_test)))
         for index, parameter in enumerate(self._parameters):
             parameter.copy_(torch.tensor(arrays[f"{index}"]))
             state = {name: f"{index}.{name}" for name in ADAM if f"{index}.{name}" in arrays}

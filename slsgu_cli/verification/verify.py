@@ -32,7 +32,7 @@ from slsgu_cli.records.verification import (
 from slsgu_cli.sets.prompt_files import read_names
 from slsgu_cli.store.artifacts import Artifact, plot_path, read_manifest, resume
 from slsgu_cli.store.store import Store
-from slsgu_cli.verification.checks.paraphrase import unseen_templates
+from slsgu_cli.verification.checks.paraphrase import unused_templates
 from slsgu_cli.verification.model import Gallery, ModelUnderTest, SkippedCheck
 from slsgu_cli.verification.registry import spec_of
 from slsgu_cli.verification.resumable import PartialResults
@@ -61,7 +61,7 @@ def verify(store: Store, name: str, request: VerifyRequest = VerifyRequest()) ->
     store.require_writable(Artifact.VERIFICATION.path(name))
     settings = request.settings
     if not settings.templates:
-        templates = unseen_templates(store, name, request.templates)
+        templates = unused_templates(store, name, request.templates)
         settings = replace(settings, templates=templates)
     if request.spellings is not None:
         names = tuple(f"{kind}{KIND}{text}" for kind, text in read_names(request.spellings))

@@ -23,9 +23,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import heldout
 import numpy as np
 import torch
-import unseen
 from safetensors.torch import load_file, save_file
 
 from slsgu_cli.checkpoints.edits import load_edit
@@ -164,26 +164,26 @@ def figures(original: VerifiedModel, model: VerifiedModel) -> Iterator[tuple[str
 def main() -> None:
     methods = [*OURS, ADVERSARIAL, *OTHERS, BOTH, *CLOSED_FORMS]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--concepts", default="facebook,castle", help="as of unseen.py")
+    parser.add_argument("--concepts", default="facebook,castle", help="as of heldout.py")
     parser.add_argument("--methods", nargs="+", choices=methods, default=[*OURS, *OTHERS])
     parser.add_argument("--checks", nargs="+", type=Check, choices=list(Check), default=CHECKS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--store", type=Path, help="where to keep everything, to resume later")
     options = parser.parse_args()
     folder = options.store or Path(tempfile.mkdtemp())
-    concepts = unseen.draw(options.concepts, options.seed)
+    concepts = heldout.draw(options.concepts, options.seed)
     print(f"seed {options.seed}: {', '.join(concepts)}")
     cells: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for name in concepts:
         store = Store(str(folder / "store"))
-        unseen.prepared(store, demo_request(name))
+        heldout.prepared(store, demo_request(name))
         for method in ("original", *options.methods):
             model, edits = None, ()
             if method == ADVERSARIAL:
                 edits = hardened(store, name, folder)
             elif method in (*OURS, "original"):
                 way = OURS.get(method, "default")
-                unseen.searched(store, name, way, folder)
+                heldout.searched(store, name, way, folder)
                 edits = (str(folder / way / Artifact.EDIT.path(name)),)
             else:
                 first = Method.LEACE_VISION if method == BOTH else Method(method)

@@ -22,7 +22,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from urllib.parse import quote
 
-import unseen
+import heldout
 
 from slsgu_cli.cli.demo import DATA
 
@@ -55,7 +55,7 @@ def write_recipe(folder: Path, options: argparse.Namespace) -> None:
     path = folder / "recipe.toml"
     if not path.exists():
         recipe = RECIPE.replace("RETAIN", str(options.retain)).replace("STEER", options.criterion)
-        for concept in list(unseen.draw("all", options.seed))[: options.requests]:
+        for concept in list(heldout.draw("all", options.seed))[: options.requests]:
             name = concept.replace(" ", "-")
             recipe += f'[[request]]\nname = "{name}"\nconcept = "{concept}"\n'
             recipe += f'sources = ["{DATA / "train.parquet"}?concept={quote(concept)}"]\n'

@@ -1,4 +1,4 @@
-"""Measure on unseen images how many concepts one checkpoint can forget, at once or in turn.
+"""Measure on test images how many concepts one checkpoint can forget, at once or in turn.
 
     python tests/bench/many.py --store many-store                       # 10, 50, 100 at once
     python tests/bench/many.py --store many-store --counts 10           # these only
@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from unseen import draw, enough_images
+from heldout import draw, enough_images
 
 from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.cli.demo import demo_request

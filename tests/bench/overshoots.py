@@ -1,9 +1,9 @@
-"""Which overshoot beyond the shortest step that forgets predicts unseen images best.
+"""Which overshoot beyond the shortest step that forgets predicts test images best.
 
     python tests/bench/overshoots.py                         # 16 concepts drawn by seed 0
-    python tests/bench/overshoots.py --concepts all --store unseen-store
+    python tests/bench/overshoots.py --concepts all --store heldout-store
 
-Concepts are drawn, built, graded and ranked as in unseen.py. Along each direction of each text
+Concepts are drawn, built, graded and ranked as in heldout.py. Along each direction of each text
 layer on the fronts, the shortest step tried is found at which no image to choose by has the
 name among its first five. Then it is lengthened by three kinds of rule, each at several sizes:
 
@@ -13,8 +13,8 @@ name among its first five. Then it is lengthened by three kinds of rule, each at
 
 A rule goes through the same lengths, up to three times the shortest step, and stops at the
 first that satisfies it. For each rule stand the mean length that it takes, the mean FA@5 on
-unseen images, in how many of the lines any is left, and what is lost of the expected TA@1 on
-unseen images, in points, the mean over lines, and the best line of each concept by what is
+test images, in how many of the lines any is left, and what is lost of the expected TA@1 on
+test images, in points, the mean over lines, and the best line of each concept by what is
 kept of the images to choose by.
 """
 
@@ -25,8 +25,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import heldout
 import torch
-import unseen
 from torch import Tensor
 
 from slsgu_cli.clip.evaluation import Evaluation
@@ -113,16 +113,16 @@ def lines(store: Store, name: str) -> Iterator[list[Length]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--concepts", default="16", help="as of unseen.py")
+    parser.add_argument("--concepts", default="16", help="as of heldout.py")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--store", type=Path, help="that of unseen.py serves as well")
+    parser.add_argument("--store", type=Path, help="that of heldout.py serves as well")
     options = parser.parse_args()
     store = Store(str((options.store or Path(tempfile.mkdtemp())) / "store"))
-    concepts = unseen.draw(options.concepts, options.seed)
+    concepts = heldout.draw(options.concepts, options.seed)
     print(f"seed {options.seed}: {', '.join(concepts)}", flush=True)
     found: dict[str, list[list[Length]]] = defaultdict(list)
     for name in concepts:
-        unseen.prepared(store, name)
+        heldout.prepared(store, name)
         found[name] = list(lines(store, name))
         print(f"# {name}: {len(found[name])} lines", flush=True)
     print("rule\tsize\tlength\tFA@5\tlines with any\tlost\tFA@5 of best\tlost by best")

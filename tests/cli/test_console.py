@@ -108,7 +108,7 @@ def test_json_takes_data_in_place_of_rows_and_text(capsys):
     assert json.loads(capsys.readouterr().out) == {
         "schema": 1,
         "command": None,
-        "t": {"brands": {"top1": 1.0, "top5": 2.0, "rows": 3, "unseen": False}},
+        "t": {"brands": {"top1": 1.0, "top5": 2.0, "rows": 3, "is_test": False}},
         "v": ["text"],
     }
 
@@ -136,7 +136,7 @@ def test_json_keys_are_no_data(capsys):
         }
     ]
     assert document["v"]["utility"] == [
-        {"name": "brands", "top1": 4, "top5": 5, "rows": 6, "unseen": False}
+        {"name": "brands", "top1": 4, "top5": 5, "rows": 6, "is_test": False}
     ]
     assert document["rows"] == [{"model": "one"}, {"model": "other"}]
     assert document["parts"] == [{"name": "one"}, {"name": "other"}]

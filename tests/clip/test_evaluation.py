@@ -135,7 +135,7 @@ def test_towers_go_by_name(shared_world):
 def test_accuracy_counts_rows(shared_world):
     group = evaluation(shared_world).forget
     found = group.accuracy_of(torch.tensor([0, 3, 7, 0]))
-    assert (found.top1, found.top5, found.rows, found.unseen) == (50, 75, 4, False)
+    assert (found.top1, found.top5, found.rows, found.is_test) == (50, 75, 4, False)
 
 
 def test_an_edit_lasts_as_long_as_its_block(shared_world):

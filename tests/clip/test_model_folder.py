@@ -198,7 +198,7 @@ def test_a_written_folder_has_a_card_that_says_what_is_in_it(tmp_path):
     assert str(tmp_path) not in text
 
 
-def test_a_card_tells_figures_of_unseen_rows(tmp_path):
+def test_a_card_has_figures_of_test_rows(tmp_path):
     before, after = Accuracy(98.0, 100.0, 50, True), Accuracy(2.0, 4.0, 50, True)
     layer = np.ones((2, 2), np.float32)
     header = dataclasses.replace(

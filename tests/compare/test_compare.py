@@ -176,14 +176,14 @@ def test_epochs_and_settings_are_chosen_by_rows_that_nothing_is_reported_on(own)
     rows = rows_of(run(own, methods=[Method.ORIGINAL, *methods]))
     for outcome in (rows[method] for method in methods):
         by = outcome.chosen_by
-        assert outcome.forget.unseen
-        assert not by.forget.unseen
+        assert outcome.forget.is_test
+        assert not by.forget.is_test
         assert {
-            (figure.unseen, by.utility[name].unseen) for name, figure in outcome.utility.items()
+            (figure.is_test, by.utility[name].is_test) for name, figure in outcome.utility.items()
         } == {(True, False)}
     assert rows[Method.GA].utility["second"].rows == rows[Method.OURS].utility["second"].rows
     original = rows[Method.ORIGINAL]
-    assert original.forget.unseen
+    assert original.forget.is_test
     assert original.forget.rows == rows[Method.ROME].forget.rows
 
 

@@ -247,16 +247,16 @@ def test_the_distance_is_frechets():
 
 @pytest.fixture(scope="module")
 def searched(demo_world, trained_models, tmp_path_factory):
-    """A store with an edit that was steered on the small trained pipeline; do not write to it."""
+    """A store with an edit that was searched on the small trained pipeline; do not write to it."""
     from slsgu_cli.records.targets import (
         Budget,
         DiffusionOptions,
-        ReportBudget,
+        HeldOutBudget,
         TargetSearchOptions,
     )
     from slsgu_cli.targets.search import search_target
 
-    folder = tmp_path_factory.mktemp("steered") / "store"
+    folder = tmp_path_factory.mktemp("searched") / "store"
     shutil.copytree(demo_world.store.root, folder)
     store = Store(str(folder))
     budget = Budget(concept=1, others=2, diffusion=DiffusionOptions(steps=2, guidance=4.0))
@@ -265,7 +265,7 @@ def searched(demo_world, trained_models, tmp_path_factory):
         layers=["transformer.resblocks.6.mlp.c_proj"],
         steps=1,
         budget=budget,
-        report=ReportBudget(concept=1, others=1),
+        test=HeldOutBudget(concept=1, others=1),
         device="cpu",
     )
     search_target(store, "facebook", options=options)
@@ -273,14 +273,14 @@ def searched(demo_world, trained_models, tmp_path_factory):
 
 
 @pytest.fixture
-def steered(searched, tmp_path):
+def searched_store(searched, tmp_path):
     """The same in a store of its own."""
     shutil.copytree(searched.root, tmp_path / "store")
     return Store(str(tmp_path / "store"))
 
 
 def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
-    steered, trained_models, monkeypatch
+    searched_store, trained_models, monkeypatch
 ):
     from slsgu_cli.compare import on_pipeline
     from slsgu_cli.records.targets import Budget, DiffusionOptions
@@ -300,7 +300,7 @@ def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
             concept=1, others=3, seed=9, diffusion=DiffusionOptions(steps=2, guidance=4.0)
         ),
     )
-    found = on_pipeline.compare_on_pipeline(steered, "facebook", options=options)
+    found = on_pipeline.compare_on_pipeline(searched_store, "facebook", options=options)
     assert [row.label for row in found.outcomes] == ["original", "esd 0.01", "salun 0.01", "ours"]
     original, esd, salun, ours = found.outcomes
     assert original.distance < 1e-6 < min(esd.distance, salun.distance, ours.distance)
@@ -310,43 +310,43 @@ def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
     assert all(torch.equal(value, now[name]) for name, value in before.items())
     pictures = "target-comparisons/facebook@sd"
     for folder in ("original", "esd-0.01", "salun-0.01", "ours"):
-        assert len(steered.names(f"{pictures}/{folder}", ".png")) == 4
-    assert steered.read_bytes(f"{pictures}/sheet.png")[:4] == b"\x89PNG"
-    (entry,) = [e for e in entries(steered) if e.kind is Artifact.TARGET_COMPARISON]
+        assert len(searched_store.names(f"{pictures}/{folder}", ".png")) == 4
+    assert searched_store.read_bytes(f"{pictures}/sheet.png")[:4] == b"\x89PNG"
+    (entry,) = [e for e in entries(searched_store) if e.kind is Artifact.TARGET_COMPARISON]
     assert entry.state is Standing.OK
     assert "esd 0.01" in entry.summary()
     # What is recorded for the same plan is not run again; of another plan it is.
     monkeypatch.setattr(on_pipeline.Pipeline, "load", lambda *_, **__: pytest.fail("painted again"))
-    assert on_pipeline.compare_on_pipeline(steered, "facebook", options=options) == found
+    assert on_pipeline.compare_on_pipeline(searched_store, "facebook", options=options) == found
     with pytest.raises(pytest.fail.Exception, match="painted again"):
         more = replace(options, iterations=2)
-        on_pipeline.compare_on_pipeline(steered, "facebook", options=more)
+        on_pipeline.compare_on_pipeline(searched_store, "facebook", options=more)
 
 
-def test_a_pipeline_without_a_unet_is_not_trained(steered, tiny_pipeline):
+def test_a_pipeline_without_a_unet_is_not_trained(searched_store, tiny_pipeline):
     from slsgu_cli.compare import on_pipeline
 
     options = on_pipeline.PipelineCompareOptions(target=tiny_pipeline("sd3"), rates=(1e-2,))
     with pytest.raises(UsageError, match="is sd3, which has a transformer: esd and salun train"):
-        on_pipeline.compare_on_pipeline(steered, "facebook", options=options)
+        on_pipeline.compare_on_pipeline(searched_store, "facebook", options=options)
 
 
-def test_without_an_edit_of_the_pipeline_the_search_is_named(steered, trained_models):
+def test_without_an_edit_of_the_pipeline_the_search_is_named(searched_store, trained_models):
     from slsgu_cli.compare.on_pipeline import our_edit
     from slsgu_cli.store.artifacts import read_manifest, read_pointer
 
-    pointer = read_pointer(steered, read_manifest(steered, "facebook"))
-    edit, seconds = our_edit(steered, pointer, trained_models / "sd")
+    pointer = read_pointer(searched_store, read_manifest(searched_store, "facebook"))
+    edit, seconds = our_edit(searched_store, pointer, trained_models / "sd")
     assert edit.header.name == "facebook@sd"
     assert seconds > 0
     path = "target-trials/facebook@sd.json"
-    record = json.loads(steered.read_bytes(path))
-    steered.write_record(path, {**record, "trials": []})
+    record = json.loads(searched_store.read_bytes(path))
+    searched_store.write_record(path, {**record, "trials": []})
     with pytest.raises(StaleError, match="not among the recorded trials"):
-        our_edit(steered, pointer, trained_models / "sd")
-    steered.remove("edits/facebook@sd.safetensors")
+        our_edit(searched_store, pointer, trained_models / "sd")
+    searched_store.remove("edits/facebook@sd.safetensors")
     with pytest.raises(MissingError, match="no edit facebook@sd") as met:
-        our_edit(steered, pointer, trained_models / "sd")
+        our_edit(searched_store, pointer, trained_models / "sd")
     assert "--target" in met.value.hint
 
 
@@ -371,14 +371,14 @@ def test_options_of_the_other_comparison_are_refused(words, message, tmp_path):
     assert message in met.stderr
 
 
-def test_the_comparison_is_printed_as_rows_for_a_pipe(steered, trained_models):
+def test_the_comparison_is_printed_as_rows_for_a_pipe(searched_store, trained_models):
     from typer.testing import CliRunner
 
     from slsgu_cli.cli.app import app
 
     words = ["compare", "facebook", "--target", str(trained_models / "sd"), "--methods", "ours"]
     words += ["--images", "1", "--others", "2", "--denoise", "2", "--device", "cpu"]
-    told = CliRunner().invoke(app, words, env={"SLSGU_STORE": steered.root})
+    told = CliRunner().invoke(app, words, env={"SLSGU_STORE": searched_store.root})
     rows = [line.split("\t") for line in told.stdout.splitlines()]
     assert rows[0] == ["method", "lr", "iterations", "UA", "IRA", "distance", "seconds"]
     assert [row[0] for row in rows[1:]] == ["original", "ours"]

@@ -42,7 +42,7 @@ def test_what_was_seen_has_the_tails_probability_at_the_intervals_ends(total, da
 
 @pytest.mark.parametrize("total", [1, 16, 33, 50_000])
 def test_nothing_seen_has_a_bound_in_closed_form(total):
-    bound = float(Share(0, total).bound.removeprefix("with 95% confidence below ")[:-1])
+    bound = Share(0, total).upper_bound
     assert 0 <= bound - 100 * (1 - 0.05 ** (1 / total)) < 0.1
 
 
@@ -52,9 +52,7 @@ def test_many_images_have_the_interval_of_a_normal_distribution():
 
 
 def test_a_share_is_told_in_words():
-    assert Share(0, 16).in_words("unseen images") == (
-        "0 of 16 unseen images; with 95% confidence below 17.1%"
-    )
+    assert Share(0, 16).in_words("test images") == ("0 of 16 test images (95% upper bound: 17.1%)")
     assert Share(3, 16).in_words("images") == ("3 of 16 images (18.8%; 95% interval 4.0 to 45.6%)")
     assert Share(0, 0).in_words("images") == "0 of 0 images"
 

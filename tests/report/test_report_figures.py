@@ -43,17 +43,17 @@ def test_zero_of_33_is_not_zero_for_sure():
     assert interval(Share(0, 33)) == "0.0 to 10.6%"
 
 
-@pytest.mark.parametrize("unseen", [True, False])
-def test_the_first_sentence_says_which_images_were_measured(unseen):
+@pytest.mark.parametrize("is_test", [True, False])
+def test_the_first_sentence_says_which_images_were_measured(is_test):
     edit = replace(
         edit_headers.header("visual.proj", np.ones((2, 2), np.float32)),
-        baseline_forget=Accuracy(100.0, 100.0, 16, unseen),
-        forget=Accuracy(0.0, 0.0, 16, unseen),
+        baseline_forget=Accuracy(100.0, 100.0, 16, is_test),
+        forget=Accuracy(0.0, 0.0, 16, is_test),
         harmed=(ClassLoss("ubuntu", 5, 80.0, 20.0),),
     )
     text = re.sub(r"<[^>]+>", "", str(lead(edit)))
     recognised = "the model recognised 100.00% before the edit"
     test = f"16 test images of facebook: {recognised}"
     validation = f"16 images of facebook, which also selected the edit: {recognised}"
-    assert text.startswith(test if unseen else validation)
+    assert text.startswith(test if is_test else validation)
     assert "The largest loss is on ubuntu: 80.00% of its 5 images before, 20.00% after" in text

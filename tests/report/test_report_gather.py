@@ -94,7 +94,7 @@ def test_a_damaged_record_and_a_missing_one(store):
     assert records.edit.trouble == "There is no edit yet."
 
 
-def test_without_a_set_there_is_nothing_to_report(store):
+def test_without_a_set_there_is_nothing_to_test(store):
     with pytest.raises(MissingError, match="it has mouse"):
         gather(Catalog(store), "other")
 
@@ -126,7 +126,7 @@ def test_an_edit_searched_on_a_target_has_its_figures_by_each_judge(store):
         before=before,
         after=after,
         judge="one",
-        unseen=True,
+        is_test=True,
         further=(JudgeFigures("another", before, after),),
     )
     own = load_edit(store, NAME)

@@ -127,7 +127,7 @@ def test_it_says_what_was_measured(alone):
     assert CHOSEN in text
     for word in ("mouse-forget", "a.*b", "17,689", "export SLSGU_STORE=", "slsgu grad mouse"):
         assert word in text
-    assert "among other such images with 95% confidence below" in text
+    assert "(95% upper bound: " in text
 
 
 def test_a_missing_record_is_one_line_with_its_command(store, tmp_path):

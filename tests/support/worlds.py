@@ -107,5 +107,5 @@ def lose_covariance(world, layer, revision=REVISION):
         header = world.store.read_header(path, CovarianceHeader)
         arrays = world.store.read_tensors(path)
         del arrays[layer], header.layers[layer]
-        header = replace(header, unseen=(layer,), revision=revision)
+        header = replace(header, uncaptured=(layer,), revision=revision)
         world.store.write_tensors(path, arrays, header)

@@ -319,7 +319,7 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
     from slsgu_cli.records.targets import (
         Budget,
         DiffusionOptions,
-        ReportBudget,
+        HeldOutBudget,
         TargetSearchOptions,
     )
     from slsgu_cli.store.artifacts import Artifact, target_edit
@@ -334,7 +334,7 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
         layers=["transformer.resblocks.6.mlp.c_proj"],
         steps=2,
         budget=budget,
-        report=ReportBudget(concept=2, others=2),
+        test=HeldOutBudget(concept=2, others=2),
         goal=50.0,
         device="cpu",
     )

@@ -20,7 +20,7 @@ from slsgu_cli.engine.export import export
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
 from slsgu_cli.records.directions import Direction, DirectionSpec
 from slsgu_cli.records.options import ApplyRequest, ExportRequest
-from slsgu_cli.records.targets import Budget, DiffusionOptions, ReportBudget, TargetSearchOptions
+from slsgu_cli.records.targets import Budget, DiffusionOptions, HeldOutBudget, TargetSearchOptions
 from slsgu_cli.targets.models import ImageJob, Pipeline, new_values
 from slsgu_cli.targets.search import TargetPlan, search_target
 from slsgu_cli.targets.subjects import PipelineSubject, moves_of
@@ -82,7 +82,7 @@ def test_their_clip_is_searched_along_what_it_is_applied_to(kind, tiny_pipeline)
     subject = PipelineSubject(
         encoder=pipe.encoders[0],
         searched=None,
-        to_report=None,
+        to_test=None,
         judges=(),
         pipe=pipe,
         captions=["a blue circle", "a red bar"],
@@ -102,7 +102,7 @@ def both(tiny_pipeline, world):
     return folder, edits
 
 
-def steered(folder, *beside, **options):
+def target_options(folder, *beside, **options):
     few = Budget(concept=3, others=3, diffusion=DiffusionOptions(steps=1))
     return TargetSearchOptions(
         target=folder,
@@ -111,7 +111,7 @@ def steered(folder, *beside, **options):
         steps=2,
         direction=Direction.GRADIENT,
         budget=few,
-        report=ReportBudget(concept=3, others=3),
+        test=HeldOutBudget(concept=3, others=3),
         device="cpu",
         **options,
     )
@@ -119,12 +119,12 @@ def steered(folder, *beside, **options):
 
 def test_one_encoder_is_searched_with_the_others_edit_in_place(both, world, tmp_path, listener):
     folder, (_, second) = both
-    options = steered(folder, "text_encoder_2", goal=0.0)
+    options = target_options(folder, "text_encoder_2", goal=0.0)
     found = search_target(world.store, "blue", options=options)
     known = edit_digests([load_edit(world.store, "text_encoder_2")])
     assert found.trials.beside == found.figures.beside == known
     # The same pictures, by a pipeline that has both edits in memory, and one that has neither.
-    plan = TargetPlan.load(world.store, "blue", steered(folder))
+    plan = TargetPlan.load(world.store, "blue", target_options(folder))
     pipe, edit = plan.subject.pipe, load_edit(world.store, found.edit)
     for edits, expected in (
         ((second,), found.figures.before),
@@ -134,13 +134,13 @@ def test_one_encoder_is_searched_with_the_others_edit_in_place(both, world, tmp_
             assert plan.subject.report()[str(world.model)] == expected
     again = search_target(world.store, "blue", options=options)
     assert again.reused == len(again.trials.trials) == len(found.trials.trials)
-    assert search_target(world.store, "blue", options=steered(folder, goal=0.0)).reused == 0
+    assert search_target(world.store, "blue", options=target_options(folder, goal=0.0)).reused == 0
     assert any("their inputs differ (beside)" in text for text in listener.heard)
 
 
 def test_pictures_are_painted_with_what_was_put_in_place(both, world):
     folder, (_, second) = both
-    plan = TargetPlan.load(world.store, "blue", steered(folder, "text_encoder_2"))
+    plan = TargetPlan.load(world.store, "blue", target_options(folder, "text_encoder_2"))
     pipe, plain = plan.subject.pipe, opened(folder)
 
     def picture(pipe):
@@ -161,9 +161,9 @@ def test_an_edit_that_is_left_out_again_is_told(both, world, tmp_path, listener)
         "3",
         "--others",
         "3",
-        "--report-images",
+        "--test-images",
         "3",
-        "--report-others",
+        "--test-others",
         "3",
         "--denoise",
         "1",
@@ -204,16 +204,16 @@ def test_unfit_edits_of_other_encoders_are_refused(both, world, tmp_path, state)
     with pytest.raises(
         UsageError, match="one of these edits text_encoder, the encoder that is searched"
     ):
-        TargetPlan.load(world.store, "blue", steered(folder, "text_encoder"))
+        TargetPlan.load(world.store, "blue", target_options(folder, "text_encoder"))
     with pytest.raises(MissingError, match="has no edit red"):
-        TargetPlan.load(world.store, "blue", steered(folder, "red"))
+        TargetPlan.load(world.store, "blue", target_options(folder, "red"))
     strange = edit(LAYER, np.ones((24, 96), np.float32), np.ones((24, 96), np.float32), name="s")
     write_edit(world.store, strange)
     with pytest.raises(StaleError, match="is not the layer that the edit s was made for"):
-        TargetPlan.load(world.store, "blue", steered(folder, "s"))
+        TargetPlan.load(world.store, "blue", target_options(folder, "s"))
     llava = tiny_targets.llava(tmp_path / "llava", state, "vision_tower.")
     with pytest.raises(UsageError, match="has one CLIP"):
-        TargetPlan.load(world.store, "blue", steered(llava, "text_encoder_2"))
+        TargetPlan.load(world.store, "blue", target_options(llava, "text_encoder_2"))
 
 
 def test_generate_takes_edits_of_both_encoders(tiny_pipeline, world, tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ def facebook(demo_model, tmp_path_factory):
 
 
 def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_models, monkeypatch):
-    from slsgu_cli.records.targets import AskRequest, Budget, ReportBudget, TargetSearchOptions
+    from slsgu_cli.records.targets import AskRequest, Budget, HeldOutBudget, TargetSearchOptions
     from slsgu_cli.targets import subjects
     from slsgu_cli.targets.ask import ask
     from slsgu_cli.targets.search import search_target
@@ -41,12 +41,12 @@ def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_m
     options = TargetSearchOptions(
         target=trained_models / "llava",
         budget=Budget(others=80),
-        report=ReportBudget(others=80),
+        test=HeldOutBudget(others=80),
         top=1,
         device="cpu",
     )
     found = search_target(facebook.store, "facebook", options=options)
-    assert found.figures.unseen and found.figures.after.concept.total == 17
+    assert found.figures.is_test and found.figures.after.concept.total == 17
     assert found.figures.after.ua >= 90
     assert found.figures.after.ira >= found.figures.before.ira - 5
     # Late layers change least of what the language model reads of other images.
@@ -60,20 +60,25 @@ def test_the_small_llava_forgets_facebook_and_keeps_the_rest(facebook, trained_m
 
 
 def test_the_small_stable_diffusion_forgets_facebook_and_keeps_the_rest(facebook, trained_models):
-    from slsgu_cli.records.targets import Budget, GenerateRequest, ReportBudget, TargetSearchOptions
+    from slsgu_cli.records.targets import (
+        Budget,
+        GenerateRequest,
+        HeldOutBudget,
+        TargetSearchOptions,
+    )
     from slsgu_cli.targets.generate import generate
     from slsgu_cli.targets.search import search_target
 
     options = TargetSearchOptions(
         target=trained_models / "sd",
         budget=Budget(concept=5, others=6, diffusion=FAST),
-        report=ReportBudget(concept=5, others=6),
+        test=HeldOutBudget(concept=5, others=6),
         top=1,
         steps=4,
         device="cpu",
     )
     found = search_target(facebook.store, "facebook", options=options)
-    assert found.figures.unseen
+    assert found.figures.is_test
     assert found.figures.after.ua >= 85
     assert found.figures.after.others.count >= found.figures.before.others.count - 1
     # And on prompts and seeds that neither the search nor the report had.

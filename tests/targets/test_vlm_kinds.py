@@ -67,7 +67,7 @@ def subject_of(llava):
         encoder=llava.encoder,
         name="blue",
         searched=None,
-        to_report=None,
+        to_test=None,
         forget=[],
         retained=[BLUE, RED],
     )

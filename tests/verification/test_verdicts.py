@@ -211,16 +211,16 @@ def test_a_concept_that_does_not_come_back_has_a_bound():
     found = concluded(probed(Check.BASELINE, as_it_is=(97, 0)), probed(Check.AUGMENT, flip=(90, 0)))
     assert found.strongest is None
     assert found.text == (
-        "None of 1 attempt brings facebook back: 0 of 100 images; with 95% confidence below 3.0%."
+        "None of 1 attempt brings facebook back: 0 of 100 images (95% upper bound: 3.0%)."
     )
 
 
 def test_test_images_are_named():
     before, after = probed(Check.BASELINE, as_it_is=(97, 0))
-    unseen = replace(accuracy(0), rows=16, unseen=True)
-    after = replace(after, variants=(Variant("as it is", unseen),))
+    measured = replace(accuracy(0), rows=16, is_test=True)
+    after = replace(after, variants=(Variant("as it is", measured),))
     assert concluded((before, after)).text == (
-        "The model names facebook for 0 of 16 unseen images; with 95% confidence below 17.1%."
+        "The model names facebook for 0 of 16 test images (95% upper bound: 17.1%)."
     )
 
 

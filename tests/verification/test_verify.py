@@ -38,7 +38,7 @@ from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.store.store import Store
 from slsgu_cli.verification import registry
 from slsgu_cli.verification import verify as verify_module
-from slsgu_cli.verification.checks.paraphrase import TEMPLATES, TOGETHER, unseen_templates
+from slsgu_cli.verification.checks.paraphrase import TEMPLATES, TOGETHER, unused_templates
 from slsgu_cli.verification.checks.probe import CLASSIFIERS
 from slsgu_cli.verification.registry import spec_of
 from slsgu_cli.verification.verify import verify
@@ -139,14 +139,14 @@ def test_other_templates_are_measured_as_if_they_were_the_sets(edited, verified)
         assert (alone.top1, alone.top5) == pytest.approx(expected[(template,)])
 
 
-def test_unseen_templates_are_those_the_set_does_not_have(edited, tmp_path):
-    assert unseen_templates(edited.store, "blue", None) == TEMPLATES
+def test_unused_templates_are_those_the_set_does_not_have(edited, tmp_path):
+    assert unused_templates(edited.store, "blue", None) == TEMPLATES
     own = tmp_path / "own.txt"
     own.write_text("a photo of the {}.\nsomething {}\n{}\nsomething {}\n")
-    assert unseen_templates(edited.store, "blue", str(own)) == ("something {}",)
+    assert unused_templates(edited.store, "blue", str(own)) == ("something {}",)
     own.write_text("a photo of the {}.\n")
     with pytest.raises(UsageError, match="every template"):
-        unseen_templates(edited.store, "blue", str(own))
+        unused_templates(edited.store, "blue", str(own))
 
 
 def test_every_kind_of_check_found_something(verified):

@@ -35,7 +35,7 @@ TOGETHER = "all templates"
 TEMPLATE = "template: "
 
 
-def unseen_templates(store: Store, name: str, wanted: str | None) -> tuple[str, ...]:
+def unused_templates(store: Store, name: str, wanted: str | None) -> tuple[str, ...]:
     """Return the templates, built-in or of a file, that the set `name` does not use.
 
     Raises UsageError if the set uses all of them, MissingError and InputError.
@@ -43,13 +43,13 @@ def unseen_templates(store: Store, name: str, wanted: str | None) -> tuple[str, 
     refs = read_manifest(store, name).evals.values()
     known = {template for ref in refs for template in DataBlock.open(store, ref).templates}
     offered = TEMPLATES if wanted is None else read_templates(wanted)
-    unseen = tuple(template for template in dict.fromkeys(offered) if template not in known)
-    if not unseen:
+    unused = tuple(template for template in dict.fromkeys(offered) if template not in known)
+    if not unused:
         raise UsageError(
             f"{name} is already measured with every template of --templates {wanted}",
             hint="give templates that the set does not use",
         )
-    return unseen
+    return unused
 
 
 def rows(before: Finding, after: Finding) -> Iterator[VerdictRow]:
@@ -69,7 +69,7 @@ def rows(before: Finding, after: Finding) -> Iterator[VerdictRow]:
     effort="other words ({})",
 )
 def paraphrase(model: ModelUnderTest, settings: Settings) -> list[Variant]:
-    """Measure with all unseen templates together, and with each alone."""
+    """Measure with all unused templates together, and with each alone."""
     sets = model.evaluation.utility
     all_names = {model.names, *(group.names for group in sets.values())}
     single = {

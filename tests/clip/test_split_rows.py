@@ -54,7 +54,7 @@ def test_each_class_is_dealt_by_its_share(labels, share, seed):
     assert not in_test_split(labels, 0.0, seed).any()
 
 
-def test_rows_to_choose_by_and_to_report_on_are_others_and_all(world):
+def test_rows_to_choose_by_and_to_test_on_are_others_and_all(world):
     world.build(test_fraction=0.5)
     choose, report = (opened(world, split) for split in Split)
     for one, other in (
@@ -62,7 +62,7 @@ def test_rows_to_choose_by_and_to_report_on_are_others_and_all(world):
         *((choose.utility[name], report.utility[name]) for name in choose.utility),
     ):
         assert not keys(one) & keys(other)
-        assert (one.unseen, other.unseen) == (False, True)
+        assert (one.is_test, other.is_test) == (False, True)
     whole = DataBlock.open(world.store, world.manifest.evals["first"])
     (block, dealt), _ = choose.forget.images.block.parts
     assert block.where == whole.where
@@ -91,8 +91,8 @@ def test_a_source_of_its_own_is_reported_on_and_all_others_are_chosen_by(world):
     world.build(tests={"first": world.sources["first"]}, test_fraction=0.0)
     choose, report = (opened(world, split) for split in Split)
     assert len(choose.utility["first"].images) == len(report.utility["first"].images) == 56
-    assert (choose.forget.unseen, report.forget.unseen) == (False, True)
-    assert not report.utility["second"].unseen
+    assert (choose.forget.is_test, report.forget.is_test) == (False, True)
+    assert not report.utility["second"].is_test
     assert "test first" in world.manifest.blocks()
 
 
@@ -100,11 +100,11 @@ def test_a_concept_that_cannot_be_dealt_is_marked(world):
     world.build(evals={"second": world.sources["second"]}, templates={}, test_fraction=0.5)
     choose, report = (opened(world, split) for split in Split)
     assert keys(choose.forget) == keys(report.forget)
-    assert not report.forget.unseen
-    assert report.utility["second"].unseen
+    assert not report.forget.is_test
+    assert report.utility["second"].is_test
 
 
-def test_an_edit_tells_what_it_does_to_unseen_rows(world, monkeypatch):
+def test_an_edit_is_measured_on_test_rows(world, monkeypatch):
     world.build(test_fraction=0.5)
     chosen_by = keys(opened(world, Split.VALIDATION).forget)
     looked_at = set()
@@ -130,7 +130,7 @@ def test_an_edit_tells_what_it_does_to_unseen_rows(world, monkeypatch):
     assert after.forget == report.forget.base_accuracy()
     assert after.utility == {n: g.base_accuracy() for n, g in report.utility.items()}
     assert (edit.header.forget, edit.header.utility) == (after.forget, after.utility)
-    assert after.forget.unseen
+    assert after.forget.is_test
 
 
 @pytest.mark.parametrize(("budget", "times"), [(None, 1), (0, 2)])

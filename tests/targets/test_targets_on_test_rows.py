@@ -19,7 +19,7 @@ from slsgu_cli.records.comparison import PipelineCompareOptions
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.figures import Share
 from slsgu_cli.records.sets import ModelSpec, Split
-from slsgu_cli.records.targets import Budget, GradientOf, ReportBudget, TargetSearchOptions
+from slsgu_cli.records.targets import Budget, GradientOf, HeldOutBudget, TargetSearchOptions
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.targets.ask import sample_pictures
@@ -34,7 +34,7 @@ NAMES = (*COLOURS, *SHAPES)
 SEARCHED_UP_TO, REPORTED_UP_TO, OTHERS_UP_TO = 0.5, 0.6, 5.0
 JUDGES = (ModelSpec("plain"), ModelSpec("strict"))
 BUDGET = Budget(concept=10, others=8)
-REPORT = ReportBudget(concept=14, others=6)
+HELD_OUT = HeldOutBudget(concept=14, others=6)
 
 
 def is_reported(job):
@@ -70,7 +70,7 @@ def sd(module, world, tmp_path, monkeypatch):
         target=folder,
         direction=Direction.GRADIENT,
         budget=BUDGET,
-        report=REPORT,
+        test=HELD_OUT,
         top=2,
         judges=JUDGES[:1],
         overshoot=1.5,
@@ -113,10 +113,10 @@ def test_figures_are_of_pictures_that_nothing_was_chosen_by(sd, world):
     painter = sd()
     result = search_target(world.store, "blue", options=sd.options)
     figures = load_edit(world.store, "blue@sd").header.target
-    assert figures == result.figures and figures.unseen
+    assert figures == result.figures and figures.is_test
     assert result.forgotten and result.chosen.concept.percent <= 10
     jobs = reported_jobs(painter)
-    assert len(jobs) == 2 * (REPORT.concept + REPORT.others)
+    assert len(jobs) == 2 * (HELD_OUT.concept + HELD_OUT.others)
     searched = [job for job in painter.jobs if not is_reported(job)]
     assert {job.seed for job in jobs}.isdisjoint(job.seed for job in searched)
     assert figures.before.concept == Share(14, 14) and figures.after.concept == Share(0, 14)
@@ -211,7 +211,7 @@ def test_a_search_that_is_repeated_paints_nothing_and_of_other_reports_only_thes
     painter = sd()
     assert replace(search_target(world.store, "blue", options=sd.options), reused=0) == first
     assert painter.jobs == []
-    more = replace(sd.options, report=ReportBudget(concept=21, others=1))
+    more = replace(sd.options, test=HeldOutBudget(concept=21, others=1))
     result = search_target(world.store, "blue", options=more)
     assert result.figures.after.concept == Share(0, 21)
     assert len(painter.jobs) == len(reported_jobs(painter)) == 2 * 22
@@ -245,7 +245,7 @@ def llava(module, world, tmp_path, monkeypatch):
         gradient_of=GradientOf.CLIP,
         top=1,
         budget=replace(BUDGET, concept=6),
-        report=REPORT,
+        test=HELD_OUT,
         overshoot=1.5,
         device="cpu",
     )
@@ -279,12 +279,12 @@ def test_figures_of_a_llava_are_of_the_rows_that_are_reported_on(llava, world, s
     world.build(test_fraction=share)
     answerer = llava()
     result = search_target(world.store, "blue", options=llava.options)
-    report = Questions.about(world.store, world.manifest, Split.TEST, llava.options.report_budget)
+    report = Questions.about(world.store, world.manifest, Split.TEST, llava.options.test_budget)
     asked = [*report.concept, *report.others]
     assert answerer.questions[-len(asked) :] == [(q.image.tobytes(), q.text) for _, q in asked]
     searched = {image for image, _ in answerer.questions[: -2 * len(asked)]}
     assert searched.isdisjoint(q.image.tobytes() for _, q in asked) is (share > 0)
-    assert result.figures.unseen is (share > 0)
+    assert result.figures.is_test is (share > 0)
     assert result.figures.after.concept == Share(0, len(report.concept))
     assert result.figures.before.concept == Share(len(report.concept), len(report.concept))
     with pytest.raises(UsageError, match="answers in words"):
@@ -310,7 +310,7 @@ def shown(store, result, verbosity):
     return console._stdout.getvalue()
 
 
-def test_figures_that_are_printed_are_unseen_ones_and_those_searched_by_with_v(sd, world):
+def test_figures_that_are_printed_are_of_the_test_split_and_of_both_with_v(sd, world):
     sd()
     options = replace(sd.options, judges=JUDGES)
     result = search_target(world.store, "blue", options=options)

@@ -1,9 +1,9 @@
 """Measure on images that chose nothing what searches of many concepts came to.
 
-    python tests/bench/unseen.py                       # 16 concepts drawn by seed 0
-    python tests/bench/unseen.py --concepts all --folds 8 --store unseen-store
-    python tests/bench/unseen.py --ways default paper
-    python tests/bench/unseen.py --ways text-gradient text-whitened vision-gradient
+    python tests/bench/heldout.py                       # 16 concepts drawn by seed 0
+    python tests/bench/heldout.py --concepts all --folds 8 --store heldout-store
+    python tests/bench/heldout.py --ways default paper
+    python tests/bench/heldout.py --ways text-gradient text-whitened vision-gradient
 
 Concepts are drawn from the embedded model's classes that have at least ten held-out images,
 as many brands as objects. Each is built, graded and ranked as the demo does it, then searched
@@ -57,7 +57,7 @@ ALL_WAYS = (*WAYS, *TOWER_WAYS)
 
 @dataclass(frozen=True)
 class Row:
-    """A concept, how it was searched, and what its edit does to unseen images."""
+    """A concept, how it was searched, and what its edit does to test images."""
 
     name: str
     kind: str
@@ -103,7 +103,7 @@ def requested(concepts: Iterable[str], folds: int | None) -> dict[str, BuildRequ
     requests = {name: demo_request(name) for name in concepts}
     if folds is None:
         return requests
-    sweep = SweepRequest(name="unseen", classes=tuple(requests), folds=folds)
+    sweep = SweepRequest(name="heldout", classes=tuple(requests), folds=folds)
     return {
         name: replace(request, retain_exclude=sweep.fold(name))
         for name, request in requests.items()

@@ -1,13 +1,12 @@
-"""Measure what searches on targets came to, on prompts, seeds and images that chose nothing.
+"""Measure the edits of searches on targets, on test prompts, seeds and images.
 
-    python tests/bench/unseen_targets.py --target models/sd            # 5 concepts, by seed 0
-    python tests/bench/unseen_targets.py --target models/llava --store unseen-targets
-    python tests/bench/unseen_targets.py --target models/sd --concepts facebook,castle
+    python tests/bench/heldout_targets.py --target models/sd            # 5 concepts, by seed 0
+    python tests/bench/heldout_targets.py --target models/llava --store heldout-targets
+    python tests/bench/heldout_targets.py --target models/sd --concepts facebook,castle
 
 Concepts are drawn from the embedded model's classes that have at least ten held-out images.
-Each is built and graded as the demo does it, then searched on the target with the options of
-`steer` as they are, those given here aside. A run that is repeated on a store goes on where
-the last one ended, trial by trial.
+Each is built and graded as in the demo, then searched on the target with the defaults of
+`search --target`, except for the options given here. Run it again on the same store to resume.
 """
 
 import argparse
@@ -15,7 +14,7 @@ import random
 import tempfile
 from pathlib import Path
 
-from unseen import enough_images
+from heldout import enough_images
 
 from slsgu_cli.cli.demo import demo_request
 from slsgu_cli.engine.gradients import compute_gradients
