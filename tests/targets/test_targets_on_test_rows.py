@@ -95,7 +95,7 @@ def test_no_prompt_and_no_seed_of_a_report_is_searched_by():
     judge = tiny_targets.pixel_judge(JUDGES[0], dict.fromkeys(NAMES, ("{}",)))
     searched = JudgedPrompts([judge], "blue", Budget(), ("{}", "an icon of {}"), Split.VALIDATION)
     usual = [
-        TargetSearchOptions(target="sd").report_budget,
+        TargetSearchOptions(target="sd").test_budget,
         PipelineCompareOptions(target="sd").budget,
     ]
     for reports in (searched.reporting(replace(budget, concept=1200)) for budget in usual):
