@@ -18,7 +18,7 @@ from slsgu_cli.records.words import ROWS, Option
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
     from slsgu_cli.records.sets import Concept
-    from slsgu_cli.sets.replay import Replayed
+    from slsgu_cli.sets.build import Replayed
 
 
 NamesFile = Annotated[
@@ -49,12 +49,11 @@ def build_sets(
 ) -> None:
     """Example: slsgu build-sets facebook -m local-dir:clip -s laion.tar --eval brands=test.tar"""
     from slsgu_cli.sets import build
-    from slsgu_cli.sets.replay import replay as rebuild
     from slsgu_cli.sets.requests import with_collection
 
     store, console = session.store, session.console
     if replay:
-        show_replayed(console, rebuild(store, _replayed(session, request)))
+        show_replayed(console, build.replay(store, _replayed(session, request)))
         return
     if "prompts" not in images:
         images.refuse("for --generate", hint="--generate PROMPT", shared=[request])

@@ -32,7 +32,7 @@ def sweep(
 
     Example: slsgu sweep objects --classes seven.txt -m local-dir:clip -s icons.parquet --eval ...
     """
-    from slsgu_cli.sets.prompt_files import read_classes
+    from slsgu_cli.sources.prompts import read_classes
     from slsgu_cli.study.series import require_swept
     from slsgu_cli.study.series import sweep as run
 

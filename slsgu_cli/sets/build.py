@@ -1,16 +1,19 @@
 """Build a set from its sources or from a collection, or one set for each of many concepts."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from shlex import quote
 
 from slsgu_cli import progress
-from slsgu_cli.errors import InputError, SlsguError
+from slsgu_cli.errors import InputError, SlsguError, StaleError
+from slsgu_cli.records.codec import decode
 from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import Concept, ConceptCounts, SetManifest
 from slsgu_cli.sets.assembly import build_from_sources
 from slsgu_cli.sets.collection import Collected, collect
 from slsgu_cli.sets.pairs import Upstream
 from slsgu_cli.sets.shard_collection import FORGET, RETAIN
+from slsgu_cli.store.artifacts import read_manifest
 from slsgu_cli.store.store import Store
 
 
@@ -68,6 +71,32 @@ def require_all(failed: Sequence[str]) -> None:
             f"no set was built for {len(failed)} of the names: {', '.join(failed)}",
             hint="the warnings above say why; correct their patterns",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """A rebuilt set; `same` says for each part whether its rows are unchanged."""
+
+    manifest: SetManifest
+    same: dict[str, bool]
+
+
+def replay(store: Store, name: str) -> Replayed:
+    """Build the set `name` again from its manifest, without the rows that were dropped by hand.
+
+    Raises StaleError if the manifest does not contain the request.
+    """
+    before = read_manifest(store, name)
+    if not before.request:
+        raise StaleError(
+            f"the manifest of {name} does not contain its request",
+            hint=f"run `slsgu build-sets {quote(name)}` with its sources",
+        )
+    request = decode(BuildRequest, before.request)
+    after = build_sets(store, request)
+    old = {part: ref.fingerprint for part, ref in before.blocks().items()}
+    new = {part: ref.fingerprint for part, ref in after.blocks().items()}
+    return Replayed(after, {part: old.get(part) == new[part] for part in new})
 
 
 def _shards(store: Store, collected: Collected, counts: ConceptCounts, role: str) -> list[str]:

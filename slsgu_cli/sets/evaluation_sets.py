@@ -13,7 +13,6 @@ from slsgu_cli.records.codec import encode
 from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import DataRef, Origin
 from slsgu_cli.sets.context import BuildContext, block_path, counted, file_recipe, reference
-from slsgu_cli.sets.prompt_files import read_classes, read_templates
 from slsgu_cli.sources.grammar import parse_source
 from slsgu_cli.sources.opening import RowId, fetch, scan
 from slsgu_cli.sources.prompts import (
@@ -22,6 +21,8 @@ from slsgu_cli.sources.prompts import (
     ClassList,
     class_indices,
     find_class,
+    read_classes,
+    read_templates,
 )
 from slsgu_cli.sources.reader import Columns, Reader, Row
 from slsgu_cli.store.blocks import BlockWriter, DataBlock, block_writer

@@ -5,8 +5,8 @@ from typing import Any
 
 from slsgu_cli.records.codec import digest, encode
 from slsgu_cli.records.options import BuildRequest
-from slsgu_cli.sets.prompt_files import read_classes, read_templates
 from slsgu_cli.sources.opening import open_sources
+from slsgu_cli.sources.prompts import read_classes, read_templates
 from slsgu_cli.sources.reader import Columns
 
 

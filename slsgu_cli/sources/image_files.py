@@ -1,42 +1,31 @@
-"""Image files that a table names: in a folder, or anywhere by absolute paths."""
+"""Images that a table names: files in a folder, by absolute paths, or in a tar."""
 
 import errno
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import fsspec
 
 from slsgu_cli.errors import InputError
-from slsgu_cli.sources.files import base_name, file_bytes, folder_of, stamp
-from slsgu_cli.sources.reader import IMAGE_LIMIT, IMAGE_SUFFIXES, TOO_LARGE, SkippedImage
+from slsgu_cli.sources.files import base_name, file_bytes, file_identity, folder_of, stamp
+from slsgu_cli.sources.reader import (
+    IMAGE_LIMIT,
+    IMAGE_SUFFIXES,
+    TOO_LARGE,
+    Columns,
+    SkippedImage,
+)
+from slsgu_cli.sources.tar import TarSource
 
 MISSING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError)
 INVALID_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 # An image as a table stores it: its bytes, or the name of its file.
 ImageValue = bytes | str | None
-
-
-class ImageFiles(Protocol):
-    """The place where a table's image files lie."""
-
-    def where(self, name: str) -> str:
-        """Return an image's place, for messages."""
-
-    def has(self, name: str) -> bool | None:
-        """Return whether an image exists; None if only reading everything would show it."""
-
-    def names(self) -> list[str]:
-        """Return the names of all images, sorted."""
-
-    def identity(self, names: Iterable[str]) -> Any:
-        """Return JSON that changes when these images may have changed."""
-
-    def read(self, images: Iterable[tuple[int, ImageValue]]) -> Iterator[tuple[int, bytes | None]]:
-        """Yield the bytes of numbered images, None for missing ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,3 +103,61 @@ class FolderImages:
 def _file_system(folder: str) -> tuple[Any, str]:
     fs, inner = fsspec.core.url_to_fs(folder)
     return fs, str(inner).rstrip("/")
+
+
+@dataclass(frozen=True, slots=True)
+class TarImages:
+    """Images in a tar by their names, with or without suffix."""
+
+    path: str
+
+    def where(self, name: str) -> str:
+        """Return the name and the tar."""
+        return f"{name} in {self.path}"
+
+    def has(self, name: str) -> None:
+        """Return None: the whole tar would have to be read."""
+
+    def names(self) -> list[str]:
+        """Return the names of all images without suffixes, sorted."""
+        rows = TarSource(self.path, Columns(), {}).rows(Counter())
+        return sorted(_key(row.key) for row in rows if row.has_image)
+
+    def identity(self, names: Iterable[str]) -> Any:
+        """Return the tar's path, size and modification time."""
+        return file_identity(self.path)
+
+    def read(self, images: Iterable[tuple[int, ImageValue]]) -> Iterator[tuple[int, bytes | None]]:
+        """Yield images in the requested order; from a streamed tar, in its own order."""
+        values = dict(images)
+        requests: dict[str, list[int]] = {}
+        for number, name in values.items():
+            if isinstance(name, str):
+                requests.setdefault(_key(name), []).append(number)
+        shard = TarSource(self.path, Columns(), {})
+        rows = {
+            row.index: row
+            for row in shard.rows(Counter())
+            if row.has_image and _key(row.key) in requests
+        }
+        numbers = {index: requests.pop(_key(row.key), []) for index, row in rows.items()}
+        seekable = all(row.extent is not None for row in rows.values())
+        order = sorted(rows, key=lambda index: numbers[index]) if seekable else [*rows]
+        for part in [[index] for index in order] if seekable else [order]:
+            for index, data in shard.images({i: rows[i].extent for i in part}) if part else ():
+                for number in numbers[index]:
+                    yield number, data
+        for number, value in values.items():
+            if not isinstance(value, str):
+                yield number, value
+            elif number in requests.get(_key(value), ()):
+                yield number, None
+
+
+def _key(name: str) -> str:
+    """Return an image's key in a tar: its name up to the first dot."""
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    return f"{folder}{slash}{base.split('.', 1)[0]}"
+
+
+ImageFiles = FolderImages | TarImages

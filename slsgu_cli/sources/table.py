@@ -16,7 +16,7 @@ from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.sets import Origin
 from slsgu_cli.sources.files import base_name, file_identity, folder_of
 from slsgu_cli.sources.filters import Filters, RowFilters, no_column
-from slsgu_cli.sources.image_files import FolderImages, ImageFiles, ImageValue
+from slsgu_cli.sources.image_files import FolderImages, ImageFiles, ImageValue, TarImages
 from slsgu_cli.sources.reader import (
     CAPTION_FIELDS,
     LABEL_FIELDS,
@@ -28,7 +28,6 @@ from slsgu_cli.sources.reader import (
     Wanted,
 )
 from slsgu_cli.sources.tar import TarSource
-from slsgu_cli.sources.tar_images import TarImages
 from slsgu_cli.sources.texts import as_text
 
 IMAGE_FIELDS = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_bytes")

@@ -39,8 +39,8 @@ from slsgu_cli.records.studies import (
 )
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.sets.context import file_recipe
-from slsgu_cli.sets.prompt_files import read_classes, read_templates
 from slsgu_cli.sources.opening import open_sources
+from slsgu_cli.sources.prompts import read_classes, read_templates
 from slsgu_cli.sources.reader import Columns
 from slsgu_cli.store.artifacts import (
     SWEPT,

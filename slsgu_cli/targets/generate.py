@@ -23,8 +23,7 @@ from slsgu_cli.records.targets import (
     Generation,
     PromptResult,
 )
-from slsgu_cli.sets.prompt_files import read_classes, read_templates
-from slsgu_cli.sources.prompts import DEFAULT_TEMPLATES, find_class
+from slsgu_cli.sources.prompts import DEFAULT_TEMPLATES, find_class, read_classes, read_templates
 from slsgu_cli.store.artifacts import Artifact, read_manifest, set_of
 from slsgu_cli.store.store import Store
 from slsgu_cli.targets.judge import (

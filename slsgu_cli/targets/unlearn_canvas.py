@@ -11,8 +11,7 @@ from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Share
 from slsgu_cli.records.targets import AnswerSet, CanvasRequest
-from slsgu_cli.sets.prompt_files import read_classes
-from slsgu_cli.sources.prompts import find_class
+from slsgu_cli.sources.prompts import find_class, read_classes
 from slsgu_cli.store.store import Store
 from slsgu_cli.targets.judge import Judge, judge_specs
 from slsgu_cli.targets.models import ImageJob, Pipeline, encoded, new_values, unfinished

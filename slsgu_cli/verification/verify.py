@@ -29,7 +29,7 @@ from slsgu_cli.records.verification import (
     VerifiedModel,
     VerifyRequest,
 )
-from slsgu_cli.sets.prompt_files import read_names
+from slsgu_cli.sources.prompts import read_names
 from slsgu_cli.store.artifacts import Artifact, plot_path, read_manifest, resume
 from slsgu_cli.store.store import Store
 from slsgu_cli.verification.checks.paraphrase import unused_templates

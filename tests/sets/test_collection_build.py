@@ -14,8 +14,7 @@ from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.records.options import BuildRequest, MetadataSource
 from slsgu_cli.records.sets import Concept, DownloadOptions, Origin
 from slsgu_cli.sets import collection
-from slsgu_cli.sets.build import build_many, build_sets, require_all
-from slsgu_cli.sets.replay import replay
+from slsgu_cli.sets.build import build_many, build_sets, replay, require_all
 from slsgu_cli.sets.requests import with_collection
 from slsgu_cli.store.artifacts import Artifact, verify
 from slsgu_cli.store.blocks import DataBlock

@@ -12,9 +12,9 @@ from slsgu_cli.figures.sheets import contact_sheet
 from slsgu_cli.records.codec import decode
 from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import Origin
+from slsgu_cli.sets.build import replay
 from slsgu_cli.sets.dropped_rows import drop, drop_from_set, hashes, read_keys
 from slsgu_cli.sets.inspection import inspect_set, top_words
-from slsgu_cli.sets.replay import replay
 from slsgu_cli.store.artifacts import Artifact, read_pointer
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.catalog import Standing, entries

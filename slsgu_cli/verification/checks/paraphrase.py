@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.verification import Check, Finding, Settings, Variant
-from slsgu_cli.sets.prompt_files import read_templates
+from slsgu_cli.sources.prompts import read_templates
 from slsgu_cli.store.artifacts import read_manifest
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
