@@ -38,11 +38,8 @@ class BuildContext:
         size = [spec.height, spec.width]
         return [*size, spec.interpolation, spec.resize_mode, spec.fill_color]
 
-    def existing_block(self, path: str, *, again: bool = False) -> DataBlock | None:
-        """Return the earlier block at `path`; None if it is missing or damaged.
-
-        The second call for a block, with `again`, does not repeat the warning about damage.
-        """
+    def existing_block(self, path: str) -> DataBlock | None:
+        """Return the earlier block at `path`; None if it is missing or damaged."""
         if not self.store.exists(path):
             return None
         try:
@@ -50,8 +47,7 @@ class BuildContext:
         except MissingError:
             return None
         except InputError as error:
-            if not again:
-                progress.warn(f"{error.message}; it is built again")
+            progress.warn(f"{error.message}; it is built again")
             return None
 
 

@@ -119,7 +119,7 @@ def build_eval(context: BuildContext, plan: EvalPlan) -> DataRef:
     if block is None:
         with held(context.store, plan.path, what=title):
             # Another process may have built it in the meantime.
-            block = context.existing_block(plan.path, again=True)
+            block = context.existing_block(plan.path)
             if block is None:
                 block, built = _write(context, plan, title), True
     if not built:

@@ -304,18 +304,15 @@ def build_pairs(
     # Without an avoided image the block is the same for every concept, and so is its path.
     plain, avoiding = block_path(recipe), block_path(recipe | {"avoid": avoided})
     paths = (avoiding, plain) if avoid else (plain,)
-    existing = _existing_block(context, paths, avoid)
-    if existing is None:
-        with held(context.store, plain, what=f"{role} rows"):
-            # Another process may have built it in the meantime.
-            existing = _existing_block(context, paths, avoid, again=True)
-            if existing is None:
-                rows = DecodedRows(context, selection, candidates, avoid)
-                path = _write(rows, recipe, plain=plain, avoiding=avoiding)
-                block = DataBlock.at(context.store, path)
-    if existing is not None:
-        path, block = existing
-        progress.note(f"{role}: reusing {block.rows} decoded rows")
+    with held(context.store, plain, what=f"{role} rows"):
+        existing = _existing_block(context, paths, avoid)
+        if existing is not None:
+            path, block = existing
+            progress.note(f"{role}: reusing {block.rows} decoded rows")
+        else:
+            rows = DecodedRows(context, selection, candidates, avoid)
+            path = _write(rows, recipe, plain=plain, avoiding=avoiding)
+            block = DataBlock.at(context.store, path)
     refused = selection.refused + Counter(block.attributes["refused"])
     if role == "forget":
         used = block.rows + sum(block.attributes["refused"].values())
@@ -341,11 +338,11 @@ def _recipe(
 
 
 def _existing_block(
-    context: BuildContext, paths: Sequence[str], avoid: frozenset[bytes], *, again: bool = False
+    context: BuildContext, paths: Sequence[str], avoid: frozenset[bytes]
 ) -> tuple[str, DataBlock] | None:
     """Return path and block of an earlier build, if the block has no image to avoid."""
     for path in paths:
-        block = context.existing_block(path, again=again)
+        block = context.existing_block(path)
         if block and avoid.isdisjoint(row.tobytes() for row in block.source_digests):
             return path, block
     return None

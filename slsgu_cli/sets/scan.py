@@ -23,7 +23,7 @@ from slsgu_cli.sources.concept_index import ConceptIndex, Prefilter
 from slsgu_cli.sources.filters import no_column
 from slsgu_cli.sources.formats import reader_class
 from slsgu_cli.sources.matching import matcher
-from slsgu_cli.sources.parquet import open_parquet, text_batches
+from slsgu_cli.sources.parquet import group_sizes, open_parquet, text_batches
 from slsgu_cli.sources.reader import CAPTION_FIELDS
 from slsgu_cli.sources.table import usual_column
 from slsgu_cli.sources.text_table import TextTable
@@ -223,8 +223,8 @@ def _groups(path: str) -> list[RowGroup]:
             "name images that you already have with --source",
         )
     with open_parquet(path) as file:
-        schema, groups, start = tuple(file.schema.names), list[RowGroup](), 0
-        for group, rows in enumerate(file.rows):
+        schema, groups, start = tuple(file.schema_arrow.names), list[RowGroup](), 0
+        for group, rows in enumerate(group_sizes(file)):
             groups.append(RowGroup(path, group, start, rows, schema))
             start += rows
         return groups

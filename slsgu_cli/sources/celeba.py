@@ -10,7 +10,7 @@ import fsspec
 from slsgu_cli.sources.files import file_identity, folder_of
 from slsgu_cli.sources.image_list import ImageListSource
 from slsgu_cli.sources.table import TableSource
-from slsgu_cli.sources.text_table import Listing, Record, lines
+from slsgu_cli.sources.text_table import Listing, Record
 
 NAME = r"identity_celeba\w*\.txt"
 PARTITION = ("list_eval_partition.txt", "../Eval/list_eval_partition.txt")
@@ -49,7 +49,7 @@ class CelebASource(ImageListSource):
 def _with_splits(rows: Iterable[Record], partition: str) -> Iterator[Record]:
     splits: dict[str, str | None] = {}
     with fsspec.open(partition, "r", encoding="utf-8-sig", errors="replace") as file:
-        for line in lines(file):
+        for line in file:
             image, _, number = line.strip().rpartition(" ")
             splits[image.strip()] = SPLITS.get(number)
     for row in rows:

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any, ClassVar
 
 from slsgu_cli.sources.reader import TOO_LARGE
-from slsgu_cli.sources.text_table import RAGGED, Listing, Record, TextTable, lines
+from slsgu_cli.sources.text_table import RAGGED, Listing, Record, TextTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class CsvSource(TextTable):
 
     def listing(self, file: Any) -> Listing:
         """Return the columns in the first line, and the rows in the others."""
-        return csv_listing(lines(file))
+        return csv_listing(file)
 
 
 def csv_listing(text: Iterable[str]) -> Listing:

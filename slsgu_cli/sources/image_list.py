@@ -10,7 +10,7 @@ from slsgu_cli.errors import InputError
 from slsgu_cli.sources.csv_table import csv_listing, header_names
 from slsgu_cli.sources.reader import IMAGE_SUFFIXES
 from slsgu_cli.sources.table import IMAGE_FIELDS, PATH_FIELDS, usual_column
-from slsgu_cli.sources.text_table import RAGGED, Listing, Record, TextTable, lines
+from slsgu_cli.sources.text_table import RAGGED, Listing, Record, TextTable
 
 IMAGE_LINE = re.compile(
     rf"(.+?\.(?:{'|'.join(sorted(IMAGE_SUFFIXES))}))(?:[\s,]+(.*))?", re.IGNORECASE
@@ -26,9 +26,8 @@ class ImageListSource(TextTable):
 
     def listing(self, file: Any) -> Listing:
         """Return the columns and the rows, by the form of the first line."""
-        text = lines(file)
-        first = next(text, "")
-        text = chain([first], text)
+        first = next(file, "")
+        text = chain([first], file)
         if usual_column(header_names(first), (*IMAGE_FIELDS, *PATH_FIELDS)) is not None:
             return csv_listing(text)
         stripped = filter(None, map(str.strip, text))

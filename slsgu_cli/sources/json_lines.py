@@ -9,7 +9,6 @@ from slsgu_cli.sources.text_table import (
     Listing,
     Record,
     TextTable,
-    lines,
     self_describing,
 )
 
@@ -23,7 +22,7 @@ class JsonLinesSource(TextTable):
 
     def listing(self, file: Any) -> Listing:
         """Return the fields of the first lines, and a row for each line."""
-        return self_describing(map(_parse, filter(str.strip, lines(file))))
+        return self_describing(map(_parse, filter(str.strip, file)))
 
 
 def _parse(line: str) -> Record:

@@ -12,8 +12,6 @@ from slsgu_cli.sources.reader import TEXT_LIMIT, TOO_LARGE
 from slsgu_cli.sources.table import Header, Records, TableSource
 from slsgu_cli.sources.texts import as_text
 
-# The most bytes of a line.
-LINE_LIMIT = 1 << 20
 # The number of first rows that give the columns of a file without a header.
 SAMPLED_ROWS = 100
 RAGGED, NO_OBJECT = "not a value for each column", "not a JSON object"
@@ -51,12 +49,6 @@ class TextTable(TableSource):
     def _open_listing(self) -> Iterator[Listing]:
         with opened(self.path, "r", encoding="utf-8-sig", errors="replace", newline="") as file:
             yield self.listing(file)
-
-
-def lines(file: Any) -> Iterator[str]:
-    """Yield the lines of a file, splitting those that are too long."""
-    while line := file.readline(LINE_LIMIT):
-        yield line
 
 
 def self_describing(rows: Iterator[Record]) -> Listing:

@@ -103,22 +103,11 @@ def test_tables(tmp_path_factory, edits, cut, name):
         assert len(list(source.images({row.index: None for row in rows} or {0: None}))) <= 9
 
 
-def with_checksums(data: bytes) -> bytes:
-    """Return blocks with the checksum of each header put right, so that the header is read."""
-    blocks = [data[start : start + 512] for start in range(0, len(data), 512)]
-    for number, block in enumerate(blocks):
-        if len(block) == 512 and (block[257:262] == b"ustar"):
-            blank = block[:148] + b" " * 8 + block[156:]
-            blocks[number] = blank[:148] + b"%06o\0 " % sum(blank) + blank[156:]
-    return b"".join(blocks)
-
-
 @fuzzed
-@given(changes, cuts, st.booleans(), st.sampled_from(["a.tar", "a.tgz"]))
-def test_shards(tmp_path_factory, edits, cut, mended, name):
+@given(changes, cuts, st.sampled_from(["a.tar", "a.tgz"]))
+def test_shards(tmp_path_factory, edits, cut, name):
     path = tmp_path_factory.getbasetemp() / name
-    data = damaged(SHARD, edits, cut)
-    path.write_bytes(with_checksums(data) if mended else data)
+    path.write_bytes(damaged(SHARD, edits, cut))
     source = TarSource(str(path), Columns(), {})
     with suppress(SlsguError):
         rows = list(source.rows(Counter()))

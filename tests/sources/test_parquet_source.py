@@ -1,5 +1,6 @@
 from collections import Counter
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -7,7 +8,7 @@ from tiny_images import encoded, sample, write_parquet
 
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.sources.parquet import ParquetSource
-from slsgu_cli.sources.reader import Columns
+from slsgu_cli.sources.reader import IMAGE_LIMIT, TEXT_LIMIT, TOO_LARGE, Columns
 
 
 def source(path, filters=None, **columns):
@@ -113,3 +114,33 @@ def test_damaged_files_are_refused_wherever_it_shows(tmp_path):
         list(source(path).images(dict.fromkeys(range(200))))
     with pytest.raises(MissingError):
         rows(tmp_path / "gone.parquet")
+
+
+def test_oversized_cells_are_counted(tmp_path):
+    rows = [
+        {"image": b"1", "caption": "x" * (TEXT_LIMIT + 1)},
+        {"image": bytes(IMAGE_LIMIT + 1), "caption": "a"},
+        {"image": b"2", "caption": "b"},
+    ]
+    file, skipped = source(write_parquet(tmp_path / "a.parquet", rows)), Counter()
+    assert [row.caption for row in file.rows(skipped)] == ["a", "b"]
+    assert skipped == {TOO_LARGE: 1}
+    images = dict(file.images(dict.fromkeys([1, 2])))
+    assert (images[1].reason, images[2]) == (TOO_LARGE, b"2")
+
+
+def test_the_first_value_of_a_list_is_used(tmp_path):
+    table = pa.table({"caption": [["good", "x"], ["also"], []], "image": [b"a"] * 3})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert [row.caption for row in rows(tmp_path / "a.parquet")] == ["good", "also", None]
+
+
+def test_a_remote_file_is_read_as_a_local_one(tmp_path):
+    samples = [{"image": b"%d" % n, "caption": str(n % 2)} for n in range(10)]
+    path = write_parquet(tmp_path / "a.parquet", samples, group=3)
+    remote = "memory://a.parquet"
+    fsspec.filesystem("memory").pipe("/a.parquet", (tmp_path / "a.parquet").read_bytes())
+    assert [row.caption for row in rows(remote)] == [row.caption for row in rows(path)]
+    wanted = dict.fromkeys([0, 2, 3, 9])
+    images = [(index, b"%d" % index) for index in wanted]
+    assert list(source(remote).images(wanted)) == list(source(path).images(wanted)) == images
