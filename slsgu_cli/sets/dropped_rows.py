@@ -122,7 +122,7 @@ def drop_from_set(store: Store, name: str, names: Sequence[str], *, part: str) -
 
 
 def read_keys(path: str) -> list[str]:
-    """Return the keys or hashes listed in a file, one a line. Raises InputError."""
+    """Return the keys or hashes listed in a file, one per line. Raises InputError."""
     try:
         lines = Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, ValueError) as error:

@@ -152,8 +152,8 @@ def _require_names(name: str, classes: Sequence[str]) -> None:
     raise InputError(
         f"the labels of evaluation set {name} are numbers ({some}{', ...' * (len(classes) > 4)}), "
         "not names",
-        hint=f"give their names: --classes {name}=FILE with a name a line, for 0, 1, 2, ..., or "
-        f"label<TAB>name; --classes {name}=labels if the numbers are the names",
+        hint=f"give their names: --classes {name}=FILE with one name per line, for 0, 1, 2, ..., "
+        f"or label<TAB>name; --classes {name}=labels if the numbers are the names",
     )
 
 

@@ -35,7 +35,7 @@ def file_bytes(fs: Any, path: str, where: str) -> bytes | None:
 
 
 def file_identity(path: str) -> list[Any]:
-    """Return a file's path, size and modification time, as far as its file system knows them."""
+    """Return a file's path, size and modification time; empty where its file system has none."""
     fs, inner = fsspec.core.url_to_fs(path)
     return [path, *stamp(fs.info(inner))]
 

@@ -1,4 +1,4 @@
-"""Text files with an image and its label a line, or only a label for each image in order."""
+"""Text files with an image and its label per line, or only a label per line, in image order."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -43,13 +43,13 @@ class ImageListSource(TextTable):
         if all(label.isdecimal() for label in labels):
             raise InputError(
                 f"{self.path} has only numbers, and no image names",
-                hint="the development kit's numbers have their own order: give a file with the "
-                "name of an ImageNet folder a line (n01440764), or with image and label a line",
+                hint="the development kit's numbers have their own order: give a file with one "
+                "ImageNet folder name (n01440764), or one image and its label, per line",
             )
         names = self._files().names()
         if len(names) != len(labels):
             raise InputError(
                 f"{self.path} has {len(labels)} labels for {len(names)} images",
-                hint="give a line for each image, or lines with image and label",
+                hint="write one line per image, or lines with image and label",
             )
         yield from ({"image": n, "label": la} for n, la in zip(names, labels, strict=True))

@@ -1,4 +1,4 @@
-"""JSON lines: one object a line."""
+"""JSON lines: one object per line."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from slsgu_cli.sources.text_table import (
 
 @dataclass(frozen=True, slots=True)
 class JsonLinesSource(TextTable):
-    """A file with a JSON object a line."""
+    """A file with one JSON object per line."""
 
     description: ClassVar[str] = "JSON lines"
     suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".ndjson")

@@ -44,7 +44,7 @@ def fetch(
 ) -> Iterator[tuple[RowId, bytes | None]]:
     """Yield ((file number, row index), encoded image) of the requested rows: the second pass.
 
-    Files come in order, each with its rows; `wanted` has their extents as far as known.
+    Files come in order, each with its rows; `wanted` maps them to their extents, if known.
     """
     files: list[dict[int, Extent | None]] = [{} for _ in readers]
     for (number, index), extent in wanted.items():
@@ -89,10 +89,9 @@ def _open_folder(path: str, columns: Columns, filters: Filters) -> list[Reader]:
     for kind in READERS:
         if kind.in_folders and (files := [name for name in names if kind.recognises(name)]):
             return open_all(files)
-    splits = [name for name in names if name in SPLITS and _has_table(f"{path}/{name}")]
+    splits = [
+        name
+        for name in names
+        if name in SPLITS and any(fs.exists(f"{inner}/{name}/{table}") for table in METADATA)
+    ]
     return open_all(splits) if splits else [FolderSource(path, filters)]
-
-
-def _has_table(folder: str) -> bool:
-    fs, inner = fsspec.core.url_to_fs(folder)
-    return any(fs.exists(f"{inner}/{name}") for name in METADATA)

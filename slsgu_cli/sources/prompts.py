@@ -32,17 +32,8 @@ class ClassList:
     origin: str
 
 
-def builtin_classes(name: str) -> ClassList | None:
-    """Return a built-in list of classes; None if the labels themselves are the names."""
-    if name in FROM_LABELS:
-        return None
-    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
-
-    return ClassList(tuple(IMAGENET_CLASSNAMES), None, name)
-
-
 def parse_classes(text: str, origin: str) -> ClassList:
-    """Read one class name a line, or `label<TAB>name`. Raises InputError naming the line."""
+    """Read one class name per line, or `label<TAB>name`. Raises InputError naming the line."""
     names: dict[str, int] = {}
     labels: dict[str, int] = {}
     filled = _filled_lines(text)
@@ -51,7 +42,7 @@ def parse_classes(text: str, origin: str) -> ClassList:
         content = f"{tabbed} of {len(filled)} lines have a tab" if filled else "it is empty"
         raise InputError(
             f"{origin} is not a list of classes: {content}",
-            hint="one class name a line, or label<TAB>name on every line",
+            hint="one class name per line, or label<TAB>name on every line",
         )
     for number, line in filled:
         label, _, name = (part.strip() for part in line.rpartition("\t"))
@@ -63,15 +54,25 @@ def parse_classes(text: str, origin: str) -> ClassList:
 
 def read_classes(name: str) -> ClassList | None:
     """Return a built-in list of classes or that of a file; None if labels are the names."""
-    if name in CLASS_NAMES:
-        return builtin_classes(name)
+    if name in FROM_LABELS:
+        return None
+    if name == "imagenet":
+        from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+
+        return ClassList(tuple(IMAGENET_CLASSNAMES), None, name)
     return parse_classes(_text(name, "--classes", CLASS_NAMES), name)
 
 
 def read_templates(name: str) -> tuple[str, ...]:
-    """Return built-in templates, or those of a file."""
+    """Return built-in templates or those of a file, as texts with one `{}` each."""
+    if name == "celeba":
+        return ("{}.",)
     if name in TEMPLATE_NAMES:
-        return builtin_templates(name)
+        from open_clip import zero_shot_metadata
+
+        simple = zero_shot_metadata.SIMPLE_IMAGENET_TEMPLATES
+        full = zero_shot_metadata.OPENAI_IMAGENET_TEMPLATES
+        return tuple(str(template(SLOT)) for template in (full if name == "imagenet" else simple))
     return parse_templates(_text(name, "--templates", TEMPLATE_NAMES), name)
 
 
@@ -120,18 +121,8 @@ def find_class(names: Sequence[str], concept: str) -> int | None:
     return next((index for index, name in enumerate(names) if _same(name) == wanted), None)
 
 
-def builtin_templates(name: str) -> tuple[str, ...]:
-    """Return built-in templates as texts with one `{}` each."""
-    from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
-
-    if name == "celeba":
-        return ("{}.",)
-    source = OPENAI_IMAGENET_TEMPLATES if name == "imagenet" else SIMPLE_IMAGENET_TEMPLATES
-    return tuple(str(template(SLOT)) for template in source)
-
-
 def parse_templates(text: str, origin: str) -> tuple[str, ...]:
-    """Read one template a line, each with exactly one `{}`. Raises InputError naming the line."""
+    """Read one template per line, each with exactly one `{}`. Raises InputError naming the line."""
     templates = _filled_lines(text)
     for number, line in templates:
         if line.count(SLOT) != 1:
@@ -151,7 +142,7 @@ def _filled_lines(text: str) -> list[tuple[int, str]]:
 
 
 def parse_names(text: str, origin: str) -> tuple[tuple[str, str], ...]:
-    """Read other names of a concept, one a line, each with its kind. Raises InputError.
+    """Read other names of a concept, one per line, each with its kind. Raises InputError.
 
     A line that begins with # gives the kind of the names below it, such as `# German`.
     """
@@ -162,7 +153,7 @@ def parse_names(text: str, origin: str) -> tuple[tuple[str, str], ...]:
         elif line:
             names.append((kind, line))
     if not names:
-        raise InputError(f"{origin} contains no names", hint="write one a line")
+        raise InputError(f"{origin} contains no names", hint="write one per line")
     return tuple(dict.fromkeys(names))
 
 

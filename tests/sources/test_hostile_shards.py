@@ -1,6 +1,5 @@
 """Damaged and oversized members of a shard are counted, and whole samples are read."""
 
-import bz2
 import gzip
 import json
 import lzma
@@ -62,7 +61,6 @@ SHARDS = {
         {TOO_LARGE: 1},
     ),
     "long caption in gzip": ("tgz", gzip.compress(LONG_CAPTION), ["good"], {TOO_LARGE: 1}),
-    "long caption in bz2": ("tar.bz2", bz2.compress(LONG_CAPTION), ["good"], {TOO_LARGE: 1}),
     "long caption in xz": ("tar.xz", lzma.compress(LONG_CAPTION), ["good"], {TOO_LARGE: 1}),
     "image of 65 MiB": (
         "tar",

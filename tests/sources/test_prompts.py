@@ -3,34 +3,34 @@ from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TE
 
 from slsgu_cli.errors import InputError
 from slsgu_cli.sources.prompts import (
-    builtin_classes,
-    builtin_templates,
     class_indices,
     find_class,
     parse_classes,
     parse_templates,
+    read_classes,
+    read_templates,
 )
 
 
-def test_builtin_templates_are_those_of_open_clip():
-    templates = builtin_templates("imagenet")
+def test_read_templates_are_those_of_open_clip():
+    templates = read_templates("imagenet")
     assert len(templates) == 80
     assert all(t.count("{}") == 1 for t in templates)
     said = [template("tench") for template in OPENAI_IMAGENET_TEMPLATES]
     assert [t.format("tench") for t in templates] == said
-    assert len(builtin_templates("imagenet-simple")) == 7
-    assert builtin_templates("celeba") == ("{}.",)
+    assert len(read_templates("imagenet-simple")) == 7
+    assert read_templates("celeba") == ("{}.",)
 
 
 def test_without_a_list_labels_are_the_names():
     names, index = class_indices(None, {"dog", "elon_musk", "cat"})
     assert names == ("cat", "dog", "elon musk")
     assert index == {"cat": 0, "dog": 1, "elon_musk": 2}
-    assert builtin_classes("celeba") is None
+    assert read_classes("celeba") is None
 
 
 def test_imagenet_by_index_name_and_folder():
-    imagenet = builtin_classes("imagenet")
+    imagenet = read_classes("imagenet")
     assert imagenet.names == tuple(IMAGENET_CLASSNAMES)
     assert class_indices(imagenet, {"0", "999", "1000"})[1] == {"0": 0, "999": 999}
     assert class_indices(imagenet, {"Goldfish", "nonsense"})[1] == {"Goldfish": 1}
