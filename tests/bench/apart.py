@@ -1,4 +1,4 @@
-"""Commands in processes of their own, timed, with the most memory that they took."""
+"""Run `slsgu` commands in separate processes, and measure their time and peak memory."""
 
 import json
 import subprocess
@@ -6,27 +6,27 @@ import sys
 import time
 from pathlib import Path
 
-# Runs the command line, and tells on stderr what memory it took.
+# Runs the command line and prints its peak memory to stderr.
 RUN = f"""
 import atexit, sys
 sys.path.append({str(Path(__file__).parent)!r})
 import apart
 apart.time_digests()
-atexit.register(apart.tell)
+atexit.register(apart.print_usage)
 from slsgu_cli.__main__ import main
 main()
 """
 
 
-# The seconds that this process spent on the digests of artifacts.
+# Seconds that this process has spent on digests of artifacts.
 DIGESTS = [0.0]
 
-# Whether one is under way: comparing one makes another.
+# Non-empty while a digest is computed: comparing one computes another.
 BUSY = []
 
 
 def time_digests() -> None:
-    """Count what the digests of artifacts take, as they are made and compared."""
+    """Measure the time spent on computing and comparing digests of artifacts."""
     from slsgu_cli.records import codec
     from slsgu_cli.store import digests
 
@@ -50,9 +50,9 @@ def _timed(digest):
 
 
 def command(*words: str) -> tuple[float, dict[str, float], float]:
-    """Run `slsgu` with these words.
+    """Run `slsgu` with these arguments.
 
-    Return its seconds, peak memory in kB by its kind, and the seconds that digests took.
+    Return its seconds, its peak memory in kB by kind, and the seconds spent on digests.
     """
     start = time.perf_counter()
     line = [sys.executable, "-c", RUN, *words]
@@ -60,22 +60,22 @@ def command(*words: str) -> tuple[float, dict[str, float], float]:
     seconds = time.perf_counter() - start
     if done.returncode:
         raise SystemExit(done.stderr)
-    peak, digests = json.loads(done.stderr.rpartition("TOLD ")[2])
+    peak, digests = json.loads(done.stderr.rpartition("USAGE ")[2])
     return seconds, peak, digests
 
 
-def tell() -> None:
-    """Print what memory this process took at most, its tensors on a GPU, and its digests' time."""
+def print_usage() -> None:
+    """Print the peak memory of this process and of its GPU tensors, and the time of digests."""
     peak = {"process": peak_memory()}
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():
         peak["GPU"] = torch.cuda.max_memory_allocated() / 1024
-    print("TOLD", json.dumps([peak, DIGESTS[0]]), file=sys.stderr)
+    print("USAGE", json.dumps([peak, DIGESTS[0]]), file=sys.stderr)
 
 
 def peak_memory() -> int:
-    """Return the most kB that this process had in memory.
+    """Return the peak memory of this process in kB.
 
-    Not getrusage: its peak begins at what the parent had.
+    The peak of getrusage would start at the memory of the parent.
     """
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])

@@ -11,7 +11,9 @@ them, on the validation images. `ours+leace` is our edit after LEACE of the imag
 that the attack tried on `ours`. The result of a method is written as a checkpoint and verified
 as by `slsgu verify --model`. All figures are of test images. A cell has the mean over concepts,
 after the slash that of the control, and in brackets the difference with the 95% interval of a
-bootstrap over concepts. Run the script on the same store again to resume it.
+bootstrap over concepts. A last table pools the test images of all concepts: FA@1 and FA@5 as
+counts with exact 95% intervals, and the mean loss of accuracy on the other classes with the
+95% interval of a bootstrap over concepts. Run the script on the same store again to resume it.
 """
 
 import argparse
@@ -39,6 +41,7 @@ from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
 from slsgu_cli.records.comparison import CLIP_METHODS, CompareOptions, Method
 from slsgu_cli.records.directions import Direction
+from slsgu_cli.records.figures import Accuracy, Share
 from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import LOCAL, ModelSpec
 from slsgu_cli.records.verification import Check, VerifiedModel, VerifyRequest
@@ -174,6 +177,7 @@ def main() -> None:
     concepts = heldout.draw(options.concepts, options.seed)
     print(f"seed {options.seed}: {', '.join(concepts)}")
     cells: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    forget: dict[str, list[Accuracy]] = defaultdict(list)
     for name in concepts:
         store = Store(str(folder / "store"))
         heldout.prepared(store, demo_request(name))
@@ -192,15 +196,18 @@ def main() -> None:
                 model = with_edit(folder, name, model)
             request = VerifyRequest(model=model, edits=edits, checks=options.checks)
             original, other = verify(store, name, request).models
-            found = figures(original, original if method == "original" else other)
+            model_after = original if method == "original" else other
+            (baseline_after,) = model_after.finding(Check.BASELINE).variants
+            forget[method].append(baseline_after.forget)
             columns: dict[str, list[tuple[float, float]]] = defaultdict(list)
-            for column, figure, control in found:
+            for column, figure, control in figures(original, model_after):
                 columns[column].append((figure, control))
             for column, each in columns.items():
                 cells[method][column].append(max(each))
             line = ", ".join(f"{column} {max(each)[0]:.1f}" for column, each in columns.items())
             print(f"# {name}: {method} done: {line}", flush=True)
     show(cells)
+    show_pooled(cells, forget)
 
 
 def show(cells: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
@@ -216,6 +223,35 @@ def show(cells: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
         print("\t".join(words))
 
 
+def show_pooled(
+    cells: dict[str, dict[str, list[tuple[float, float]]]], forget: dict[str, list[Accuracy]]
+) -> None:
+    """Print a line for each method: FA of all test images, and the mean losses of accuracy."""
+    lost = [column for column in next(iter(cells.values())) if column.endswith(" lost")]
+    header = ["method", "FA@1", "95% interval", "FA@5", "95% interval"]
+    print("\n" + "\t".join([*header, *(f"{column}, points" for column in lost)]))
+    for method, accuracies in forget.items():
+        top1 = pooled([(each.top1, each.rows) for each in accuracies])
+        top5 = pooled([(each.top5, each.rows) for each in accuracies])
+        words = [method]
+        for share in (top1, top5):
+            low, high = share.interval
+            words.append(f"{share.count} of {share.total} ({share.percent or 0:.1f}%)")
+            words.append(f"{low:.1f} to {high:.1f}")
+        for column in lost:
+            points = np.array([figure for figure, _ in cells[method][column]])
+            low, high = bootstrap(points)
+            shown = f"{points.mean():.2f} ({low:.2f} to {high:.2f})"
+            words.append("" if method == "original" else shown)
+        print("\t".join(words))
+
+
+def pooled(percents: list[tuple[float, int]]) -> Share:
+    """Return the share over all concepts, given the percent and images of each."""
+    shares = [Share.of(percent, total) for percent, total in percents]
+    return Share(sum(share.count for share in shares), sum(share.total for share in shares))
+
+
 def added(values: list[tuple[float, float]]) -> str:
     """Return the mean difference to the controls, with a 95% interval.
 
@@ -224,9 +260,15 @@ def added(values: list[tuple[float, float]]) -> str:
     points = np.array([figure - control for figure, control in values])
     if not len(points) or np.isnan(points).any():
         return ""
+    low, high = bootstrap(points)
+    return f"({points.mean():+.1f}, {low:+.1f} to {high:+.1f})"
+
+
+def bootstrap(points: np.ndarray) -> tuple[float, float]:
+    """Return the 95% interval of the mean from a seeded bootstrap over concepts."""
     drawn = np.random.default_rng(0).integers(0, len(points), (DRAWS, len(points)))
     low, high = np.percentile(points[drawn].mean(axis=1), [2.5, 97.5])
-    return f"({points.mean():+.1f}, {low:+.1f} to {high:+.1f})"
+    return float(low), float(high)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Models with random weights and sets of random rows, for measuring speed and memory.
 
-Neither depends on what the weights are, but for one thing: a random tower maps everything
-to nearly one feature, and a search that leaves off where accuracy is lost would find none
-to lose. So the last norm of each tower is centred. Images are smooth noise, so that no two
-are alike. Captions have the lengths of web captions: log-normal, median 14 tokens, cut at
-the context. Labels are mostly the model's own predictions, so that accuracies start high
+Speed and memory do not depend on the weights, with one exception: a random tower maps all
+inputs to nearly the same feature, and a search that stops where accuracy is lost would find
+none to lose. So the last norm of each tower is centred. Images are smooth noise and differ from
+each other. Captions have the lengths of web captions: log-normal, median 14 tokens, cut at
+the context. Most labels are the model's own predictions, so that accuracies start high
 and the search has something to forget; captions then name the classes.
 """
 
