@@ -8,7 +8,7 @@ from typing import Any
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.configurations import OPEN_CLIP
-from slsgu_cli.checkpoints.conversion import Conversion
+from slsgu_cli.checkpoints.conversion import Conversion, OtherLayout
 from slsgu_cli.checkpoints.destinations import README, SAFETENSORS, all_files, require_place
 from slsgu_cli.checkpoints.edit_plan import patched, plan_target, require_distinct
 from slsgu_cli.checkpoints.edits import (
@@ -24,7 +24,6 @@ from slsgu_cli.checkpoints.model_copy import (
     FilePlan,
     write_copy,
 )
-from slsgu_cli.checkpoints.other_layout import OtherLayout
 from slsgu_cli.checkpoints.targets import Family, Target
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.records.options import ApplyOptions
@@ -166,7 +165,7 @@ def _converted_copy(
     (weights,) = edited.values()
 
     current = patched(weights, {path: plan.values for path, plan in plans.items()})
-    conversion = Conversion(weights, layout.names, layout.towers, current, layout.optional)
+    conversion = Conversion(weights, layout, current)
     changes = [change for path in weights.files if path in plans for change in plans[path].changes]
     return CopyPlan(
         out,

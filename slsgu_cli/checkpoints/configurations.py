@@ -1,14 +1,13 @@
 """Configuration files of models, read as JSON."""
 
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.codec import parse_json
 
 CONFIG, PIPELINE, OPEN_CLIP = "config.json", "model_index.json", "open_clip_config.json"
-SHARDS = "*.index.json"
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
@@ -38,23 +37,3 @@ def read_config(path: Path) -> dict[str, Any]:
 def config_of(path: Path) -> dict[str, Any]:
     """Return the content of a configuration file, or an empty object if it does not exist."""
     return read_config(path) if path.is_file() else {}
-
-
-def require_inside(folder: Path) -> None:
-    """Refuse a model whose shard indices name files outside its folder. Raises InputError.
-
-    Other libraries would read those files, also from a copy.
-    """
-    for path in sorted([*folder.glob(SHARDS), *folder.glob(f"*/{SHARDS}")]):
-        shards = read_config(path).get("weight_map", {})
-        for shard in sorted(map(str, shards.values())) if isinstance(shards, dict) else ():
-            require_name_inside(path, shard)
-
-
-def require_name_inside(path: Path, name: str) -> None:
-    """Refuse a file that names another one outside its folder."""
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
-        raise InputError(
-            f"{path} names {name!r}, which is outside the model's folder",
-            hint="get the model from a source that you trust",
-        )

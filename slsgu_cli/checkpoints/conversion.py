@@ -1,8 +1,9 @@
-"""A model's weights brought into another layout, to be written into one file."""
+"""Layouts other than the model's own, and the conversion of its weights."""
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -31,19 +32,35 @@ _NOT_TEXT = re.compile(r"(.*\.)?(visual|vision_model|visual_projection|logit_sca
 
 
 @dataclass(frozen=True, slots=True)
+class OtherLayout:
+    """Another layout to write a model in, for a `client`.
+
+    All weights of `towers` go into one `file`, next to other `files` and `texts`; the name "" means
+    that this file is the whole copy. `names` is the naming scheme of the model's tensors, and
+    `weights` is the copy to read: None for the edited one. Layers in `optional` may be missing.
+    """
+
+    client: str
+    file: str
+    names: NamingScheme
+    towers: tuple[TowerPlace, ...]
+    weights: Path | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Conversion:
     """A model's weights converted to another layout, to be written into one file.
 
-    `names` is the naming scheme that lists its tensors, and `towers` are the places for the towers;
-    a tower without a place is left out. `current` reads a stored tensor with the edits applied.
-    Layers in `optional` may be missing.
+    Towers without a place in the `layout` are left out. `current` reads a stored tensor with the
+    edits applied.
     """
 
     weights: WeightSet
-    names: NamingScheme
-    towers: Sequence[TowerPlace]
+    layout: OtherLayout
     current: Callable[[str], Raw]
-    optional: Sequence[str] = ()
 
     def tensors(self) -> list[NewTensor]:
         """Return the tensors of the file. Raises InputError if some have no place in it."""
@@ -51,7 +68,7 @@ class Conversion:
         used: set[str] = set()
         for name, (sources, places) in self._both_places().items():
             if not self.weights.holds(sources):
-                if name in self.optional:
+                if name in self.layout.optional:
                     continue
                 raise InputError(f"{self.weights.path} holds no {name}, which its layout must have")
             used |= {place.key for place in sources}
@@ -63,17 +80,17 @@ class Conversion:
     def _both_places(self) -> dict[str, tuple[Places, Places]]:
         """Return the present and the new places of each tensor, by open_clip's name."""
         both = {}
-        for tower in self.towers:
+        for tower in self.layout.towers:
             source = self.weights.tower(tower.tower)
-            for name in names(tower.tower, self.weights.blocks(source), self.names):
+            for name in names(tower.tower, self.weights.blocks(source), self.layout.names):
                 both[name] = tensor_places(name, source), tensor_places(name, tower)
-        if len(self.towers) == len(Tower):
+        if len(self.layout.towers) == len(Tower):
             keys = {canonical_name(stored): stored for stored in self.weights.owners}
-            for name in SCALES[self.names]:
+            for name in SCALES[self.layout.names]:
                 # A file may hold it as a number, or as a list of one.
                 key = keys.get(name, name)
                 axes = len(self.weights.entry(key).shape) if key in self.weights.owners else 0
-                place = SCALES[self.towers[0].scheme].get(name, TensorPlace(name))
+                place = SCALES[self.layout.towers[0].scheme].get(name, TensorPlace(name))
                 both[name] = ((TensorPlace(key, lead=-axes),), (place,))
         return both
 
@@ -81,7 +98,7 @@ class Conversion:
         """Raise InputError if the other layout has no place for a tensor."""
         left = self.weights.owners.keys() - used
         others = sorted(key for key in left if not _BUFFER.fullmatch(key))
-        if len(self.towers) < len(Tower):
+        if len(self.layout.towers) < len(Tower):
             others = [key for key in others if not _NOT_TEXT.fullmatch(key)]
         if others:
             raise InputError(

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from slsgu_cli.checkpoints.conversion import OtherLayout
 from slsgu_cli.checkpoints.layouts import SUFFIXES
-from slsgu_cli.checkpoints.other_layout import OtherLayout
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.store.atomic import PARTIAL, require_regular
 from slsgu_cli.store.copying import same_place
@@ -12,7 +12,7 @@ from slsgu_cli.text import listed
 
 
 def require_place(
-    origin: Path, out: Path, *, overwrite: bool, layout: "OtherLayout | None" = None
+    origin: Path, out: Path, *, overwrite: bool, layout: OtherLayout | None = None
 ) -> None:
     """Refuse an `out` that exists, or that is inside or around the model at `origin`.
 
@@ -49,15 +49,15 @@ def require_nothing_lost(out: Path, written: Iterable[str]) -> None:
     """
     if not out.is_dir():
         return
-    kept = set(written)
+    replaced = set(written)
     card = out / README
     if card.is_file() and OURS.encode() in card.read_bytes():
-        kept.add(README)
+        replaced.add(README)
     present = [path for path in out.rglob("*") if path.is_symlink() or not path.is_dir()]
     for path in present:
         require_regular(path)
     names = (str(path.relative_to(out)) for path in present)
-    lost = sorted(name for name in names if name not in kept and not name.startswith(PARTIAL))
+    lost = sorted(name for name in names if name not in replaced and not name.startswith(PARTIAL))
     if lost:
         raise InputError(
             f"{out} holds files that would be lost: {listed(lost)}",

@@ -81,27 +81,20 @@ class Edit:
 
     def of_rank(self, rank: int) -> "Edit":
         """Return the edit with the `rank` largest singular directions of its change only."""
-        if rank < 1:
-            raise InputError(f"an edit cannot have rank {rank}")
 
         def load(name: str) -> Floats:
             whole = self.load(name)
             if name != DELTA or whole.ndim < 2:
                 return whole
             u, s, v = np.linalg.svd(whole.reshape(len(whole), -1), full_matrices=False)
-            kept: Floats = ((u[:, :rank] * s[:rank]) @ v[:rank]).reshape(whole.shape)
-            return kept
+            truncated: Floats = ((u[:, :rank] * s[:rank]) @ v[:rank]).reshape(whole.shape)
+            return truncated
 
         return dataclasses.replace(self, load=load)
 
 
 def make_edit(header: EditHeader, *, delta: Floats, before: Floats) -> Edit:
-    """Return an edit held in memory. Raises InputError where its tensors do not fit it."""
-    if delta.shape != before.shape:
-        raise InputError(
-            f"the change of {header.layer} has shape {list(delta.shape)}, "
-            f"the layer {list(before.shape)}"
-        )
+    """Return an edit held in memory. Raises InputError if its change is not finite."""
     if not np.isfinite(delta).all():
         raise InputError(
             f"the change of {header.layer} holds values that are not finite",
@@ -411,10 +404,7 @@ class StoredLayer:
         return pairs
 
     def _before(self) -> Raw:
-        before = original_values([*self.earlier, *self.edits])
-        if before.shape != self.current.shape:
-            raise InputError(f"the edit {self.edits[0].header.name} is damaged: its shapes differ")
-        return narrow(before, self.dtype)
+        return narrow(original_values([*self.earlier, *self.edits]), self.dtype)
 
     def _require_original(self, deltas: Deltas) -> None:
         for edit in self.edits:

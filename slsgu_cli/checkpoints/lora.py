@@ -103,12 +103,12 @@ class Decomposed:
 
     def factors(self, rank: int) -> dict[str, Factors]:
         """Return the factors of each module at a rank, fp32, by its tensor's name."""
-        found = {}
+        factors = {}
         for key, (u, s, v) in self._parts.items():
             root = np.sqrt(s[:rank])
             up, down = u[:, :rank] * root, root[:, None] * v[:rank]
-            found[key] = Factors(up.astype(np.float32), down.astype(np.float32))
-        return found
+            factors[key] = Factors(up.astype(np.float32), down.astype(np.float32))
+        return factors
 
     def delta(self, rank: int) -> Floats:
         """Return the change at a rank, in open_clip's shape."""

@@ -104,8 +104,8 @@ def write_copy(
     require_nothing_lost(plan.out, [*plan.files, *plan.texts, *plan.made])
     formats = {change.dtype for file in plan.plans.values() for change in file.changes}
     loads = False
-    with ThreadPoolExecutor(1) as beside:
-        remark = beside.submit(compare, formats) if compare else None
+    with ThreadPoolExecutor(1) as pool:
+        remark = pool.submit(compare, formats) if compare else None
 
         def look(folder: Path) -> None:
             nonlocal loads

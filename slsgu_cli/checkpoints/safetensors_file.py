@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from slsgu_cli.checkpoints.number_formats import CHUNK, STORAGE, Raw, itemsize
 from slsgu_cli.checkpoints.tensor_file import TensorEntry, TensorFile, damaged
@@ -132,45 +133,21 @@ def open_safetensors(path: Path) -> SafetensorsFile:
 
     Raises InputError if the file is truncated or its header is invalid.
     """
-    with path.open("rb") as file:
-        total = os.fstat(file.fileno()).st_size
-
-        def part(start: int, end: int) -> bytes:
-            file.seek(start)
-            return file.read(end - start)
-
-        try:
-            header, base = safetensors_header(part, total)
-        except ValueError as error:
-            raise damaged(path, str(error)) from error
-    header.pop("__metadata__", None)
-    entries = [_entry(path, name, value, base) for name, value in header.items()]
-    _check_layout(path, entries, base, total)
-    return SafetensorsFile(path, entries)
-
-
-def _entry(path: Path, name: str, value: Any, base: int) -> PlacedEntry:
     try:
-        dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise damaged(path, f"the header's entry of {name} is malformed") from error
-    if not isinstance(dtype, str) or not isinstance(shape, list):
-        raise damaged(path, f"the header's entry of {name} is malformed")
-    if not all(type(count) is int and count >= 0 for count in [*shape, begin, end]):
-        raise damaged(path, f"the header's entry of {name} has invalid numbers")
-    width = itemsize(dtype)
-    nbytes = end - begin
-    if nbytes < 0 or (width is not None and math.prod(shape) * width != nbytes):
-        raise damaged(path, f"{name} ({dtype}, shape {shape}) cannot take {nbytes} bytes")
-    return PlacedEntry(name, dtype, tuple(shape), base + begin, nbytes)
+        # The library checks the header: its types, its shapes, gaps and overlaps of tensors.
+        with safe_open(path, "np"), path.open("rb") as file:
 
+            def part(start: int, end: int) -> bytes:
+                file.seek(start)
+                return file.read(end - start)
 
-def _check_layout(path: Path, entries: list[PlacedEntry], base: int, total: int) -> None:
-    """Refuse overlaps, gaps and a wrong end, as the format does."""
-    position = base
-    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
-        if entry.offset != position:
-            raise damaged(path, f"{entry.name} does not begin where the tensor before it ends")
-        position += entry.nbytes
-    if position != total:
-        raise damaged(path, f"its header describes {position} bytes, but the file has {total}")
+            header, base = safetensors_header(part, os.fstat(file.fileno()).st_size)
+    except (SafetensorError, ValueError) as error:
+        raise damaged(path, str(error)) from error
+    header.pop("__metadata__", None)
+    entries = []
+    for name, value in header.items():
+        start, end = value["data_offsets"]
+        shape = tuple(value["shape"])
+        entries.append(PlacedEntry(name, value["dtype"], shape, base + start, end - start))
+    return SafetensorsFile(path, entries)

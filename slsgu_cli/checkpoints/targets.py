@@ -14,8 +14,6 @@ from slsgu_cli.checkpoints.configurations import (
     config_of,
     kind_of,
     read_config,
-    require_inside,
-    require_name_inside,
 )
 from slsgu_cli.checkpoints.layouts import WeightSet, read_weight_set, read_weight_sets
 from slsgu_cli.checkpoints.naming_schemes import NamingScheme, TowerPlace
@@ -170,7 +168,6 @@ def read_target(path: Path) -> Target:
         return _single_file(path)
     if not path.is_dir():
         raise MissingError(f"there is no model {path}")
-    require_inside(path)
     if (path / PIPELINE).is_file():
         return _pipeline(path)
     if (path / OPEN_CLIP).is_file():
@@ -280,7 +277,11 @@ def _pipeline(folder: Path) -> Target:
             f"{kind or 'pipeline of no class'}, whose prompts are read by {reads}"
         )
     for name in index:
-        require_name_inside(folder / PIPELINE, name)
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(
+                f"{folder / PIPELINE} names {name!r}, which is outside the model's folder",
+                hint="get the model from a source that you trust",
+            )
     unread: dict[Path, str] = {}
     sets: dict[str, list[WeightSet]] = {}
     depths: dict[str, int] = {}

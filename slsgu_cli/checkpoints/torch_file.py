@@ -8,7 +8,7 @@ when such a file is opened.
 import stat
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ import numpy as np
 from slsgu_cli.checkpoints.number_formats import Raw
 from slsgu_cli.checkpoints.tensor_file import CONVERT_HINT, TensorEntry, TensorFile, damaged
 from slsgu_cli.errors import InputError
-from slsgu_cli.store.copying import BUFFER
 from slsgu_cli.text import first_lines
 
 if TYPE_CHECKING:
@@ -77,7 +76,6 @@ class TorchFile(TensorFile):
         """
         import torch
 
-        _require_checksums(self.path)
         # Changes of tensors that are mapped into memory do not reach the file.
         content, named, is_script = _load(self.path)
         for name, new in values.items():
@@ -93,10 +91,8 @@ class TorchFile(TensorFile):
     def prepared(self, patches: Mapping[str, Raw]) -> dict[str, Raw]:
         """Return what to write for new values of tensors; see `TensorFile`."""
         values = super().prepared(patches)
-        if values:
-            content, named, _ = _load(self.path)
-            for name in values:
-                _require_separate(self.path, name, named, content)
+        for name in values:
+            _require_own_storage(self.path, name, self._tensors)
         return values
 
 
@@ -174,66 +170,13 @@ def _as_array(tensor: "torch.Tensor", dtype: str) -> Raw:
     return array
 
 
-def _require_separate(
-    path: Path, name: str, named: "Mapping[str, torch.Tensor]", content: Any
-) -> None:
-    """Refuse to change a tensor whose bytes belong to another tensor too, or repeat."""
-    tensor = named[name]
-    reach = 0
-    for stride, count in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if count > 1 and stride <= reach:
-            raise InputError(f"{name} in {path} repeats its own elements", hint=CONVERT_HINT)
-        reach += stride * (count - 1)
-    others = {key: other for key, other in named.items() if key != name}
-    known = {id(each) for each in named.values()}
-    rest = [each for each in _tensors(content) if id(each) not in known]
-    shared = next((key for key, other in others.items() if _overlap(tensor, other)), None)
-    if shared is None and any(_overlap(tensor, other) for other in rest):
-        shared = "a tensor outside the state dict"
-    if shared is not None:
-        raise InputError(
-            f"{name} shares its bytes with {shared} in {path}, "
-            "so one cannot change without the other",
-            hint=CONVERT_HINT,
-        )
-
-
-def _tensors(content: Any) -> "Iterator[torch.Tensor]":
-    """Yield every tensor in nested containers."""
-    import torch
-
-    if isinstance(content, torch.Tensor):
-        yield content
-    elif isinstance(content, dict):
-        for value in content.values():
-            yield from _tensors(value)
-    elif isinstance(content, list | tuple | set):
-        for value in content:
-            yield from _tensors(value)
-
-
-def _overlap(one: "torch.Tensor", other: "torch.Tensor") -> bool:
-    (start, end), (first, last) = _span(one), _span(other)
-    return start < last and first < end
-
-
-def _span(tensor: "torch.Tensor") -> tuple[int, int]:
-    """Return the addresses of a tensor's first byte, and of the one behind its last."""
-    if not tensor.numel():
-        return 0, 0
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    last = sum((count - 1) * stride for count, stride in pairs)
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
-def _require_checksums(path: Path) -> None:
-    """Read all records and compare their checksums; PyTorch can write files without any."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                if info.CRC:
-                    with archive.open(info) as record:
-                        while record.read(BUFFER):
-                            pass
-    except zipfile.BadZipFile as error:
-        raise damaged(path, f"a checksum is wrong ({error})") from error
+def _require_own_storage(path: Path, name: str, named: "Mapping[str, torch.Tensor]") -> None:
+    """Refuse to change a tensor whose bytes another tensor may use too."""
+    storage = named[name].untyped_storage().data_ptr()
+    for other, tensor in named.items():
+        if other != name and tensor.untyped_storage().data_ptr() == storage:
+            raise InputError(
+                f"{name} shares its storage with {other} in {path}, "
+                "so one cannot change without the other",
+                hint=CONVERT_HINT,
+            )

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from slsgu_cli.checkpoints.configurations import require_inside
 from slsgu_cli.checkpoints.layouts import WeightSet, combined_fingerprint, read_weight_sets
 from slsgu_cli.checkpoints.naming_schemes import SCALES, Places, names, tensor_places
 from slsgu_cli.checkpoints.number_formats import FLOATS, Floats, values_digest, widen
@@ -76,7 +75,6 @@ def _places(weights: WeightSet) -> dict[str, Places]:
 
 
 def _preferred(folder: Path) -> WeightSet:
-    require_inside(folder)
     weight_sets, unread = read_weight_sets(folder)
     whole = [each for each in weight_sets if {place.tower for place in each.towers} == {*Tower}]
     first = [each for start in PREFERRED for each in whole if each.path.name.startswith(start)]

@@ -8,13 +8,13 @@ from typing import Any
 
 from slsgu_cli.checkpoints.apply import STANDARD_NAME
 from slsgu_cli.checkpoints.configurations import CONFIG, OPEN_CLIP, config_of
+from slsgu_cli.checkpoints.conversion import OtherLayout
 from slsgu_cli.checkpoints.destinations import README
 from slsgu_cli.checkpoints.edits import Edit
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.layouts import WeightSet
 from slsgu_cli.checkpoints.model_card import hub_id
 from slsgu_cli.checkpoints.naming_schemes import NamingScheme, TowerPlace, tensor_places
-from slsgu_cli.checkpoints.other_layout import OtherLayout
 from slsgu_cli.checkpoints.targets import Target
 from slsgu_cli.checkpoints.transformers_families import (
     CLIP,

@@ -1,7 +1,6 @@
 """Damaged, hostile and foreign checkpoint files end in a clear message."""
 
 import os
-import struct
 import zipfile
 from pathlib import Path
 
@@ -146,36 +145,14 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         header({"a": ENTRY}, b"1234567"),
         header({"a": ENTRY}, b"123456789"),
         header({"a": ENTRY | {"shape": [3]}}, b"12345678"),
-        header({"a": ENTRY | {"shape": [-2]}}, b"12345678"),
-        header({"a": ENTRY | {"shape": [True, 2]}}, b"12345678"),
-        header({"a": ENTRY | {"shape": "2"}}, b"12345678"),
-        header({"a": ENTRY | {"data_offsets": [8, 0]}}, b"12345678"),
-        header({"a": ENTRY | {"data_offsets": [0]}}, b"12345678"),
-        header({"a": ENTRY | {"data_offsets": [4, 12]}}, b"123456789012"),
         header({"a": ENTRY, "b": ENTRY}, b"12345678"),
-        header({"a": {"dtype": "F32"}}, b"12345678"),
-        header({"a": [1]}, b"12345678"),
         header({"a": ENTRY}, b"12345678", length=2**63),
-        header({"a": ENTRY}, b"12345678", length=10),
-        struct.pack("<Q", 9) + b"[1, 2, 3]",
-        struct.pack("<Q", 4) + b"{\xff\xfe}",
-        struct.pack("<Q", 60000) + b'{"a":' * 12000,
     ],
 )
 def test_headers_that_cannot_be_right(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "m.safetensors").write_bytes(data)
     with pytest.raises(InputError, match="damaged"):
         open_weights(tmp_path / "m.safetensors")
-
-
-def test_a_wrong_checksum_is_met_before_anything_is_written(tmp_path: Path) -> None:
-    source = save(state(), tmp_path / "m.pt")
-    data = bytearray(source.read_bytes())
-    data[data.index(state()["visual.proj"].numpy().tobytes())] ^= 1
-    source.write_bytes(data)
-    with pytest.raises(InputError, match="checksum"):
-        write_patched(source, tmp_path / "out.pt", {"visual.proj": np.ones((6, 5), np.float32)})
-    assert not (tmp_path / "out.pt").exists()
 
 
 def test_patches_that_do_not_fit(tmp_path: Path) -> None:
@@ -189,54 +166,3 @@ def test_patches_that_do_not_fit(tmp_path: Path) -> None:
         with pytest.raises(InputError):
             write_patched(source, out, patches)
     assert not out.exists()
-
-
-def test_a_directory_that_promises_more_than_the_file_holds(tmp_path: Path) -> None:
-    path = save({"w": torch.ones(4)}, tmp_path / "m.pt")
-    with zipfile.ZipFile(path) as archive:
-        position = archive.start_dir
-        for info in archive.infolist():
-            if info.filename.endswith("data/0"):
-                break
-            position += 46 + len(info.filename) + len(info.extra) + len(info.comment)
-    data = bytearray(path.read_bytes())
-    data[position + 20 : position + 28] = struct.pack("<2I", 1 << 20, 1 << 20)
-    path.write_bytes(data)
-    with pytest.raises(InputError):
-        open_weights(path).read("w")
-
-
-def repickled(path: Path, old: bytes, new: bytes) -> None:
-    """Replace bytes in the pickle of an archive, with checksums that are right."""
-    with zipfile.ZipFile(path) as archive:
-        records = {info.filename: archive.read(info) for info in archive.infolist()}
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in records.items():
-            if name.endswith("data.pkl"):
-                assert data.count(old) == 1
-                data = data.replace(old, new)
-            archive.writestr(name, data)
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [
-        b"K\x63\x85",  # 99 values where the storage has 5
-        b"J\xfb\xff\xff\xff\x85",  # -5 values
-    ],
-)
-def test_a_shape_that_its_storage_cannot_hold_is_refused(tmp_path: Path, shape: bytes) -> None:
-    path = tmp_path / "m.pt"
-    torch.save({"w": torch.ones(5)}, path)
-    repickled(path, b"K\x05\x85", b"K\x05\x85")
-    np.testing.assert_array_equal(open_weights(path).read("w"), np.ones(5))
-    repickled(path, b"K\x05\x85", shape)
-    with pytest.raises(InputError):
-        open_weights(path).read("w")
-
-
-def test_bytes_behind_the_last_tensor_are_refused(tmp_path: Path) -> None:
-    path = save(state(), tmp_path / "m.safetensors")
-    path.write_bytes(path.read_bytes() + b"more")
-    with pytest.raises(InputError):
-        open_weights(path)

@@ -128,23 +128,13 @@ def test_views_are_read_and_patched_in_place(tmp_path: Path, which: str) -> None
     assert torch.equal(whole, expected)
 
 
-def test_tensors_in_one_storage_can_change_apart_but_not_where_they_overlap(tmp_path: Path) -> None:
+def test_a_tensor_that_shares_its_storage_cannot_change(tmp_path: Path) -> None:
     flat = torch.arange(20.0)
-    torch.save(
-        {"a": flat[:10], "b": flat[10:], "tied": flat[10:], "wide": torch.ones(1).expand(4)},
-        tmp_path / "m.pt",
-    )
-    write_patched(tmp_path / "m.pt", tmp_path / "out.pt", {"a": np.zeros(10, np.float32)})
-    after = torch.load(tmp_path / "out.pt")
-    assert torch.equal(after["a"], torch.zeros(10)) and torch.equal(after["b"], flat[10:])
-    with pytest.raises(InputError, match="shares its bytes with tied"):
-        write_patched(tmp_path / "m.pt", tmp_path / "no.pt", {"b": np.zeros(10, np.float32)})
-    with pytest.raises(InputError, match="repeats its own elements"):
-        write_patched(tmp_path / "m.pt", tmp_path / "no.pt", {"wide": np.zeros(4, np.float32)})
-    held = torch.ones(3)
-    torch.save({"state_dict": {"a": held}, "ema": {"shadow": held[:2]}}, tmp_path / "n.pt")
-    with pytest.raises(InputError, match="outside the state dict"):
-        write_patched(tmp_path / "n.pt", tmp_path / "no.pt", {"a": np.zeros(3, np.float32)})
+    torch.save({"a": flat, "tied": flat, "alone": torch.ones(2)}, tmp_path / "m.pt")
+    write_patched(tmp_path / "m.pt", tmp_path / "out.pt", {"alone": np.zeros(2, np.float32)})
+    assert torch.equal(torch.load(tmp_path / "out.pt")["alone"], torch.zeros(2))
+    with pytest.raises(InputError, match="shares its storage with tied"):
+        write_patched(tmp_path / "m.pt", tmp_path / "no.pt", {"a": np.zeros(20, np.float32)})
     assert not (tmp_path / "no.pt").exists()
 
 
@@ -175,16 +165,6 @@ def test_torchscript_is_read_and_patched_as_it_is(tmp_path: Path) -> None:
         changed = torch.jit.load(str(tmp_path / "new.pt"))
     np.testing.assert_array_equal(changed.proj.weight.detach().numpy(), weight + 1)
     assert torch.equal(changed.proj.bias, module.proj.bias)
-
-
-def test_archives_without_checksums_are_read_and_edited(tmp_path: Path) -> None:
-    torch.serialization.set_crc32_options(False)
-    try:
-        source = save(state(), tmp_path / "m.pt")
-    finally:
-        torch.serialization.set_crc32_options(True)
-    write_patched(source, tmp_path / "out.pt", {"visual.proj": np.ones((6, 5), np.float32)})
-    assert torch.equal(torch.load(tmp_path / "out.pt")["visual.proj"], torch.ones(6, 5))
 
 
 def test_archives_of_other_zip_writers(tmp_path: Path) -> None:
@@ -255,10 +235,8 @@ def test_safetensors_need_neither_torch_nor_open_clip(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         import numpy as np
-        from slsgu_cli.checkpoints.apply import CopyPlan, FilePlan, write_copy
         from slsgu_cli.records.options import ApplyOptions
         from slsgu_cli.checkpoints.model_copy import CopyPlan, FilePlan, write_copy
-        from slsgu_cli.checkpoints.edits import ApplyOptions
         from slsgu_cli.checkpoints.layouts import file_fingerprint, open_weights
         patch = {{"visual.proj": np.ones((6, 5), "f4")}}
         for path in sorted(Path({str(tmp_path)!r}).iterdir()):
@@ -266,7 +244,7 @@ def test_safetensors_need_neither_torch_nor_open_clip(tmp_path: Path) -> None:
             plan = FilePlan(open_weights(path).prepared(patch), ())
             out = path.parent / "out" / path.name
             write_copy(CopyPlan(out, {{"": path}}, {{"": plan}}), ApplyOptions())
-        print(sorted({{"torch", "open_clip", "safetensors"}} & set(sys.modules)))
+        print(sorted({{"torch", "open_clip"}} & set(sys.modules)))
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
@@ -291,10 +269,8 @@ def test_memory_stays_flat_on_a_large_checkpoint(tmp_path: Path) -> None:
         import re
         from pathlib import Path
         import numpy as np
-        from slsgu_cli.checkpoints.apply import CopyPlan, FilePlan, write_copy
         from slsgu_cli.records.options import ApplyOptions
         from slsgu_cli.checkpoints.model_copy import CopyPlan, FilePlan, write_copy
-        from slsgu_cli.checkpoints.edits import ApplyOptions
         from slsgu_cli.checkpoints.layouts import file_fingerprint, open_weights
         path = Path({str(path)!r})
         patch = {{"layer": np.ones((1024, 1024), "f4")}}
