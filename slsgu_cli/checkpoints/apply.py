@@ -48,7 +48,7 @@ def apply_edits(
     *,
     options: ApplyOptions,
     config: Mapping[str, Any] | None = None,
-    beside: Mapping[str, Path] | None = None,
+    extra_files: Mapping[str, Path] | None = None,
     earlier: Sequence[Edit] = (),
     compare: Compare | None = None,
     check: Check | None = None,
@@ -60,7 +60,7 @@ def apply_edits(
     The edits build on `earlier` ones, which must be in place and stay unchanged.
     `out` is a folder, or for a single file also a file of the same format. With `config`,
     the content of its configuration, a single file becomes a folder in open_clip's layout,
-    which also gets the files of `beside`.
+    which also gets the `extra_files`.
     `compare` runs while files are copied, and its remark is logged before they are in place.
     `check` examines a folder in open_clip's layout before it is in place. `card` returns the model
     card of a folder. With a `layout`, the copy has that layout.
@@ -74,13 +74,13 @@ def apply_edits(
     if layout is not None:
         copy = _converted_copy(target, out, plans, layout, options)
     elif target.path.is_file():
-        copy = _file_copy(target.path, out, plans[target.path], config, beside or {})
+        copy = _file_copy(target.path, out, plans[target.path], config, extra_files or {})
     else:
         _warn_of_other_files(target, plans, options)
         relative = {str(path.relative_to(target.path)): plan for path, plan in plans.items()}
         copy = CopyPlan(out, all_files(target.path), relative)
     result = write_copy(_with_card(copy, card), options, compare, check)
-    return replace(result, readers=target.readers_beside(encoders))
+    return replace(result, readers=target.marked_readers(encoders))
 
 
 def _with_card(plan: CopyPlan, card: Card | None) -> CopyPlan:
@@ -103,7 +103,7 @@ def copy_model(
     *,
     options: ApplyOptions,
     config: Mapping[str, Any] | None = None,
-    beside: Mapping[str, Path] | None = None,
+    extra_files: Mapping[str, Path] | None = None,
     check: Check | None = None,
 ) -> AppliedResult:
     """Write a copy of a model at `out`, in the layout of `apply_edits`, without any edit.
@@ -112,7 +112,7 @@ def copy_model(
     """
     require_place(target.path, out, overwrite=options.overwrite)
     if target.path.is_file():
-        copy = _file_copy(target.path, out, FilePlan({}, ()), config, beside or {})
+        copy = _file_copy(target.path, out, FilePlan({}, ()), config, extra_files or {})
     else:
         copy = CopyPlan(out, all_files(target.path), {})
     return write_copy(copy, options, check=check)
@@ -123,7 +123,7 @@ def _file_copy(
     out: Path,
     plan: FilePlan,
     config: Mapping[str, Any] | None,
-    beside: Mapping[str, Path],
+    extra_files: Mapping[str, Path],
 ) -> CopyPlan:
     """Return the plan for one edited file: `out` is the file, or a folder for it."""
     container = open_weights(weights).container
@@ -140,7 +140,7 @@ def _file_copy(
         return CopyPlan(out, {weights.name: weights}, {weights.name: plan})
     name = STANDARD_NAME[container]
     text = json.dumps(config, indent=2) + "\n"
-    return CopyPlan(out, {**beside, name: weights}, {name: plan}, {OPEN_CLIP: text})
+    return CopyPlan(out, {**extra_files, name: weights}, {name: plan}, {OPEN_CLIP: text})
 
 
 def _converted_copy(
@@ -192,8 +192,8 @@ def _warn_of_other_files(
     known = {*target.unread, *(path for weights in sets for path in weights.files)}
     for folder in sorted({target.path, *(path.parent for path in plans)}):
         for path in sorted(set(folder.iterdir()) - known):
-            beside = folder == target.path and path.suffix in SUFFIXES and _has_tensors(path)
-            if beside or path.suffix in OTHER_FORMATS:
+            is_weights = folder == target.path and path.suffix in SUFFIXES and _has_tensors(path)
+            if is_weights or path.suffix in OTHER_FORMATS:
                 progress.warn(f"{path} was copied without the edit")
     if target.family is Family.CLIP:
         for path in sorted(target.path.glob("*/**/*")):

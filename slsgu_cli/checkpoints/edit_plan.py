@@ -60,7 +60,7 @@ def plan_target(
                 _require_earlier(target, below, edits, options)
     for path, layers in new.lacking.items():
         progress.warn(f"{path} has no {' or '.join(layers)} and was copied without the edit")
-    note = prompt_note(str(target.path), target.readers_beside(new.encoders))
+    note = prompt_note(str(target.path), target.marked_readers(new.encoders))
     if note and not options.revert:
         progress.note(note)
     return new.plans(), new.encoders

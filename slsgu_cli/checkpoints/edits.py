@@ -146,10 +146,10 @@ def load_edits(store: Store, name_or_path: str) -> list[Edit]:
         return [read_edit(store, Artifact.EDIT.path(name_or_path))]
     path = Path(name_or_path)
     if path.is_file():
-        beside = Store(str(path.parent))
+        folder = Store(str(path.parent))
         if is_lora(path):
-            return [Edit(*each, is_lora=True) for each in read_lora(beside, path.name)]
-        return [read_edit(beside, path.name)]
+            return [Edit(*each, is_lora=True) for each in read_lora(folder, path.name)]
+        return [read_edit(folder, path.name)]
     if named_as_file:
         raise MissingError(f"there is no edit file {name_or_path}")
     known = Artifact.EDIT.names(store)
@@ -216,8 +216,8 @@ def warn_of_other_encoders(edits: Sequence[Edit]) -> None:
     headers = [dataclasses.replace(edit.header, rank=None) for edit in edits]
     present = {header.name: digest(header) for header in headers}
     for edit in edits:
-        beside = edit.header.target.beside if edit.header.target else {}
-        missing = [name for name, made in sorted(beside.items()) if present.get(name) != made]
+        others = edit.header.target.beside if edit.header.target else {}
+        missing = [name for name, made in sorted(others.items()) if present.get(name) != made]
         if missing:
             progress.warn(
                 f"{edit.header.name}: searched with {', '.join(missing)} in place in another text "

@@ -143,11 +143,13 @@ def lora_tensors(
     name = _peft_tensors if layout is LoraLayout.PEFT else _kohya_tensors
     tensors: dict[str, Floats] = {}
     for prefix, modules in sorted(together.items()):
-        tensors |= name({key: _beside(parts) for key, parts in sorted(modules.items())}, prefix)
+        tensors |= name(
+            {key: _concatenated(parts) for key, parts in sorted(modules.items())}, prefix
+        )
     return tensors, LoraHeader(layout, first, tuple(listed), version=listed[0].edit.version)
 
 
-def _beside(parts: Sequence[Factors]) -> Factors:
+def _concatenated(parts: Sequence[Factors]) -> Factors:
     """Return factors for the sum of the changes of `parts`."""
     ups, downs = [one.up for one in parts], [one.down for one in parts]
     return Factors(np.concatenate(ups, axis=1), np.concatenate(downs))

@@ -88,7 +88,7 @@ class TensorPlace:
         if self.part is not None:
             layer = qkv_slice(layer, self.part)
         if self.lead:
-            return layer.reshape(_led(tuple(layer.shape), -self.lead))
+            return layer.reshape(_with_leading_axis(tuple(layer.shape), -self.lead))
         return layer.T if self.transposed else layer
 
     def rows(self, values: Any) -> Any:
@@ -101,20 +101,21 @@ class TensorPlace:
     def to_layer(self, values: Any) -> Any:
         """Return the layer's rows of this tensor in open_clip's shape."""
         if self.lead:
-            return values.reshape(_led(tuple(values.shape), self.lead))
+            return values.reshape(_with_leading_axis(tuple(values.shape), self.lead))
         return self.rows(values).T if self.transposed else self.rows(values)
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the layer's part, given the shape of this tensor."""
         if self.within is not None:
             whole = (whole[0] // len(LETTERS) * self.slices, *whole[1:])
-        return _led(whole, self.lead)[::-1] if self.transposed else _led(whole, self.lead)
+        whole = _with_leading_axis(whole, self.lead)
+        return whole[::-1] if self.transposed else whole
 
 
 Places = tuple[TensorPlace, ...]
 
 
-def _led(shape: tuple[int, ...], axes: int) -> tuple[int, ...]:
+def _with_leading_axis(shape: tuple[int, ...], axes: int) -> tuple[int, ...]:
     """Return a shape with an additional first axis of size one, or without it."""
     if axes > 0:
         return (1, *shape)
@@ -135,15 +136,16 @@ class TowerNames:
     """The names of a tower's tensors in transformers, by their names in open_clip.
 
     open_clip's names begin with `start`. Tensors `outside` the blocks are inside the tower, which
-    is called `inner`; tensors `beside` are next to it. In each of `blocks`, which transformers
-    calls `their_blocks`, open_clip fuses the weights and biases of query, key and value into one
-    tensor, `fused`, unless that is empty; all others are `modules` with a weight and a bias.
+    is called `inner`; the names of `adjacent` tensors lack that part. In each of `blocks`, which
+    transformers calls `their_blocks`, open_clip fuses the weights and biases of query, key and
+    value into one tensor, `fused`, unless that is empty; all others are `modules` with a weight
+    and a bias.
     """
 
     start: str
     inner: str
     outside: Mapping[str, TensorPlace]
-    beside: Mapping[str, TensorPlace] = field(default_factory=dict)
+    adjacent: Mapping[str, TensorPlace] = field(default_factory=dict)
     blocks: str = "transformer.resblocks"
     their_blocks: str = "encoder.layers"
     fused: str = "attn.in_proj_{}"
@@ -155,12 +157,12 @@ class TowerNames:
         modules = (*fused, *(f"{module}.{{}}" for module in self.modules))
         inside = [module.format(kind) for module in modules for kind in ("weight", "bias")]
         in_blocks = [f"{self.blocks}.{block}.{name}" for block in range(blocks) for name in inside]
-        return [self.start + name for name in (*self.outside, *self.beside, *in_blocks)]
+        return [self.start + name for name in (*self.outside, *self.adjacent, *in_blocks)]
 
     def places(self, name: str, block: int | None, prefix: str) -> Places:
         """Return the place of the tensor that open_clip calls `name`, after `start`, in a block."""
-        if name in self.beside:
-            place, prefix = self.beside[name], prefix.removesuffix(self.inner)
+        if name in self.adjacent:
+            place, prefix = self.adjacent[name], prefix.removesuffix(self.inner)
             return (replace(place, key=prefix + place.key),)
         if name in self.outside:
             return (replace(self.outside[name], key=prefix + self.outside[name].key),)
@@ -226,7 +228,7 @@ _NAMES = {
     (NamingScheme.TRANSFORMERS, Tower.TEXT): TowerNames(
         start="",
         outside=_TEXT_OUTSIDE,
-        beside={"text_projection": TensorPlace("text_projection.weight", transposed=True)},
+        adjacent={"text_projection": TensorPlace("text_projection.weight", transposed=True)},
         inner="text_model.",
     ),
     (NamingScheme.TRANSFORMERS, Tower.VISION): TowerNames(
@@ -239,7 +241,7 @@ _NAMES = {
             }
         )
         | _modules({"ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}),
-        beside={"proj": TensorPlace("visual_projection.weight", transposed=True)},
+        adjacent={"proj": TensorPlace("visual_projection.weight", transposed=True)},
         inner="vision_model.",
     ),
     (NamingScheme.SIGLIP, Tower.TEXT): TowerNames(
@@ -278,7 +280,7 @@ _NAMES = {
         outside=_tensors(
             {f"transformer.embeddings.{name}": f"embeddings.{name}" for name in _BERTS_EMBEDDINGS}
         ),
-        beside=_tensors({"proj.weight": "text_projection.weight"}),
+        adjacent=_tensors({"proj.weight": "text_projection.weight"}),
         inner="text_model.",
         blocks="transformer.encoder.layer",
         their_blocks="encoder.layer",

@@ -41,7 +41,7 @@ def itemsize(dtype: str) -> int | None:
 
 
 def widen(stored: Raw, dtype: str) -> Floats:
-    """Return stored elements as fp32 (fp64 for F64), exactly; the shape is kept."""
+    """Return stored elements as fp32 (fp64 for F64), exactly, in the same shape."""
     if dtype == "BF16":
         # asarray: numpy makes a scalar of a shift of a 0-dimensional array.
         wide: Floats = np.asarray(stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -106,7 +106,7 @@ def layer_digest(values: Floats, precision: str) -> str:
 
 
 def values_digest(chunks: Iterable[Raw], dtype: str) -> str:
-    """Return the digest of stored elements that stand in the number format `dtype`."""
+    """Return the digest of elements stored in the number format `dtype`."""
     value = hashlib.sha256()
     if dtype not in FLOATS:
         value.update(f"{dtype} ".encode())

@@ -57,7 +57,10 @@ def layers_read_by(target: str, shapes: Shapes, *, encoder: str | None) -> Targe
     """
     if target in KINDS and not Path(target).exists():
         family = Family(target)
-        name = encoder or _encoder_of_kind(family, shapes)
+        # The width tells the encoders of a kind apart.
+        width = shapes.get("ln_final.weight", shapes.get("text.ln_final.weight", (0,)))[0]
+        is_second = width == SECOND_WIDTH and family in (Family.SDXL, Family.SD3)
+        name = encoder or ("text_encoder_2" if is_second else "text_encoder")
         read = with_edits(READERS.get(family, ()), [name])
         return TargetLayers(target, _of_kind(family, shapes, name), read)
     model = read_target(Path(target))
@@ -82,13 +85,6 @@ def fitting_encoder(model: Target, shapes: Shapes, encoder: str | None) -> Encod
             hint=f"--encoder {' or '.join(one.name for one in fitting)}",
         )
     return fitting[0]
-
-
-def _encoder_of_kind(family: Family, shapes: Shapes) -> str:
-    """Return which encoder of a kind of pipelines a CLIP is, by its width."""
-    width = shapes.get("ln_final.weight", shapes.get("text.ln_final.weight", (0,)))[0]
-    second = width == SECOND_WIDTH and family in (Family.SDXL, Family.SD3)
-    return "text_encoder_2" if second else "text_encoder"
 
 
 def _of_kind(family: Family, shapes: Shapes, encoder: str) -> tuple[ReadFrom, ...]:

@@ -146,7 +146,7 @@ class Target:
     unread: dict[Path, str] = field(default_factory=dict)
     readers: tuple[PromptReader, ...] = ()
 
-    def readers_beside(self, edited: Collection[str]) -> tuple[PromptReader, ...]:
+    def marked_readers(self, edited: Collection[str]) -> tuple[PromptReader, ...]:
         """Return the prompt readers, the `edited` encoders marked."""
         return with_edits(self.readers, edited)
 
@@ -203,8 +203,8 @@ def _refuse_unknown(folder: Path, config: Mapping[str, Any]) -> None:
                 hint="only towers of CLIP and of fixed-size SigLIP can be edited",
             )
         return
-    speaks = named.partition(" ")[0].endswith(("ForConditionalGeneration", "ForCausalLM"))
-    if speaks or (tower in TOWERS and kind not in (CLIP, SIGLIP)):
+    is_generative = named.partition(" ")[0].endswith(("ForConditionalGeneration", "ForCausalLM"))
+    if is_generative or (tower in TOWERS and kind not in (CLIP, SIGLIP)):
         raise InputError(
             f"{folder} is a {named}, and slsgu does not know how it uses a CLIP or SigLIP",
             hint="LLaVA, LLaVA-NeXT, LLaVA-OneVision and PaliGemma are supported",
@@ -371,8 +371,8 @@ def _single_file(path: Path) -> Target:
         )
         return Target(path, family, encoders, readers=readers)
     if any(start in key for key in weights.owners for start in PROJECTORS):
-        beside = path.parent / CONFIG
-        encoder = Encoder("vision_tower", (weights,), (_features([weights], config_of(beside)),))
+        read = _features([weights], config_of(path.parent / CONFIG))
+        encoder = Encoder("vision_tower", (weights,), (read,))
         return Target(path, Family.LLAVA, (encoder,))
     towers = sorted({place.tower for place in weights.towers})
     return Target(path, Family.CLIP, (Encoder("clip", (weights,), whole(*towers)),))

@@ -92,8 +92,8 @@ class TensorFile(ABC):
     def prepared(self, patches: Mapping[str, Raw]) -> dict[str, Raw]:
         """Return new values of tensors as the file stores them; nothing is written.
 
-        Values already in the tensor's storage type (uint16 for bf16) are taken as they
-        are; others are rounded once. Raises InputError.
+        Values in the tensor's storage type (uint16 for bf16) stay unchanged, and others are
+        rounded once. Raises InputError.
         """
         return {name: self._prepared(self.entry(name), values) for name, values in patches.items()}
 

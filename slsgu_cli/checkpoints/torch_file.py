@@ -8,7 +8,7 @@ when such a file is opened.
 import stat
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,8 +91,10 @@ class TorchFile(TensorFile):
     def prepared(self, patches: Mapping[str, Raw]) -> dict[str, Raw]:
         """Return what to write for new values of tensors; see `TensorFile`."""
         values = super().prepared(patches)
-        for name in values:
-            _require_own_storage(self.path, name, self._tensors)
+        if values:
+            content, named, _ = _load(self.path)
+            for name in values:
+                _require_own_storage(self.path, name, named, content)
         return values
 
 
@@ -170,13 +172,33 @@ def _as_array(tensor: "torch.Tensor", dtype: str) -> Raw:
     return array
 
 
-def _require_own_storage(path: Path, name: str, named: "Mapping[str, torch.Tensor]") -> None:
+def _require_own_storage(
+    path: Path, name: str, named: "Mapping[str, torch.Tensor]", content: Any
+) -> None:
     """Refuse to change a tensor whose bytes another tensor may use too."""
-    storage = named[name].untyped_storage().data_ptr()
-    for other, tensor in named.items():
-        if other != name and tensor.untyped_storage().data_ptr() == storage:
+    tensor = named[name]
+    if any(
+        size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ):
+        raise InputError(f"{name} in {path} repeats its own elements", hint=CONVERT_HINT)
+    names = {id(each): other for other, each in named.items()}
+    storage = tensor.untyped_storage().data_ptr()
+    for each in [*named.values(), *_tensors(content)]:
+        if each is not tensor and each.untyped_storage().data_ptr() == storage:
+            other = names.get(id(each), "a tensor outside the state dict")
             raise InputError(
                 f"{name} shares its storage with {other} in {path}, "
                 "so one cannot change without the other",
                 hint=CONVERT_HINT,
             )
+
+
+def _tensors(content: Any) -> "Iterator[torch.Tensor]":
+    """Yield every tensor in nested containers."""
+    import torch
+
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, dict | list | tuple | set):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _tensors(value)

@@ -294,7 +294,7 @@ def _embed_dim(text: Part) -> Any:
     return text["hidden_size"] if size is None else size
 
 
-# Where the authors of Chinese CLIP cut texts.
+# The text length in the training of Chinese CLIP.
 CHINESE_LENGTH = 52
 
 # More than any BERT has: a configuration with larger tables would fill the memory.
@@ -427,10 +427,10 @@ def model_config(folder: Path) -> dict[str, Any]:
     config, family = read_config(folder / CONFIG), FAMILIES[model_type(folder)]
     parts = []
     for name, defaults in (("text_config", family.text), ("vision_config", family.vision)):
-        said = config.get(name) or {}, config.get(f"{name}_dict") or {}
-        if not all(isinstance(part, dict) for part in said):
-            raise invalid_field(folder, name, said[0])
-        part = defaults | said[0] | said[1]
+        given = config.get(name) or {}, config.get(f"{name}_dict") or {}
+        if not all(isinstance(part, dict) for part in given):
+            raise invalid_field(folder, name, given[0])
+        part = defaults | given[0] | given[1]
         for field in ("hidden_size", "intermediate_size", "num_attention_heads"):
             if not _is_size(part[field]):
                 raise invalid_field(folder, field, part[field])

@@ -94,7 +94,7 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
             request.out,
             options=request,
             config=config,
-            beside=beside,
+            extra_files=beside,
             earlier=earlier,
             compare=compare,
             check=lambda folder: why_not_loaded(folder, model),
@@ -121,7 +121,7 @@ def copy_original(spec: ModelSpec, out: Path, *, options: ApplyOptions) -> Appli
             out,
             options=options,
             config=config,
-            beside=tokenizer_beside(model, Path(scratch)),
+            extra_files=tokenizer_beside(model, Path(scratch)),
             check=lambda folder: why_not_loaded(folder, model),
         )
 

@@ -281,7 +281,7 @@ class Pipeline:
 
     def warn_of_readers(self, edited: Collection[str]) -> None:
         """Note which other encoders read the prompts as well as the `edited` ones."""
-        if note := prompt_note(str(self.target.path), self.target.readers_beside(edited)):
+        if note := prompt_note(str(self.target.path), self.target.marked_readers(edited)):
             progress.note(note)
 
     @contextmanager

@@ -1,8 +1,6 @@
 """Applying edits: exact values, exact undo, the right weights only, whole or not at all."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -482,41 +480,6 @@ def test_a_failure_half_way_leaves_all_as_it_was(
         run([made.scaled(2)], main_weights(folder), out, overwrite=there)
     assert tree(tmp_path) == original
     assert sorted(p.name for p in tmp_path.iterdir()) == (["clip", "out"] if there else ["clip"])
-
-
-def test_kill_9_half_way_leaves_the_old_checkpoint(folder: Path, tmp_path: Path) -> None:
-    made, out = edit_of(main_weights(folder)), tmp_path / "out"
-    store = Store(str(tmp_path / "store"))
-    write_edit(store, made)
-    run([made], main_weights(folder), out)
-    old = tree(out)
-    code = f"""
-        import signal
-        from pathlib import Path
-        import slsgu_cli.checkpoints.safetensors_file as weights
-        from slsgu_cli.checkpoints.apply import apply_edits
-        from slsgu_cli.records.options import ApplyOptions
-        from slsgu_cli.checkpoints.edits import load_edit
-        from slsgu_cli.checkpoints.targets import read_target
-        from slsgu_cli.store.store import Store
-        def stall(path, pieces):
-            print("half", flush=True)
-            signal.pause()
-        weights.write_at = stall
-        target = read_target(Path({str(folder)!r}))
-        edit = load_edit(Store({store.root!r}), "facebook").scaled(3)
-        apply_edits([edit], target, Path({str(out)!r}), options=ApplyOptions(overwrite=True))
-    """
-    with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None and process.stdout.readline() == "half\n"
-        process.send_signal(signal.SIGKILL)
-    assert tree(out) == old
-    (partial,) = tmp_path.glob(".partial-*")
-    os.utime(partial, (1, 1))
-    run([made], main_weights(folder), out, overwrite=True)
-    assert tree(out) == old and not list(tmp_path.glob(".partial-*"))
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])

@@ -386,28 +386,6 @@ def test_several_edits_of_a_layer_sum_and_revert_together(tmp_path, state, other
     assert files(tmp_path / "back") == files(path)
 
 
-# -- which weights
-
-
-def test_other_weights_are_refused_unless_forced(tmp_path, state, other):
-    foreign = {name: value + 1e-3 for name, value in state.items()}
-    path = sd1(tmp_path / "sd", foreign, other)
-    made = edit_of(state, TEXT.format(LAYERS[0]))
-    with pytest.raises(StaleError, match="not the layer that the edit facebook was made for"):
-        run([made], path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    run([made], path, tmp_path / "out", force=True)
-    assert files(tmp_path / "out") != files(path)
-
-
-def test_an_edit_is_not_carried_over_twice(tmp_path, state, other):
-    path = sd1(tmp_path / "sd", state, other)
-    made = edit_of(state, TEXT.format(LAYERS[0]))
-    run([made], path, tmp_path / "out")
-    with pytest.raises(StaleError, match="already holds the edit facebook"):
-        run([made], tmp_path / "out", tmp_path / "twice")
-
-
 # -- which layers
 
 
@@ -452,18 +430,6 @@ def test_unedited_files_can_be_hard_links_and_edited_ones_never(tmp_path, state,
     assert same(path / unet, tmp_path / "linked" / unet)
     assert not same(path / unet, tmp_path / "copied" / unet)
     assert not same(path / encoder, tmp_path / "linked" / encoder)
-
-
-def test_in_place_is_asked_for(tmp_path, state, other):
-    path = sd1(tmp_path / "sd", state, other)
-    original = files(path)
-    made = edit_of(state, TEXT.format(LAYERS[0]))
-    with pytest.raises(InputError, match="is the model itself"):
-        run([made], path, path)
-    run([made], path, path, overwrite=True)
-    assert files(path) != original
-    run([made], path, path, overwrite=True, revert=True)
-    assert files(path) == original
 
 
 def test_weights_that_cannot_be_edited_stop_it(tmp_path, state, other):

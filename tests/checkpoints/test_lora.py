@@ -293,7 +293,7 @@ def test_the_smallest_rank_leaves_out_the_least_directions(state):
     np.testing.assert_allclose(parts.delta(2), one.of_rank(2).delta(), atol=1e-6)
 
 
-@pytest.mark.parametrize("full", [1, 2, 7, 16, 23])
+@pytest.mark.parametrize("full", [1, 7, 16])
 def test_the_smallest_rank_that_suffices_is_found(full):
     for least in range(1, full + 1):
         asked = []

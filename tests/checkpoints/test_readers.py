@@ -53,7 +53,7 @@ def states(tiny_model):
 
 def note(target):
     """Return what is told of a target whose first encoder is edited."""
-    return prompt_note(str(target.path), target.readers_beside(["text_encoder"]))
+    return prompt_note(str(target.path), target.marked_readers(["text_encoder"]))
 
 
 def text_layers(state):
