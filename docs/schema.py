@@ -30,7 +30,7 @@ from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import JointSearch, Sweep
 from slsgu_cli.records.targets import Answers, AnswerSet, Generation, TargetTrial, TargetTrials
 from slsgu_cli.records.words import OptionField
-from slsgu_cli.removals.tables import HEAD, TABLES, Table
+from slsgu_cli.removals.reading import HEAD, TABLES, Table
 from slsgu_cli.store.catalog import Entry
 from slsgu_cli.store.check import Finding
 from slsgu_cli.verification.results import Conclusion

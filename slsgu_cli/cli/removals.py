@@ -110,7 +110,7 @@ def evidence(session: Session, request: EvidenceRequest) -> None:
     from slsgu_cli.removals.job import Job
 
     console = session.console
-    written = write_evidence(Job(request.recipe, session.store), request)
+    content = write_evidence(Job(request.recipe, session.store), request)
     rows = [
         (
             each["request"],
@@ -120,7 +120,7 @@ def evidence(session: Session, request: EvidenceRequest) -> None:
             each["figures"][0]["before"],
             each["figures"][0]["after"],
         )
-        for each in written.content["requests"]
+        for each in content["requests"]
     ]
     columns = (
         "request",
@@ -130,10 +130,11 @@ def evidence(session: Session, request: EvidenceRequest) -> None:
         Column("FA@1 before", shown=roughly, on_terminal=False),
         Column("FA@1 after", shown=roughly, label="FA@1 now"),
     )
-    console.table("evidence", columns, rows, title=f"evidence: {written.out}")
-    for trouble in written.troubles:
-        console.warn(trouble)
-    console.paths("files", [written.out])
+    console.table("evidence", columns, rows, title=f"evidence: {request.out}")
+    for model in content["models"]:
+        for trouble in model["troubles"]:
+            console.warn(trouble)
+    console.paths("files", [str(request.out)])
 
 
 def show_plan(console: "Console", planned: "Sequence[PlannedStage]") -> None:

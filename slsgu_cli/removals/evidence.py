@@ -13,22 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import slsgu_cli as slsgu
-from slsgu_cli import Artifact, Standing
-from slsgu_cli.errors import InputError, MissingError, UsageError
-from slsgu_cli.records.codec import by_name, document
+from slsgu_cli import Artifact, FoundEdit, Presence, Standing, Store
+from slsgu_cli.errors import InputError, MissingError, SlsguError, UsageError
+from slsgu_cli.records.codec import by_name, digest, document
 from slsgu_cli.records.figures import Accuracy, Share
-from slsgu_cli.records.ledger import Ledger, LedgerRow, RequestState
-from slsgu_cli.records.options import ReportRequest
+from slsgu_cli.records.ledger import Ledger, LedgerRow, RequestState, StageKind, StageRecord
+from slsgu_cli.records.options import ReportRequest, StrengthOptions
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.verification import CHECKS, VerifiedModel
 from slsgu_cli.removals.job import Job
 from slsgu_cli.removals.recipe import EvidenceRequest
-from slsgu_cli.removals.written import WrittenModel, written_models
+from slsgu_cli.removals.stage import file_sha256, files_of
 from slsgu_cli.text import near
 
 PAGE, FIGURES, REPORT = "evidence.html", "evidence.json", "report.html"
 EDITS, SHEETS, SUMS = "edits", "sheets", ".sha256"
-# The files that an earlier evidence may have written to its folder.
+# Files that `evidence` writes and may replace.
 OURS = re.compile(
     rf"({PAGE}|{FIGURES}|{REPORT}|[^/]+\{SUMS}|{SHEETS}/[^/]+\.png|{EDITS}/[^/]+\.safetensors)"
 )
@@ -36,20 +36,88 @@ PACKAGES = ("torch", "open_clip_torch", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
-class WrittenEvidence:
-    """Evidence that was written: its folder, and the content of its JSON file."""
+class FileDigest:
+    """The SHA-256 of a file in the original model and in the written one."""
 
-    out: str
-    content: dict[str, Any]
-
-    @property
-    def troubles(self) -> list[str]:
-        """What could not be read, or differs from what was written."""
-        return [trouble for model in self.content["models"] for trouble in model["troubles"]]
+    name: str
+    before: str | None
+    after: str | None
 
 
-def write_evidence(job: Job, request: EvidenceRequest) -> WrittenEvidence:
-    """Write the evidence of the requests. Raises UsageError, MissingError, InputError."""
+@dataclass(frozen=True, slots=True)
+class WrittenModel:
+    """A written model. `troubles` name unreadable files and changes since the run."""
+
+    label: str
+    place: str
+    origin: str
+    files: tuple[FileDigest, ...]
+    names: tuple[str, ...]
+    edits: tuple[FoundEdit, ...]
+    troubles: tuple[str, ...]
+
+    def presence(self, name: str) -> Presence | None:
+        """Return whether an edit is in every copy of its layer; None if it was not checked."""
+        presences = {edit.presence for edit in self.edits if edit.name == name}
+        return max(presences, key=list(Presence).index, default=None)
+
+
+def written_models(store: Store, ledger: Ledger) -> list[WrittenModel]:
+    """Return the checkpoint and the copies of targets that a recipe's runs wrote."""
+    models: list[WrittenModel] = []
+    for record in ledger.stages:
+        if record.output and record.kind in (StageKind.CHECKPOINT, StageKind.TARGET):
+            label = Path(record.place or "").resolve().name
+            if label in [each.label for each in models]:
+                label = f"{label}-{len(models) + 1}"
+            models.append(_written(store, label, record, ledger))
+    return models
+
+
+def _written(store: Store, label: str, record: StageRecord, ledger: Ledger) -> WrittenModel:
+    place, origin = Path(record.place or ""), record.origin or str(ledger.model)
+    troubles = []
+    before: dict[str, str] = {}
+    after: dict[str, str] = {}
+    edits: list[FoundEdit] = []
+    try:
+        if record.origin:
+            before = _digests(Path(record.origin))
+        else:
+            resolved = slsgu.resolve(ledger.model)
+            before = _digests(resolved.folder or resolved.weights)
+    except (SlsguError, OSError) as error:
+        troubles.append(f"Cannot read the original {origin}: {error}.")
+    try:
+        after = _digests(place)
+        if record.output != digest(after):
+            troubles.append(f"The files of {place} have changed since the run wrote them.")
+        if record.names:
+            edits = slsgu.find_edits(store, record.names, place, StrengthOptions())
+    except (SlsguError, OSError) as error:
+        troubles.append(f"Cannot check {place}: {error}.")
+    return WrittenModel(
+        label,
+        str(place),
+        origin,
+        tuple(FileDigest(n, before.get(n), after.get(n)) for n in sorted({*before, *after})),
+        record.names,
+        tuple(edits),
+        tuple(troubles),
+    )
+
+
+def _digests(place: Path) -> dict[str, str]:
+    if not place.exists():
+        raise MissingError(f"there is no {place}")
+    return {name: file_sha256(path) for name, path in files_of(place).items()}
+
+
+def write_evidence(job: Job, request: EvidenceRequest) -> dict[str, Any]:
+    """Write the evidence of the requests, and return the content of its JSON file.
+
+    Raises UsageError, MissingError and InputError.
+    """
     _require_place(request)
     rows = _rows(job, request)
     store, names = job.store, [row.name for row in rows]
@@ -83,7 +151,7 @@ def write_evidence(job: Job, request: EvidenceRequest) -> WrittenEvidence:
         text = json.dumps(content, indent=1, ensure_ascii=False)
         (folder / FIGURES).write_text(f"{text}\n", encoding="utf-8")
         (folder / PAGE).write_text(evidence_page(content), encoding="utf-8")
-    return WrittenEvidence(str(request.out), content)
+    return content
 
 
 def evidence_page(content: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from slsgu_cli.text import listed
 
 @dataclass(frozen=True, slots=True)
 class RunEvent:
-    """The begin or end of a stage, or the end of the run."""
+    """The start or end of a stage, or the end of the run."""
 
     event: str
     stage: str | None
@@ -151,7 +151,7 @@ def _figure(value: float | None) -> str:
 
 
 def _drop_obsolete(job: Job) -> None:
-    """Drop the records of outputs and joint stages that the recipe has no more."""
+    """Drop the records of outputs and joint stages that are no longer in the recipe."""
     current = {stage.key for stage in planning.stages_of(job)}
     stages = tuple(
         each
