@@ -68,9 +68,10 @@ Moves = tuple[JointMove, ...]
 
 @dataclass(frozen=True, slots=True)
 class JointConcept:
-    """A concept with its own search, and the line that it moves along.
+    """A concept with its own search, and the layer and direction of its part of the edit.
 
-    `alone` is the shortest step along that line that forgets it, or else the best one.
+    `alone` is the shortest step in that direction that forgets the concept, or the best trial
+    if none does.
     """
 
     plan: SearchPlan
@@ -86,31 +87,31 @@ class JointConcept:
 
 
 def search_alone(store: Store, plan: SearchPlan, shared: SharedEvaluation) -> JointConcept:
-    """Search for one concept alone, and choose the line that it moves along in the joint edit.
+    """Search for one concept alone, and choose its layer and direction in the joint edit.
 
-    The line with the lowest cost at its shortest forgetting step, overshoot included, is chosen.
-    Single edits hardly lose more than chance, but their effects on retained images add up.
+    Choose those with the lowest cost at their shortest forgetting step, overshoot included. One
+    edit hardly costs any accuracy, but the effects of many on retained images add up.
     """
     evaluation = shared.of(plan.manifest, resumed=True)
     run = SetSearch(store, Artifact.TRIALS, plan, evaluation)
     for evaluator in plan.evaluators(store, evaluation):
         run.along(evaluator)
     worth = {}
-    for line, evaluator in run.evaluators.items():
-        if (step := run.shortest(line)) is not None:
-            trial = run.trials[run.key(line, plan.options.overshoot * step)]
+    for move, evaluator in run.evaluators.items():
+        if (step := run.shortest(move)) is not None:
+            trial = run.trials[run.key(move, plan.options.overshoot * step)]
             if trial.moved is None:
                 trial = run.with_utility(evaluator, replace(trial, utility=None))
             moved = 100 * PRICE_OF_MOVING * (trial.moved or 0.0)
-            worth[line] = utility_of(trial, plan.options.utility) - moved, -trial.share
+            worth[move] = utility_of(trial, plan.options.utility) - moved, -trial.share
     if worth:
-        line = max(worth, key=lambda line: worth[line])
-        alone = run.trials[line, run.shortest(line) or 0.0]
+        best = max(worth, key=lambda move: worth[move])
+        alone = run.trials[best, run.shortest(best) or 0.0]
     else:
         alone = run.choose()
     run.write()
     evaluator = run.evaluators[alone.move]
-    # The saved state of this search is not needed any more.
+    # Release the cached activations of this search.
     light = Evaluator(
         shared.of(plan.manifest), evaluator.score, evaluator.along, evaluator.direction
     )
@@ -133,7 +134,7 @@ class RetainedImages:
 
 @dataclass(slots=True)
 class JointCost:
-    """The cost that balances steps: recognised images of concepts, and losses of the others.
+    """The cost that balances steps: recognised images of concepts, and lost retained images.
 
     The sum of three means: over concepts, the expected share of a concept's images that are
     recognised by the first or the first five guesses; over evaluation sets, the expected share
@@ -159,7 +160,10 @@ class JointCost:
         """Return the cost of moves of some concepts."""
         sets = evaluation.utility([each.plan.manifest for each in concepts.values()])
         if any(each.alone.tower is Tower.VISION for each in concepts.values()):
-            sets = {name: _some(group) for name, group in sets.items()}
+            # RETAINED_IMAGES of each set, evenly spaced.
+            for name, group in sets.items():
+                rows = np.linspace(0, len(group.images) - 1, RETAINED_IMAGES).round().astype(int)
+                sets[name] = group.some(np.unique(rows))
         leads = [margins(*UNMOVED.cosines(group)) for group in sets.values()]
         deviations = [float(each.double().std(correction=0)) for each in leads]
         spread = max(SPREAD * sum(deviations) / len(deviations), LEAST_SPREAD)
@@ -181,7 +185,7 @@ class JointCost:
         return expected_hits(leads, self.spread).mean()
 
     def of_retained(self, model: MovedModel) -> Tensor:
-        """Return the cost of the present moves on retained images."""
+        """Return the cost of the moves in place on retained images."""
         return torch.stack([self._of(model, images) for images in self.retained]).mean()
 
     def _of(self, model: MovedModel, images: RetainedImages) -> Tensor:
@@ -189,12 +193,6 @@ class JointCost:
         lost = (images.hits - expected_hits(margins(logits, labels), self.spread)).clamp(min=0)
         moved = (logits[:, images.names] - images.cosines).double() / self.spread
         return lost.mean() + PRICE_OF_MOVING * moved.square().mean()
-
-
-def _some(group: EvaluationSet) -> EvaluationSet:
-    """Return a set with RETAINED_IMAGES of its images, evenly spaced."""
-    rows = np.linspace(0, len(group.images) - 1, RETAINED_IMAGES).round().astype(int)
-    return group.some(np.unique(rows))
 
 
 @dataclass(slots=True)
@@ -233,7 +231,9 @@ class JointSearchRun:
             for _ in range(self.options.steps):
                 if self.forgets(trial):
                     break
-                trial = self._trial(self._lengthened(trial))
+                left = self._left(trial)
+                longer = {m.name: m.step * (RAISE if left[m.name] else 1) for m in trial.moves}
+                trial = self._trial(longer)
                 tried.append(trial)
                 ticker.advance()
         return min(tried, key=self._price)
@@ -275,11 +275,6 @@ class JointSearchRun:
             for name, accuracy in trial.forget.items()
         }
 
-    def _lengthened(self, trial: JointTrial) -> dict[str, float]:
-        """Return the steps of a trial, with longer ones for concepts that are still recognised."""
-        left = self._left(trial)
-        return {m.name: m.step * (RAISE if left[m.name] else 1) for m in trial.moves}
-
     def _trial(self, steps: Mapping[str, float], *, slopes: bool = False) -> JointTrial:
         """Return the trial of some steps; measure what is missing."""
         moves = tuple(self.concepts[name].move(step) for name, step in steps.items())
@@ -316,13 +311,13 @@ class JointSearchRun:
         model = self.evaluation.model
         layers = {move.layer: Layer.parse(move.layer) for move in moves}
         parameters = sorted({layer.parameter for layer in layers.values()})
-        wanted = [model.get_parameter(name) for name in parameters]
-        found = dict(zip(parameters, torch.autograd.grad(cost, wanted), strict=True))
+        weights = [model.get_parameter(name) for name in parameters]
+        gradients = dict(zip(parameters, torch.autograd.grad(cost, weights), strict=True))
         slopes = {}
         for move in moves:
             layer = layers[move.layer]
             along = self.concepts[move.name].evaluator.along
-            gradient = layer.rows(found[layer.parameter])
+            gradient = layer.rows(gradients[layer.parameter])
             slopes[move.name] = move.step * float((gradient.double() * along.double()).sum())
         return slopes
 
@@ -361,7 +356,11 @@ def joint_search(store: Store, names: Sequence[str], *, options: SearchOptions) 
     with torch.no_grad(), arithmetic(options.precision):
         shared = share_evaluation(store, plans)
         reported = report_evaluation(store, plans, shared)
-        concepts = _searched_alone(store, plans, shared)
+        concepts = {}
+        with progress.bar("each alone", len(plans)) as ticker:
+            for plan in plans:
+                concepts[plan.name] = search_alone(store, plan, shared)
+                ticker.advance()
         fresh = _fresh(concepts, reported, options)
         path = Artifact.JOINT.path(joint_label(names))
         recorded = resume(store, Artifact.JOINT, joint_label(names), fresh).trials
@@ -390,8 +389,8 @@ def require_joint(result: JointResult) -> None:
     if result.forgotten:
         return
     names = result.record.names
-    worst = sorted(result.chosen.forget.items(), key=lambda each: (-each[1].top1, -each[1].top5))
-    left = [f"{name} FA@1 {found.top1:.1f} and FA@5 {found.top5:.1f}" for name, found in worst]
+    worst = sorted(result.chosen.forget.items(), key=lambda pair: (-pair[1].top1, -pair[1].top5))
+    left = [f"{name} FA@1 {each.top1:.1f} and FA@5 {each.top5:.1f}" for name, each in worst]
     again = f"`slsgu search {join(names)} --joint --steps 20`"
     if len(names) > MOST_NAMED:
         again = "the same with --steps 20"
@@ -399,18 +398,6 @@ def require_joint(result: JointResult) -> None:
         f"no steps forget {listed(names)} together; the best leave {listed(left)}",
         hint=f"the trials and the edits are saved; try {again}",
     )
-
-
-def _searched_alone(
-    store: Store, plans: Sequence[SearchPlan], shared: SharedEvaluation
-) -> dict[str, JointConcept]:
-    """Search for each concept alone, in order; return them by the names of their sets."""
-    with progress.bar("each alone", len(plans)) as ticker:
-        concepts = {}
-        for plan in plans:
-            concepts[plan.name] = search_alone(store, plan, shared)
-            ticker.advance()
-    return concepts
 
 
 def growth(count: int) -> list[int]:
@@ -432,7 +419,6 @@ def _fresh(
     records = {name: concept.record for name, concept in concepts.items()}
     shown = {f"{FORGET} {name}": record.evals[FORGET] for name, record in records.items()}
     manifests = [concept.plan.manifest for concept in concepts.values()]
-    kept = reported.utility(manifests)
     return JointSearch(
         names=tuple(concepts),
         concepts=tuple(manifest.concept for manifest in manifests),
@@ -445,7 +431,9 @@ def _fresh(
         criterion=options.criterion,
         margin=records[first.name].margin,
         baseline_forget={n: reported.forget[n].base_accuracy() for n in records},
-        baseline_utility={name: group.base_accuracy() for name, group in kept.items()},
+        baseline_utility={
+            name: group.base_accuracy() for name, group in reported.utility(manifests).items()
+        },
         stages=(),
         trials=(),
         version=slsgu_cli.__version__,
@@ -460,10 +448,10 @@ def _reported(
 ) -> JointTrial:
     """Return the figures of moves on test rows."""
     with moved_model(reported, run.evaluated(moves)) as model:
-        left = {move.name: model.forget_figures(reported.forget[move.name]) for move in moves}
-        kept = model.accuracies(utility)
-    forget = {name: accuracy for name, (accuracy, _) in left.items()}
-    return JointTrial(moves, forget, {name: gap for name, (_, gap) in left.items()}, kept)
+        figures = {move.name: model.forget_figures(reported.forget[move.name]) for move in moves}
+        retained = model.accuracies(utility)
+    forget = {name: accuracy for name, (accuracy, _) in figures.items()}
+    return JointTrial(moves, forget, {name: gap for name, (_, gap) in figures.items()}, retained)
 
 
 def _write_edits(

@@ -1,15 +1,13 @@
-"""Series of searches: what `slsgu sweep` does, and what `slsgu trajectory` does.
+"""Series of searches: `slsgu sweep` and `slsgu trajectory`.
 
-A sweep is the whole job for each class of a list (the paper's Table 2). Every class is kept
-out of the retain set, so that all of them share one retain gradient; or classes are split into
-folds, and each fold has a retain set without its own classes. All are searched on one base
-pass. What a class came to is recorded as soon as it is done: a sweep that was interrupted goes
-on with the first class that is missing. Several processes compute what the classes share
-together, and then one class each at a time.
+A sweep runs the whole job for each class of a list (the paper's Table 2). The retain set
+excludes every class, so that all share one retain gradient; with folds, each fold has a retain
+set without its own classes. All searches share one base pass. Each class is recorded as soon as
+it is done, and an interrupted sweep resumes with the first missing class. Several processes
+compute the shared artifacts together, and then one class each at a time.
 
-A trajectory is the accuracies over a fine grid of steps, layer by layer. The steps of a layer
-share what the base pass kept. It is recorded as trials, so that steps which were measured
-before are not measured again.
+A trajectory measures the accuracies on a fine grid of steps, layer by layer. The steps of a
+layer share the base pass. They are recorded as trials and never measured twice.
 """
 
 from collections import Counter
@@ -67,9 +65,9 @@ class SweepResult:
 
 
 def sweep(store: Store, request: SweepRequest) -> SweepResult:
-    """Run the job for every class that is not done yet, and record each when it is done.
+    """Run the job for each missing class, and record it as soon as it is done.
 
-    Raises the errors of the commands that it repeats; finished classes stay recorded.
+    Raises the errors of the commands of the job; finished classes stay recorded.
     """
     _check(request)
     model = resolve(request.build.model)
@@ -200,7 +198,7 @@ def _recipe(request: SweepRequest, model_fingerprint: str) -> str:
 
 
 def _stands(store: Store, row: SweepRow) -> bool:
-    """Return whether the row of a class was made from its set's present gradients."""
+    """Return whether the row of a class was made from the current gradients of its set."""
     try:
         pointer = read_pointer(store, read_manifest(store, row.name))
     except SlsguError:
@@ -278,13 +276,10 @@ def trajectory_and_plots(
 
 def _grid(evaluator: "Evaluator", run: SetSearch, options: TrajectoryOptions) -> list[float]:
     """Return evenly spaced steps, the last one at the end of the trajectory."""
-    until = options.until
-    end = _forgetting(evaluator, run) if until is None else until / 0.1 * evaluator.first
+    if options.until is not None:
+        end = options.until / 0.1 * evaluator.first
+    else:
+        # The first forgetting step when doubling steps, or the last step to try.
+        trials = bisection(evaluator.measure, run.residual, evaluator.first)
+        end = next(t.step for t in trials if run.residual(t) == 0 or 2 * t.share > FARTHEST * 1.001)
     return [end * (index + 1) / options.points for index in range(options.points)]
-
-
-def _forgetting(evaluator: "Evaluator", run: SetSearch) -> float:
-    """Return the first forgetting step when doubling steps, or the last step to try."""
-    trials = bisection(evaluator.measure, run.residual, evaluator.first)
-    enough = (t.step for t in trials if run.residual(t) == 0 or 2 * t.share > FARTHEST * 1.001)
-    return next(enough)

@@ -36,7 +36,7 @@ from slsgu_cli.targets.models import (
 )
 from slsgu_cli.targets.output_folder import OutputFolder
 
-# The name of the array with the answers so far: JSON, in their order.
+# The array with the answers so far, as JSON.
 SAID = "said"
 
 

@@ -1,4 +1,4 @@
-"""The judge: a CLIP that says what generated images show."""
+"""The judge: a CLIP that classifies generated images."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -114,14 +114,14 @@ def words_of(name: str) -> str:
     return " ".join(re.findall(r"[^\W_]+", name.casefold()))
 
 
-# Stands for the CLIP that the edit was made for.
-OWN = "set"
+# The judge of this name is the CLIP that the edit was made for.
+MODEL_OF_SET = "set"
 
 
 def judge_specs(store: Store, name: str, judges: Sequence[ModelSpec]) -> tuple[ModelSpec, ...]:
     """Return the judges, with the model of the set in place of `set`."""
-    if not any(judge.name == OWN for judge in judges):
+    if not any(judge.name == MODEL_OF_SET for judge in judges):
         return tuple(judges)
     known = store.exists(Artifact.SET.path(name))
-    own = read_manifest(store, name).model if known else load_edit(store, name).header.model
-    return tuple(dict.fromkeys(own if judge.name == OWN else judge for judge in judges))
+    model = read_manifest(store, name).model if known else load_edit(store, name).header.model
+    return tuple(dict.fromkeys(model if judge.name == MODEL_OF_SET else judge for judge in judges))

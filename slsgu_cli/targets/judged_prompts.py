@@ -1,7 +1,8 @@
-"""Prompts for the concept and for other classes, whose images judges decide on."""
+"""Prompts for the concept and for other classes, and judges of their images."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import cycle
 
 import numpy as np
 
@@ -75,9 +76,9 @@ def _plain(prompt: str) -> str:
 class JudgedPrompts:
     """Prompts for the concept `name` and for the judges' other classes, in one split.
 
-    The prompts of the split are used in turn, with seeds from the budget's seed on.
-    `of_others` goes through the other classes in an order drawn by that seed. `templates` are
-    the set's own. The first judge decides; the others only add figures.
+    Images cycle through the prompts of the split, with consecutive seeds from the budget's
+    seed on. `of_others` cycles through the other classes in an order drawn by that seed.
+    `templates` are those of the set. The first judge decides; the others only add figures.
     """
 
     judges: Sequence[Judge]
@@ -113,10 +114,6 @@ class JudgedPrompts:
         loaded = [Judge.load(judge, classes, device=device) for judge in judges]
         return cls(loaded, name, budget, tuple(classes[name]), split)
 
-    def reporting(self, budget: Budget) -> "JudgedPrompts":
-        """Return the prompts of the test split, with the same judges."""
-        return replace(self, budget=budget, split=Split.TEST)
-
     @property
     def judge(self) -> Judge:
         """The judge that decides."""
@@ -134,10 +131,7 @@ class JudgedPrompts:
         yield from map(png_bytes, pipe.generate(jobs, self.budget.diffusion))
 
     def hits(self, pipe: Pipeline, prompts: Sequence[JudgedPrompt]) -> Iterator[list[bool]]:
-        """Yield batch by batch which images the first judge recognises as their class.
-
-        A batch does not depend on later ones.
-        """
+        """Yield batch by batch whether the first judge recognises each image as its class."""
         for start, stop in spans(len(prompts), self.budget.diffusion.batch):
             some = prompts[start:stop]
             yield agrees(self.judge, some, list(self.generated(pipe, some)))
@@ -156,14 +150,10 @@ class JudgedPrompts:
         prompts = prompts_for(self.split, self.templates)
         first = self.budget.seed + (0 if self.split is Split.TEST else SEARCHED_FROM)
         return [
-            JudgedPrompt(name, ImageJob(_in_turn(prompts, number, name), first + number))
-            for number, name in enumerate(names)
+            JudgedPrompt(name, ImageJob(prompt.replace("{}", name), first + number))
+            for number, (name, prompt) in enumerate(zip(names, cycle(prompts), strict=False))
         ]
 
     def prompt(self, name: str, number: int) -> str:
-        """Return a prompt for a class from one of the set's templates, in turn."""
-        return _in_turn(self.templates, number, name)
-
-
-def _in_turn(prompts: Sequence[str], number: int, name: str) -> str:
-    return prompts[number % len(prompts)].replace("{}", name)
+        """Return a prompt for a class from one of the set's templates, in a cycle."""
+        return self.templates[number % len(self.templates)].replace("{}", name)

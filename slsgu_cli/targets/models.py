@@ -74,7 +74,7 @@ class LiveEncoder:
         return places
 
     def value(self, layer: str) -> Tensor:
-        """Return the layer's present values in open_clip's shape."""
+        """Return the current values of a layer in open_clip's shape."""
         return joined(self.places(layer), [one.data for one in self.parameters(layer)])
 
     @contextmanager
@@ -101,9 +101,9 @@ class LiveEncoder:
 
 
 def joined(places: Sequence[TensorPlace], parts: Sequence[Tensor]) -> Tensor:
-    """Return a layer in open_clip's shape from values in the shape of the tensors it lies in."""
-    straight = [place.to_layer(part) for place, part in zip(places, parts, strict=True)]
-    return straight[0] if len(straight) == 1 else torch.cat(straight)
+    """Return a layer in open_clip's shape from the values of its tensors."""
+    converted = [place.to_layer(part) for place, part in zip(places, parts, strict=True)]
+    return converted[0] if len(converted) == 1 else torch.cat(converted)
 
 
 def new_values(live: Sequence[LiveEncoder], edits: Sequence[Edit]) -> list[dict[str, Tensor]]:
@@ -140,7 +140,7 @@ def _encoder_of(live: Sequence[LiveEncoder], edit: Edit) -> int:
 
 INSTALL = "pip install 'slsgu[targets]'"
 PIPELINES = (Family.SD1, Family.SD2, Family.SDXL, Family.SD3, Family.FLUX, Family.OTHER)
-# Made in bf16, and not finite in fp16.
+# Trained in bf16, and not finite in fp16.
 IN_BF16 = (Family.FLUX, Family.PALIGEMMA)
 ANSWERING = (Family.LLAVA, Family.PALIGEMMA)
 
@@ -160,16 +160,16 @@ def require_family(path: Path, *, answers: bool) -> Target:
         )
     if target.path.is_file():
         raise UsageError(
-            f"{path} is one file of weights, which does not say how it is run",
+            f"{path} is a single file of weights without a pipeline's configuration",
             hint="convert it to a folder: diffusers' from_single_file(...).save_pretrained(...)",
         )
     return target
 
 
 def _placed(path: Path, device: str, *, answers: bool) -> tuple[Target, str, torch.dtype]:
-    """Return the target at `path`, its device, its precision there: 16 bits on a GPU, else fp32.
+    """Return the target at `path`, its device and its precision: 16 bits on a GPU, else fp32.
 
-    Raises what `require_family` raises, and UsageError for a device that is not here.
+    Raises the errors of `require_family`, and UsageError for an unknown device.
     """
     target = require_family(path, answers=answers)
     device = pick_device(device)
@@ -273,7 +273,7 @@ class Pipeline:
             raise UsageError(
                 f"--with takes edits of other text encoders, but one of these edits {beside}, "
                 "the encoder that is searched",
-                hint="`slsgu search NAME --after EDIT` goes on from an edit of the same CLIP",
+                hint="`slsgu search NAME --after EDIT` starts from an edit of the same CLIP",
             )
         for live, new in zip(self.encoders, values, strict=True):
             live.put(new)

@@ -141,8 +141,10 @@ class TargetPlan:
         moves = moves_of(subject, gradients, direction=options.spec)
         if not moves:
             raise InputError(f"no layer that reaches {options.target} has a forget gradient")
+        if isinstance(subject, LlavaSubject):
+            moves = by_gain(subject, moves, gradients)
         goal = None if options.full else options.goal
-        return [replace(move, goal=goal) for move in by_gain(subject, moves, gradients)]
+        return [replace(move, goal=goal) for move in moves]
 
     def _require_same_clip(self, header: GradientHeader, layers: Sequence[str]) -> None:
         """Raise StaleError unless the target contains the CLIP of the gradients.

@@ -41,14 +41,14 @@ ROWS = 32
 
 @dataclass(slots=True, kw_only=True)
 class TargetSubject:
-    """A target in memory. Everything is measured on its present weights.
+    """A target in memory. All figures are those of its present weights.
 
-    Trials measure the `searched` prompts or questions, the final figures those `to_test`. With
-    `is_test`, the two share no prompt or image. The first of the `judges` decides. Edits `beside`,
-    by digest, are in place in other encoders.
+    Trials use the `searched` prompts or questions, and test figures use `to_test`. With
+    `is_test`, the two share no prompt or image. The first of the `judges` decides. The edits
+    `beside`, by digest, are in place in other encoders.
 
-    A trial counts the outputs that still show the `concept`, and stops early once a goal is
-    surely missed; and the outputs for the `others` that show the right class.
+    A trial counts the outputs that still show the `concept`, and stops as soon as it must miss
+    the goal. It also counts the outputs for the `others` that show the right class.
     """
 
     encoder: LiveEncoder
@@ -58,7 +58,7 @@ class TargetSubject:
 
 
 def counted(hits: Iterable[Sequence[bool]], total: int, goal: float | None = None) -> Share:
-    """Count hits among `total`, batch by batch; stop once a goal is surely missed."""
+    """Count hits among `total`, batch by batch; stop as soon as the goal must be missed."""
     count = seen = 0
     for batch in hits:
         count, seen = count + sum(batch), seen + len(batch)
@@ -104,7 +104,7 @@ class PipelineSubject(TargetSubject):
             pipe=pipe,
             encoder=next(live for live in pipe.encoders if live.encoder.name == name),
             searched=searched,
-            to_test=searched.reporting(options.test_budget),
+            to_test=replace(searched, budget=options.test_budget, split=Split.TEST),
             captions=[retain.captions[row] for row in chosen_rows(retain.rows)],
             judges=tuple(map(str, judges)),
             beside=edit_digests(edits),
@@ -142,9 +142,6 @@ class PipelineSubject(TargetSubject):
             ).input_ids
             self.encoder.module(ids.to(self.pipe.device))
 
-    def read(self) -> None:
-        """Return None: a pipeline's layers are ranked by their effect on their own outputs."""
-
 
 # The class of an image, and a question about it.
 LabelledQuestion = tuple[str, Question]
@@ -173,7 +170,7 @@ class Questions:
         If the validation split has too few images of the concept, images of the forget set are
         added. If the concept is not split, both splits have the same images of it.
         """
-        made, texts = cls(), budget.questions
+        questions, texts = cls(), budget.questions
         draw = np.random.default_rng(budget.seed).permutation
         for name in sorted(manifest.evals):
             block, rows, _ = serving_rows(store, manifest, name, split)
@@ -182,23 +179,24 @@ class Questions:
             others = draw(rows[(labels >= 0) & (labels != concept)])
             others = others[: -(-budget.others // len(manifest.evals))]
             named = [block.class_names[label] for label in block.labels[others]]
-            made.others += made.asked(block, others, named, texts)
+            questions.others += questions.add(block, others, named, texts)
         named = [manifest.concept] * budget.concept
         shown = concept_rows(store, manifest, split)
         if shown is not None:
             block, rows, _ = shown
             rows = draw(rows)[: budget.concept]
-            made.concept += made.asked(block, rows, named, texts)
+            questions.concept += questions.add(block, rows, named, texts)
             named = named[len(rows) :]
         if split is Split.VALIDATION and named and concept_is_split(store, manifest):
             forget = DataBlock.open(store, manifest.forget)
-            made.concept += made.asked(forget, draw(forget.rows)[: len(named)], named, texts)
-        return made
+            rows = draw(forget.rows)[: len(named)]
+            questions.concept += questions.add(forget, rows, named, texts)
+        return questions
 
-    def asked(
+    def add(
         self, block: DataBlock, rows: Any, labels: Sequence[str], texts: Sequence[str]
     ) -> list[LabelledQuestion]:
-        """Return each question about each of some rows."""
+        """Add the images of rows, and return each question about each of them."""
         self.images.append([block.keys[row] for row in rows])
         labelled = zip(_images(block, rows), labels, strict=False)
         return [(label, Question(image, text)) for image, label in labelled for text in texts]
@@ -224,7 +222,7 @@ class LlavaSubject(TargetSubject):
     def load(
         cls, store: Store, manifest: SetManifest, options: TargetSearchOptions
     ) -> "LlavaSubject":
-        """Load a LLaVA and the set's images. Raises InputError if none are held out."""
+        """Load a LLaVA and the set's images. Raises InputError without images of the concept."""
         if manifest.forget_eval is None:
             raise InputError(
                 f"no evaluation set shows {manifest.concept!r}",
@@ -300,13 +298,13 @@ class LlavaSubject(TargetSubject):
         )
         return list(features.pooler_output)
 
-    def _named(self, wanted: Sequence[LabelledQuestion], goal: float | None = None) -> Share:
-        answers = self.llava.answers([question for _, question in wanted])
+    def _named(self, asked: Sequence[LabelledQuestion], goal: float | None = None) -> Share:
+        answers = self.llava.answers([question for _, question in asked])
         hits = (
             [class_in(answer, [label]) is not None]
-            for (label, _), answer in zip(wanted, answers, strict=True)
+            for (label, _), answer in zip(asked, answers, strict=True)
         )
-        return counted(hits, len(wanted), goal)
+        return counted(hits, len(asked), goal)
 
 
 Subject = PipelineSubject | LlavaSubject
@@ -320,7 +318,7 @@ def _images(block: DataBlock, rows: Any) -> list[Image.Image]:
 class TargetMove:
     """A layer of a target, its original values, its direction, and its importance.
 
-    With a `goal`, a trial stops once it surely misses the goal.
+    With a `goal`, a trial stops as soon as it must miss the goal.
     """
 
     subject: Subject
@@ -376,9 +374,8 @@ def moves_of(
 ) -> list[TargetMove]:
     """Return a move for each layer that has a gradient and reaches the target, best first.
 
-    Input covariances are those of the target's own retained inputs: what its CLIP is applied to
-    when the target runs it, all positions included. Layers that lack what the direction needs
-    come last, along their gradient.
+    Input covariances are those of the target's retained inputs, all positions included. If the
+    direction needs inputs, layers without a covariance come last and follow their gradient.
     """
     live = subject.encoder
     reached = [
@@ -397,8 +394,7 @@ def moves_of(
     moves = []
     for layer in reached:
         weight, gradient = live.value(layer).float(), gradients[layer].to(live.value(layer).device)
-        # Query, key and value are applied to the same inputs: the covariance of one is all's.
-        # There is none for a direction that needs none.
+        # Query, key and value have the same inputs, and so the same covariance.
         covariance = inputs.covariances.get(live.places(layer)[0].key)
         known = None
         if covariance is not None:
@@ -425,34 +421,31 @@ CHANGE = 0.03
 
 
 def by_gain(
-    subject: Subject, moves: Sequence[TargetMove], gradients: Mapping[str, Tensor]
+    subject: LlavaSubject, moves: Sequence[TargetMove], gradients: Mapping[str, Tensor]
 ) -> list[TargetMove]:
-    """Return moves with the gain they promise for their importance, best first.
+    """Return moves with their expected gain as importance, best first.
 
-    They stay as they are where the subject does not say what its target reads.
+    The gain is the slope of the loss per change of the features that the language model reads.
     """
     before = subject.read()
-    if before is None:
-        return list(moves)
 
-    def promised(move: TargetMove) -> TargetMove:
+    def measured(move: TargetMove) -> TargetMove:
         def change(step: float) -> float:
             with move.in_place(step):
-                after = subject.read()
-            return 0.0 if after is None else float((after - before).norm() / before.norm())
+                return float((subject.read() - before).norm() / before.norm())
 
         gradient = gradients[move.layer].to(move.along.device)
         slope = float((gradient.double() * move.along.double()).sum())
         return replace(move, importance=gain_per_change(slope, change, move.first))
 
-    return sorted(map(promised, moves), key=_by_importance)
+    return sorted(map(measured, moves), key=_by_importance)
 
 
 def gain_per_change(slope: float, change: Callable[[float], float], first: float) -> float:
-    """Return a slope over the change of what is read for each unit of step.
+    """Return a slope over the change of the features per unit of step.
 
-    `change` tells the change after a step: after `first`, to find a step that changes
-    about as much as CHANGE, and after that. Returns 0 where `first` changes nothing.
+    `change` measures the change by a step. The change by `first` gives a step that changes
+    the features by about CHANGE, which is then measured. Returns 0 if `first` changes nothing.
     """
     first_change = change(first)
     if first_change == 0:

@@ -16,7 +16,7 @@ from slsgu_cli.store.store import Store
 from slsgu_cli.targets.judge import Judge, judge_specs
 from slsgu_cli.targets.models import ImageJob, Pipeline, encoded, new_values, unfinished
 
-# The prompt of the benchmark, and how the judge words its classes.
+# The prompt of the benchmark, and the judge's templates for its classes.
 PROMPT = "A {object} image in {theme} style."
 THEME_TEMPLATES = ("an image in {} style", "{} style")
 OBJECT_TEMPLATES = ("an image of a {}", "a {}", "{}")

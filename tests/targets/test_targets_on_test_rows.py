@@ -26,7 +26,7 @@ from slsgu_cli.targets.ask import sample_pictures
 from slsgu_cli.targets.judged_prompts import REPORTED, SEARCHED, JudgedPrompts, prompts_for
 from slsgu_cli.targets.models import Llava, Pipeline
 from slsgu_cli.targets.search import PARTS, search_target
-from slsgu_cli.targets.subjects import LlavaSubject, Questions
+from slsgu_cli.targets.subjects import Questions
 
 NAMES = (*COLOURS, *SHAPES)
 # Shares of a layer's norm: the concept is gone at the first in searched prompts, and at the
@@ -98,7 +98,10 @@ def test_no_prompt_and_no_seed_of_a_report_is_searched_by():
         TargetSearchOptions(target="sd").test_budget,
         PipelineCompareOptions(target="sd").budget,
     ]
-    for reports in (searched.reporting(replace(budget, concept=1200)) for budget in usual):
+    for reports in (
+        replace(searched, budget=replace(budget, concept=1200), split=Split.TEST)
+        for budget in usual
+    ):
         for attribute in ("prompt", "seed"):
             both = (
                 {getattr(prompt.job, attribute) for prompt in (*part.of_concept, *part.of_others)}
@@ -222,7 +225,7 @@ def test_a_search_that_is_repeated_paints_nothing_and_of_other_reports_only_thes
 def llava(module, world, tmp_path, monkeypatch):
     """A function that puts an Answerer in the place of a LLaVA's folder."""
     folder = tiny_targets.llava(tmp_path / "llava", module.state_dict(), "vision_tower.")
-    monkeypatch.setattr(LlavaSubject, "read", lambda _: None)
+    monkeypatch.setattr("slsgu_cli.targets.search.by_gain", lambda _, moves, gradients: moves)
 
     def made():
         labels = {}
