@@ -15,7 +15,7 @@ from slsgu_cli.checkpoints.targets import Family, Target
 from slsgu_cli.clip.metrics import frechet_distance
 from slsgu_cli.compare.comparison import ComparisonRun
 from slsgu_cli.compare.pass_times import ROLES, PassTimes
-from slsgu_cli.compare.registry import OnUnet, label_of, unet_training
+from slsgu_cli.compare.registry import TrainUnet, label_of, unet_training
 from slsgu_cli.compare.unet import Denoiser, UnetTraining, in_fp32
 from slsgu_cli.errors import MissingError, StaleError, UsageError
 from slsgu_cli.figures.sheets import Strip, Tile, sheet_png
@@ -114,7 +114,7 @@ class TrainedPipeline:
             yield
 
     @contextmanager
-    def trained(self, train: OnUnet, plan: PipelinePlan) -> Iterator[float]:
+    def trained(self, train: TrainUnet, plan: PipelinePlan) -> Iterator[float]:
         """Train the UNet by a method; restore it after the block. Yields the seconds."""
         unet = self.pipe.pipeline.unet
         denoiser = Denoiser(self.pipe.pipeline, self.pipe.device)

@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from slsgu_cli.records.comparison import ClipPlan, Method, PipelinePlan
 
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 # this one.
 Epochs = Callable[[Any, float], Iterator[int]]
 Change = Callable[[Any, str, float], "Tensor"]
-OnUnet = Callable[[Any, PipelinePlan], None]
-EpochsT = TypeVar("EpochsT", bound=Epochs)
-ChangeT = TypeVar("ChangeT", bound=Change)
-OnUnetT = TypeVar("OnUnetT", bound=OnUnet)
+TrainUnet = Callable[[Any, PipelinePlan], None]
+
+# The parameters that project states to features, by their names in open_clip.
+TEXT_PROJECTION = re.compile(r"(?:text\.)?text_projection(?:\.weight)?")
+VISION_PROJECTION = re.compile(r"visual\.(?:proj|head\.proj\.weight)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +53,12 @@ class Trained(Baseline):
     runner's model at a setting and yields the number of each epoch when it ends.
     """
 
-    losses: tuple[str, ...]
     epochs: Epochs
+    losses: tuple[str, ...] = ()
 
     def plan(self, plan: ClipPlan) -> ClipPlan:
         """Return the part of a plan that applies: no retain rows if it does not see any."""
-        return (
-            plan
-            if "retain" in self.losses
-            else ClipPlan(
-                epochs=plan.epochs, batch_size=plan.batch_size, retain_rows=0, seed=plan.seed
-            )
-        )
+        return plan if "retain" in self.losses else replace(plan, retain_rows=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,79 +72,31 @@ class ClosedForm(Baseline):
     """
 
     change: Change
-    projection: re.Pattern[str] | None
-    step: float | None
-    first_step: float | None
-    forget_passes: int
+    projection: re.Pattern[str] | None = None
+    step: float | None = None
+    first_step: float | None = None
+    forget_passes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnUnet:
+    """A baseline that trains the UNet of a diffusion pipeline in place."""
+
+    label: str
+    train: TrainUnet
 
 
 _LABELS = {Method.ORIGINAL: "Original", Method.OURS: "Ours"}
 _CLIP: dict[Method, Trained | ClosedForm] = {}
-_UNET: dict[Method, tuple[str, OnUnet]] = {}
+_UNET: dict[Method, OnUnet] = {}
 
 
-def trained(
-    method: Method,
-    *,
-    label: str,
-    losses: tuple[str, ...] = (),
-    hyperparameter: Hyperparameter | None = None,
-    gradients: tuple[str, ...] = (),
-    squares: bool = False,
-) -> Callable[[EpochsT], EpochsT]:
-    """Register a function as the epochs of a trained baseline; see Trained."""
-
-    def registered(epochs: EpochsT) -> EpochsT:
-        _CLIP[method] = Trained(
-            label=label,
-            losses=losses,
-            hyperparameter=hyperparameter,
-            gradients=gradients,
-            squares=squares,
-            epochs=epochs,
-        )
-        return epochs
-
-    return registered
-
-
-def closed_form(
-    method: Method,
-    *,
-    label: str,
-    hyperparameter: Hyperparameter,
-    projection: re.Pattern[str] | None = None,
-    gradients: tuple[str, ...] = (),
-    step: float | None = None,
-    first_step: float | None = None,
-    forget_passes: int = 0,
-) -> Callable[[ChangeT], ChangeT]:
-    """Register a function as the change of a closed form; see ClosedForm."""
-
-    def registered(change: ChangeT) -> ChangeT:
-        _CLIP[method] = ClosedForm(
-            label=label,
-            hyperparameter=hyperparameter,
-            projection=projection,
-            gradients=gradients,
-            step=step,
-            first_step=first_step,
-            forget_passes=forget_passes,
-            change=change,
-        )
-        return change
-
-    return registered
-
-
-def on_unet(method: Method, *, label: str) -> Callable[[OnUnetT], OnUnetT]:
-    """Register a function that trains the UNet of a diffusion pipeline in place."""
-
-    def registered(train: OnUnetT) -> OnUnetT:
-        _UNET[method] = label, train
-        return train
-
-    return registered
+def register(method: Method, spec: Trained | ClosedForm | OnUnet) -> None:
+    """Register the declaration of a baseline."""
+    if isinstance(spec, OnUnet):
+        _UNET[method] = spec
+    else:
+        _CLIP[method] = spec
 
 
 def baseline(method: Method) -> Trained | ClosedForm | None:
@@ -158,18 +105,17 @@ def baseline(method: Method) -> Trained | ClosedForm | None:
     return _CLIP.get(method)
 
 
-def unet_training(method: Method) -> OnUnet | None:
+def unet_training(method: Method) -> TrainUnet | None:
     """Return the training of a UNet by a method; None for the original and ours."""
     _load(method)
-    return _UNET[method][1] if method in _UNET else None
+    return _UNET[method].train if method in _UNET else None
 
 
 def label_of(method: Method) -> str:
     """Return the label of a method in tables."""
     if method in _LABELS:
         return _LABELS[method]
-    spec = baseline(method)
-    return spec.label if spec else _UNET[method][0]
+    return (baseline(method) or _UNET[method]).label
 
 
 def _load(method: Method) -> None:

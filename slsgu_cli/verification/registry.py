@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from slsgu_cli.records.verification import Check, Finding, Settings, VerifiedModel
 from slsgu_cli.verification.verdicts import VerdictRow, variant_rows
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from slsgu_cli.verification.model import ModelUnderTest
 
 Run = Callable[["ModelUnderTest", Settings], Any]
-RunT = TypeVar("RunT", bound=Run)
 Rows = Callable[[Finding, Finding], Iterator[VerdictRow]]
 Strongest = Callable[[VerdictRow, Finding, Finding], VerdictRow]
 Sentence = Callable[[VerifiedModel, VerifiedModel, VerdictRow | None], str | None]
@@ -36,54 +35,23 @@ class CheckSpec:
     check: Check
     run: Run
     fills: str
-    settings: tuple[str, ...]
-    revision: int
-    needs_original: bool
-    requires: str | None
-    rows: Rows
-    effort: str
-    control: str
-    strongest: Strongest | None
-    sentence: Sentence | None
+    settings: tuple[str, ...] = ()
+    revision: int = 1
+    needs_original: bool = False
+    requires: str | None = None
+    rows: Rows = variant_rows
+    effort: str = "{}"
+    control: str = "its control"
+    strongest: Strongest | None = None
+    sentence: Sentence | None = None
 
 
 _SPECS: dict[Check, CheckSpec] = {}
 
 
-def register(
-    check: Check,
-    *,
-    fills: str,
-    settings: tuple[str, ...] = (),
-    revision: int = 1,
-    needs_original: bool = False,
-    requires: str | None = None,
-    rows: Rows = variant_rows,
-    effort: str = "",
-    control: str = "its control",
-    strongest: Strongest | None = None,
-    sentence: Sentence | None = None,
-) -> Callable[[RunT], RunT]:
-    """Register a function as the run of a check; see CheckSpec for the arguments."""
-
-    def registered(run: RunT) -> RunT:
-        _SPECS[check] = CheckSpec(
-            check=check,
-            run=run,
-            fills=fills,
-            settings=settings,
-            revision=revision,
-            needs_original=needs_original,
-            requires=requires,
-            rows=rows,
-            effort=effort or f"{check} ({{}})",
-            control=control,
-            strongest=strongest,
-            sentence=sentence,
-        )
-        return run
-
-    return registered
+def register(spec: CheckSpec) -> None:
+    """Register the declaration of a check."""
+    _SPECS[spec.check] = spec
 
 
 def spec_of(check: Check) -> CheckSpec:

@@ -4,21 +4,26 @@ import torch
 from torch import Tensor
 
 from slsgu_cli.compare.layer_edits import LayerEdits
-from slsgu_cli.compare.registry import Hyperparameter, closed_form
+from slsgu_cli.compare.registry import ClosedForm, Hyperparameter, register
 from slsgu_cli.records.comparison import Method
 
 
-@closed_form(
-    Method.ALPHAEDIT,
-    label="AlphaEdit",
-    hyperparameter=Hyperparameter("below", 0.1, (0.01, 0.1, 1.0)),
-    gradients=("forget",),
-    forget_passes=1,
-)
 def change(edits: LayerEdits, layer: str, below: float) -> Tensor:
     """Return the change for the stored forget gradient."""
     forget, covariance = edits.forget_covariance(layer), edits.metric(layer).covariance
     return alphaedit(edits.gradient(layer), forget, covariance, below)
+
+
+register(
+    Method.ALPHAEDIT,
+    ClosedForm(
+        label="AlphaEdit",
+        hyperparameter=Hyperparameter("below", 0.1, (0.01, 0.1, 1.0)),
+        gradients=("forget",),
+        forget_passes=1,
+        change=change,
+    ),
+)
 
 
 def alphaedit(gradient: Tensor, forget: Tensor, covariance: Tensor, below: float) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from slsgu_cli import progress
-from slsgu_cli.compare.registry import on_unet
+from slsgu_cli.compare.registry import OnUnet, register
 from slsgu_cli.compare.unet import Condition, Denoiser, UnetTraining
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.comparison import Method, PipelinePlan
@@ -85,9 +85,11 @@ def cross_attention(unet: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-@on_unet(Method.ESD, label="ESD-x")
 def on_pipeline(training: UnetTraining, plan: PipelinePlan) -> None:
     """Train the pipeline's UNet on the judged prompts of the concept."""
     judged = training.judged
     prompts = [judged.prompt(judged.name, number) for number in range(len(judged.templates))]
     erase(training.denoiser, prompts, plan)
+
+
+register(Method.ESD, OnUnet(label="ESD-x", train=on_pipeline))

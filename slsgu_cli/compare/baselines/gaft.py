@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 
-from slsgu_cli.compare.registry import trained
+from slsgu_cli.compare.registry import Trained, register
 from slsgu_cli.compare.runner import BaselineRunner
 from slsgu_cli.records.comparison import Method
 
 LOSSES = ("forget", "retain")
 
 
-@trained(Method.GAFT, label="GAFT", losses=LOSSES)
 def gaft(runner: BaselineRunner, rate: float) -> Iterator[int]:
     """Train at a learning rate."""
     return runner.train(LOSSES, rate)
+
+
+register(Method.GAFT, Trained(label="GAFT", losses=LOSSES, epochs=gaft))

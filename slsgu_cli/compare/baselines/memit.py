@@ -3,22 +3,27 @@
 from torch import Tensor
 
 from slsgu_cli.compare.layer_edits import LayerEdits
-from slsgu_cli.compare.registry import Hyperparameter, closed_form
+from slsgu_cli.compare.registry import ClosedForm, Hyperparameter, register
 from slsgu_cli.method.directions.whitened import RetainMetric
 from slsgu_cli.records.comparison import Method
 
 
-@closed_form(
-    Method.MEMIT,
-    label="MEMIT",
-    hyperparameter=Hyperparameter("lambda", 10.0, (0.1, 1.0, 10.0, 100.0)),
-    gradients=("forget",),
-    forget_passes=1,
-)
 def change(edits: LayerEdits, layer: str, weight: float) -> Tensor:
     """Return the change for the stored forget gradient."""
     forget, metric = edits.forget_covariance(layer), edits.metric(layer)
     return memit(edits.gradient(layer), forget, metric, weight)
+
+
+register(
+    Method.MEMIT,
+    ClosedForm(
+        label="MEMIT",
+        hyperparameter=Hyperparameter("lambda", 10.0, (0.1, 1.0, 10.0, 100.0)),
+        gradients=("forget",),
+        forget_passes=1,
+        change=change,
+    ),
+)
 
 
 def memit(gradient: Tensor, forget: Tensor, metric: RetainMetric, weight: float) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slsgu_cli import progress
 from slsgu_cli.clip.batches import spans
-from slsgu_cli.compare.registry import on_unet, trained
+from slsgu_cli.compare.registry import OnUnet, Trained, register
 from slsgu_cli.compare.runner import BaselineRunner
 from slsgu_cli.compare.training import mask_gradients
 from slsgu_cli.compare.unet import Denoiser, UnetTraining
@@ -22,10 +22,12 @@ BATCH = 8
 RETAIN_WEIGHT = 0.1
 
 
-@trained(Method.SALUN, label="SalUn", losses=LOSSES, gradients=("forget",))
 def salun(runner: BaselineRunner, rate: float) -> Iterator[int]:
     """Train as GAFT does, masked, at a learning rate."""
     return runner.train(LOSSES, rate, mask=mask_of(runner))
+
+
+register(Method.SALUN, Trained(label="SalUn", losses=LOSSES, gradients=("forget",), epochs=salun))
 
 
 def mask_of(runner: BaselineRunner) -> dict[str, Tensor]:
@@ -142,7 +144,6 @@ def _drawn(rows: int, generator: torch.Generator, count: int = BATCH) -> list[in
     return torch.randint(rows, (count,), generator=generator).tolist()
 
 
-@on_unet(Method.SALUN, label="SalUn")
 def on_pipeline(training: UnetTraining, plan: PipelinePlan) -> None:
     """Train the pipeline's UNet on the set's forget and retain rows."""
     forget, _ = training.latents("forget")
@@ -157,3 +158,6 @@ def on_pipeline(training: UnetTraining, plan: PipelinePlan) -> None:
         prompt=judged.prompt,
     )
     unlearn(training.denoiser, data, plan)
+
+
+register(Method.SALUN, OnUnet(label="SalUn", train=on_pipeline))

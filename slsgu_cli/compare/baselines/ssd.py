@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from slsgu_cli.compare.registry import Hyperparameter, trained
+from slsgu_cli.compare.registry import Hyperparameter, Trained, register
 from slsgu_cli.compare.runner import BaselineRunner
 from slsgu_cli.records.comparison import Method
 
@@ -16,17 +16,22 @@ FIRST, LAST = 0.1, 5.0
 Squares = Mapping[str, npt.NDArray[np.floating]]
 
 
-@trained(
-    Method.SSD,
-    label="SSD",
-    hyperparameter=Hyperparameter("alpha", 10.0, (1.0, 10.0, 100.0, 1000.0)),
-    gradients=("forget", "retain"),
-    squares=True,
-)
 def ssd(runner: BaselineRunner, alpha: float) -> Iterator[int]:
     """Dampen with the selection threshold `alpha`."""
     forget, retain = (runner.gradient(role, squares=True) for role in ("forget", "retain"))
     return dampen(runner.model, forget, retain, alpha=alpha, epochs=runner.plan.epochs)
+
+
+register(
+    Method.SSD,
+    Trained(
+        label="SSD",
+        hyperparameter=Hyperparameter("alpha", 10.0, (1.0, 10.0, 100.0, 1000.0)),
+        gradients=("forget", "retain"),
+        squares=True,
+        epochs=ssd,
+    ),
+)
 
 
 def constants(epochs: int) -> list[float]:

@@ -5,22 +5,27 @@ from torch import Tensor
 
 from slsgu_cli.compare.baselines.memit import memit
 from slsgu_cli.compare.layer_edits import LayerEdits
-from slsgu_cli.compare.registry import Hyperparameter, closed_form
+from slsgu_cli.compare.registry import ClosedForm, Hyperparameter, register
 from slsgu_cli.method.directions.whitened import RetainMetric
 from slsgu_cli.records.comparison import Method
 
 
-@closed_form(
-    Method.UCE,
-    label="UCE",
-    hyperparameter=Hyperparameter("preserve", 1.0, (0.1, 1.0, 10.0, 100.0)),
-    # The change already has the right length.
-    first_step=1.0,
-)
 def change(edits: LayerEdits, layer: str, preserve: float) -> Tensor:
     """Return the change that guides forget keys to the mean retain key."""
     keys, guide = edits.keys(layer, "forget"), edits.keys(layer, "retain").mean(dim=0)
     return uce(edits.weight(layer), keys, guide, edits.metric(layer), preserve)
+
+
+register(
+    Method.UCE,
+    ClosedForm(
+        label="UCE",
+        hyperparameter=Hyperparameter("preserve", 1.0, (0.1, 1.0, 10.0, 100.0)),
+        # The change already has the right length.
+        first_step=1.0,
+        change=change,
+    ),
+)
 
 
 def uce(

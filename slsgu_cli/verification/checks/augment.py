@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from slsgu_cli.records.verification import Check, Settings, Variant
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import register
+from slsgu_cli.verification.registry import CheckSpec, register
 
 Images = npt.NDArray[np.uint8]
 Change = Callable[[Tensor], Tensor]
@@ -72,13 +72,6 @@ def changed(images: Images, kind: str, *, seed: int) -> Images:
     return out
 
 
-@register(
-    Check.AUGMENT,
-    fills="variants",
-    settings=("seed",),
-    revision=2,
-    effort="changed images ({})",
-)
 def augment(model: ModelUnderTest, settings: Settings) -> list[Variant]:
     """Measure forget accuracy on the concept's images after each kind of change."""
     group = model.evaluation.forget
@@ -89,3 +82,15 @@ def augment(model: ModelUnderTest, settings: Settings) -> list[Variant]:
         forget = model.forget_accuracy(group.prompts.embeddings, features)
         variants.append(Variant(kind, forget))
     return variants
+
+
+register(
+    CheckSpec(
+        check=Check.AUGMENT,
+        run=augment,
+        fills="variants",
+        settings=("seed",),
+        revision=2,
+        effort="changed images ({})",
+    )
+)

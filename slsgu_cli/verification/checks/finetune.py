@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.verification import OWN, Check, Curve, Finding, Settings
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import register
+from slsgu_cli.verification.registry import CheckSpec, register
 from slsgu_cli.verification.training import SETTINGS, cycled, pairs, trained
 from slsgu_cli.verification.verdicts import VerdictRow, verdict
 
@@ -20,13 +20,6 @@ def rows(before: Finding, after: Finding) -> Iterator[VerdictRow]:
     yield VerdictRow(after.check, variant, first, second, word, note, *utilities)
 
 
-@register(
-    Check.FINETUNE,
-    fills="curves",
-    settings=SETTINGS,
-    rows=rows,
-    effort="training on other images ({})",
-)
 def finetune(model: ModelUnderTest, settings: Settings) -> list[Curve]:
     """Train on the retain set."""
     order = cycled(model.retain.rows, settings.batch_size, seed=settings.seed)
@@ -37,3 +30,15 @@ def finetune(model: ModelUnderTest, settings: Settings) -> list[Curve]:
 
     points, utility = trained(model, batches, settings, name="", measure=measure, utility=True)
     return [Curve(OWN, model.names[model.concept_class], points, utility)]
+
+
+register(
+    CheckSpec(
+        check=Check.FINETUNE,
+        run=finetune,
+        fills="curves",
+        settings=SETTINGS,
+        rows=rows,
+        effort="training on other images ({})",
+    )
+)

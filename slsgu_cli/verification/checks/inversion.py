@@ -14,7 +14,7 @@ from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.verification import IMAGES, MADE_UP, Attempt, Check, Settings
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import register
+from slsgu_cli.verification.registry import CheckSpec, register
 from slsgu_cli.verification.resumable import Training
 from slsgu_cli.verification.verdicts import attack_rows
 from slsgu_cli.verification.words import FreePrompts, free_prompts, other_logits, recognition_loss
@@ -24,14 +24,6 @@ CLASSES, RATE = 4, 0.1
 LEARNT = "<v>"
 
 
-@register(
-    Check.INVERSION,
-    fills="attempts",
-    settings=("shots", "inversion_steps", "seed"),
-    rows=attack_rows(IMAGES, MADE_UP, variant="a word from {shots} images", adds="its images add"),
-    effort="learning a word ({})",
-    control="images that have nothing in common",
-)
 def inversion(model: ModelUnderTest, settings: Settings) -> list[Attempt]:
     """Learn one word from a few images of the concept, and one for each made-up class."""
     table, words = model.token_table(), model.free_words()
@@ -50,6 +42,21 @@ def inversion(model: ModelUnderTest, settings: Settings) -> list[Attempt]:
         Attempt(IMAGES, LEARNT, float(losses[0]), model.accuracy_with(embeddings[0])),
         Attempt(MADE_UP, LEARNT, float(losses[1:].mean()), controls),
     ]
+
+
+register(
+    CheckSpec(
+        check=Check.INVERSION,
+        run=inversion,
+        fills="attempts",
+        settings=("shots", "inversion_steps", "seed"),
+        rows=attack_rows(
+            IMAGES, MADE_UP, variant="a word from {shots} images", adds="its images add"
+        ),
+        effort="learning a word ({})",
+        control="images that have nothing in common",
+    )
+)
 
 
 def _some_images(

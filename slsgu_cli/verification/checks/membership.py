@@ -12,7 +12,7 @@ from slsgu_cli.clip.evaluation import EvaluationSet
 from slsgu_cli.records.verification import Check, MembershipScore, Settings
 from slsgu_cli.store.blocks import DataBlock, JoinedRows
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import register
+from slsgu_cli.verification.registry import CheckSpec, register
 from slsgu_cli.verification.verdicts import CHANCE
 
 Rows = npt.NDArray[np.integer]
@@ -49,13 +49,6 @@ def exposure(before: MembershipScore, after: MembershipScore) -> Exposure:
     return Exposure.MORE if after.mean > was else Exposure.LESS
 
 
-@register(
-    Check.MEMBERSHIP,
-    fills="membership",
-    settings=("rows", "seed"),
-    revision=2,
-    requires="sklearn",
-)
 def membership(model: ModelUnderTest, settings: Settings) -> list[MembershipScore]:
     """Separate the forget set from held-out pairs and from the retain set by each figure.
 
@@ -92,6 +85,18 @@ def membership(model: ModelUnderTest, settings: Settings) -> list[MembershipScor
             sizes = len(values), len(others[figure])
             scores.append(MembershipScore(figure, against, mean, deviation, *sizes))
     return scores
+
+
+register(
+    CheckSpec(
+        check=Check.MEMBERSHIP,
+        run=membership,
+        fills="membership",
+        settings=("rows", "seed"),
+        revision=2,
+        requires="sklearn",
+    )
+)
 
 
 def attack(members: Values, others: Values, *, seed: int = 0) -> Values:

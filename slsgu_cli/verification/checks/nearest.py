@@ -9,7 +9,7 @@ from slsgu_cli.engine.utility import LEAST_ROWS
 from slsgu_cli.records.figures import ClassLoss, harmed
 from slsgu_cli.records.verification import Check, KnownClass, Settings, VerifiedModel
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import register
+from slsgu_cli.verification.registry import CheckSpec, register
 from slsgu_cli.verification.verdicts import VerdictRow
 
 # How many classes to show: those with the nearest names, and those that lost most.
@@ -70,7 +70,6 @@ def sentence(
     )
 
 
-@register(Check.NEAREST, fills="classes", sentence=sentence)
 def nearest(model: ModelUnderTest, _settings: Settings) -> dict[str, tuple[KnownClass, ...]]:
     """Return the classes with images by evaluation set, the nearest names first.
 
@@ -88,3 +87,6 @@ def nearest(model: ModelUnderTest, _settings: Settings) -> dict[str, tuple[Known
         )
     model.tick()
     return known
+
+
+register(CheckSpec(check=Check.NEAREST, run=nearest, fills="classes", sentence=sentence))

@@ -4,12 +4,11 @@ import torch
 
 from slsgu_cli.records.verification import Check, Guess, NearName, Neighbourhood, Settings
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import register
+from slsgu_cli.verification.registry import CheckSpec, register
 
 SHOWN = 5
 
 
-@register(Check.NEIGHBOURS, fills="neighbourhood")
 def neighbours(model: ModelUnderTest, _settings: Settings) -> Neighbourhood:
     """Return the nearest names and the most frequent first guesses."""
     group = model.evaluation.forget
@@ -23,3 +22,6 @@ def neighbours(model: ModelUnderTest, _settings: Settings) -> Neighbourhood:
         tuple(Guess(group.names[i], int(counts[i])) for i in frequent if counts[i]),
         len(group.images),
     )
+
+
+register(CheckSpec(check=Check.NEIGHBOURS, run=neighbours, fills="neighbourhood"))

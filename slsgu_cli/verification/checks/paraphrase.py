@@ -13,7 +13,7 @@ from slsgu_cli.store.artifacts import read_manifest
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import register
+from slsgu_cli.verification.registry import CheckSpec, register
 from slsgu_cli.verification.verdicts import VerdictRow, variant_row, variants_of_both, worst_of
 
 # They suit people, brands and objects; none has an article.
@@ -61,13 +61,6 @@ def rows(before: Finding, after: Finding) -> Iterator[VerdictRow]:
         yield variant_row(after.check, pair, detail=pair in single and pair != worst)
 
 
-@register(
-    Check.PARAPHRASE,
-    fills="variants",
-    settings=("templates", "rows", "seed"),
-    rows=rows,
-    effort="other words ({})",
-)
 def paraphrase(model: ModelUnderTest, settings: Settings) -> list[Variant]:
     """Measure with all unused templates together, and with each alone."""
     sets = model.evaluation.utility
@@ -87,3 +80,15 @@ def paraphrase(model: ModelUnderTest, settings: Settings) -> list[Variant]:
     for template, embeddings in zip(settings.templates, single[model.names], strict=True):
         variants.append(Variant(TEMPLATE + template, model.forget_accuracy(embeddings)))
     return variants
+
+
+register(
+    CheckSpec(
+        check=Check.PARAPHRASE,
+        run=paraphrase,
+        fills="variants",
+        settings=("templates", "rows", "seed"),
+        rows=rows,
+        effort="other words ({})",
+    )
+)

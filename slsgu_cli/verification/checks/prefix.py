@@ -21,7 +21,7 @@ from slsgu_cli.records.verification import (
     VerifiedModel,
 )
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import register
+from slsgu_cli.verification.registry import CheckSpec, register
 from slsgu_cli.verification.verdicts import READABLE, VerdictRow, attack_rows
 from slsgu_cli.verification.words import FreePrompts, Loss, free_prompts, recognition_loss, subjects
 
@@ -49,16 +49,6 @@ def sentence(
     )
 
 
-@register(
-    Check.PREFIX,
-    fills="attempts",
-    settings=("attack_tokens", "attack_steps", "attack_starts", "seed"),
-    revision=2,
-    rows=rows,
-    effort="searching words ({})",
-    control=CONTROL,
-    sentence=sentence,
-)
 def prefix(model: ModelUnderTest, settings: Settings) -> list[Attempt]:
     """Search words before the name, and before a neutral word, from random starts.
 
@@ -84,6 +74,21 @@ def prefix(model: ModelUnderTest, settings: Settings) -> list[Attempt]:
         for start in range(settings.attack_starts):
             attempts += model.results.next(1, partial(searched, start, name, word, prompts))
     return attempts
+
+
+register(
+    CheckSpec(
+        check=Check.PREFIX,
+        run=prefix,
+        fills="attempts",
+        settings=("attack_tokens", "attack_steps", "attack_starts", "seed"),
+        revision=2,
+        rows=rows,
+        effort="searching words ({})",
+        control=CONTROL,
+        sentence=sentence,
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)

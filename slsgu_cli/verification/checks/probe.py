@@ -11,7 +11,7 @@ from slsgu_cli.records.verification import Check, ClassifierScore, Settings, Ver
 from slsgu_cli.sources.matching import matcher
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.verification.model import Gallery, ModelUnderTest
-from slsgu_cli.verification.registry import register
+from slsgu_cli.verification.registry import CheckSpec, register
 from slsgu_cli.verification.verdicts import FORGOTTEN_SHARE, PARTLY_SHARE, READABLE, VerdictRow
 
 LINEAR, NEIGHBOURS = "linear probe", "nearest neighbours"
@@ -69,14 +69,6 @@ def sentence(
     )
 
 
-@register(
-    Check.PROBE,
-    fills="classifiers",
-    settings=("seed",),
-    revision=2,
-    requires="sklearn",
-    sentence=sentence,
-)
 def probe(model: ModelUnderTest, settings: Settings) -> list[ClassifierScore]:
     """Train classifiers on image features to separate the concept's images from others.
 
@@ -112,6 +104,19 @@ def probe(model: ModelUnderTest, settings: Settings) -> list[ClassifierScore]:
         scores.append(_mean(controls))
     model.tick()
     return scores
+
+
+register(
+    CheckSpec(
+        check=Check.PROBE,
+        run=probe,
+        fills="classifiers",
+        settings=("seed",),
+        revision=2,
+        requires="sklearn",
+        sentence=sentence,
+    )
+)
 
 
 def _concept_images(

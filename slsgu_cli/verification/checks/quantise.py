@@ -11,7 +11,7 @@ from torch import Tensor
 from slsgu_cli.method.layers import is_candidate
 from slsgu_cli.records.verification import Check, Settings, Variant
 from slsgu_cli.verification.model import ModelUnderTest, altered
-from slsgu_cli.verification.registry import register
+from slsgu_cli.verification.registry import CheckSpec, register
 
 # Levels of int8 and of symmetric int4 on either side of zero, and steps of asymmetric int4.
 LEVELS, FOUR_BITS, STEPS = 127, 7, 15
@@ -128,13 +128,6 @@ def _through(dtype: torch.dtype) -> Callable[[str, Tensor], Tensor]:
     return lambda _name, values: values.to(dtype).to(values.dtype)
 
 
-@register(
-    Check.QUANTISE,
-    fills="variants",
-    settings=("rows", "seed"),
-    revision=2,
-    effort="rounding the weights ({})",
-)
 def quantise(model: ModelUnderTest, _settings: Settings) -> list[Variant]:
     """Measure with weight matrices in 8 and 4 bits, then with all parameters in 16 bits."""
     changes = {"int8": _of_matrices(to_int8), "fp8": _of_matrices(to_fp8)}
@@ -149,3 +142,15 @@ def quantise(model: ModelUnderTest, _settings: Settings) -> list[Variant]:
         with altered(model.module, change):
             variants.append(Variant(name, *model.measure(utility=name in COSTLY)))
     return variants
+
+
+register(
+    CheckSpec(
+        check=Check.QUANTISE,
+        run=quantise,
+        fills="variants",
+        settings=("rows", "seed"),
+        revision=2,
+        effort="rounding the weights ({})",
+    )
+)

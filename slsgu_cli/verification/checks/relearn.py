@@ -10,7 +10,7 @@ from slsgu_cli.clip.towers import EMBED
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.verification import NEW, OWN, Check, Curve, Finding, Settings
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import register
+from slsgu_cli.verification.registry import CheckSpec, register
 from slsgu_cli.verification.training import SETTINGS, Batch, cycled, pairs, trained
 from slsgu_cli.verification.verdicts import READABLE, Verdict, VerdictRow, verdict
 
@@ -76,15 +76,6 @@ def _at(step: int | None) -> str:
     return "not within these steps" if step is None else f"at step {step}"
 
 
-@register(
-    Check.RELEARN,
-    fills="curves",
-    settings=("shots", *SETTINGS),
-    rows=rows,
-    effort="training on its images ({})",
-    control="a made-up name",
-    strongest=strongest,
-)
 def relearn(model: ModelUnderTest, settings: Settings) -> list[Curve]:
     """Train on images of the concept under its name; the original also under a new name."""
     name = model.names[model.concept_class]
@@ -95,6 +86,20 @@ def relearn(model: ModelUnderTest, settings: Settings) -> list[Curve]:
     for label, target in targets.items():
         curves += model.results.next(1, partial(taught, model, settings, label, target))
     return curves
+
+
+register(
+    CheckSpec(
+        check=Check.RELEARN,
+        run=relearn,
+        fills="curves",
+        settings=("shots", *SETTINGS),
+        rows=rows,
+        effort="training on its images ({})",
+        control="a made-up name",
+        strongest=strongest,
+    )
+)
 
 
 def new_name(name: str, *, seed: int) -> str:

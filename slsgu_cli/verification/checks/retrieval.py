@@ -14,7 +14,7 @@ from slsgu_cli.records.verification import (
     VerifiedModel,
 )
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import register
+from slsgu_cli.verification.registry import CheckSpec, register
 from slsgu_cli.verification.verdicts import PARTLY_SHARE, VerdictRow
 
 BY_IMAGE, BY_NAME = "its images", "its name"
@@ -58,7 +58,6 @@ def sentence(
     return f"{moved}: rebuild an index made before the edit."
 
 
-@register(Check.RETRIEVAL, fills="retrieval", needs_original=True, sentence=sentence)
 def retrieval(model: ModelUnderTest, _settings: Settings) -> Retrieval:
     """Query a new and an old index with the concept's images and its name.
 
@@ -87,6 +86,17 @@ def retrieval(model: ModelUnderTest, _settings: Settings) -> Retrieval:
         for images, part in ((BY_IMAGE, slice(size)), (OTHER_IMAGES, slice(size, None)))
     ]
     return Retrieval(tuple(results), tuple(shifts))
+
+
+register(
+    CheckSpec(
+        check=Check.RETRIEVAL,
+        run=retrieval,
+        fills="retrieval",
+        needs_original=True,
+        sentence=sentence,
+    )
+)
 
 
 def ranking_figures(cosines: Tensor, relevant: Tensor) -> tuple[float, float, float, float]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from slsgu_cli.records.verification import NEUTRAL, OWN, RANDOM, Attempt, Check, Settings
 from slsgu_cli.verification.checks.paraphrase import TEMPLATES
 from slsgu_cli.verification.model import ModelUnderTest, SkippedCheck
-from slsgu_cli.verification.registry import register
+from slsgu_cli.verification.registry import CheckSpec, register
 from slsgu_cli.verification.verdicts import attack_rows
 from slsgu_cli.verification.words import FreePrompts, free_prompts, subjects
 
@@ -25,15 +25,6 @@ from slsgu_cli.verification.words import FreePrompts, free_prompts, subjects
 LENGTH, COEFFICIENT = 16, 3.0
 
 
-@register(
-    Check.RING_A_BELL,
-    fills="attempts",
-    settings=("population", "generations", "seed"),
-    needs_original=True,
-    rows=attack_rows(OWN, NEUTRAL, variant="a text of its meaning", adds="its meaning adds"),
-    effort="searching a text ({})",
-    control="another word's meaning",
-)
 def ring_a_bell(model: ModelUnderTest, settings: Settings) -> list[Attempt]:
     """Search texts without the name, near the target in the model under test.
 
@@ -53,6 +44,20 @@ def ring_a_bell(model: ModelUnderTest, settings: Settings) -> list[Attempt]:
     for name, target in meanings(model, subjects(model)).items():
         attempts += model.results.next(2 if name == OWN else 1, partial(searched, name, target))
     return attempts
+
+
+register(
+    CheckSpec(
+        check=Check.RING_A_BELL,
+        run=ring_a_bell,
+        fills="attempts",
+        settings=("population", "generations", "seed"),
+        needs_original=True,
+        rows=attack_rows(OWN, NEUTRAL, variant="a text of its meaning", adds="its meaning adds"),
+        effort="searching a text ({})",
+        control="another word's meaning",
+    )
+)
 
 
 def meanings(model: ModelUnderTest, words: Mapping[str, str]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import numpy as np
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.verification import KIND, Check, Finding, Settings, Variant
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import register
+from slsgu_cli.verification.registry import CheckSpec, register
 from slsgu_cli.verification.verdicts import (
     READABLE,
     VerdictRow,
@@ -53,13 +53,6 @@ def _mean(accuracies: Sequence[Accuracy]) -> Accuracy:
     return replace(accuracies[0], top1=top1, top5=top5)
 
 
-@register(
-    Check.TYPOS,
-    fills="variants",
-    settings=("spellings", "aliases", "seed"),
-    rows=rows,
-    effort="typing errors and other names ({})",
-)
 def typos(model: ModelUnderTest, settings: Settings) -> list[Variant]:
     """Measure with variants of the name, and with other names, in its place.
 
@@ -80,6 +73,18 @@ def typos(model: ModelUnderTest, settings: Settings) -> list[Variant]:
         Variant(f"{kind}{KIND}{text}", model.accuracy_with(embedding))
         for (kind, text), embedding in zip(distinct, embeddings, strict=True)
     ]
+
+
+register(
+    CheckSpec(
+        check=Check.TYPOS,
+        run=typos,
+        fills="variants",
+        settings=("spellings", "aliases", "seed"),
+        rows=rows,
+        effort="typing errors and other names ({})",
+    )
+)
 
 
 def variants_of(name: str, *, seed: int) -> Iterator[tuple[str, str]]:
