@@ -172,7 +172,7 @@ class ClipComparisonRun(ComparisonRun[ClipOutcome]):
             version=slsgu_cli.__version__,
         )
         run = cls(store, name, fresh, times, pointer, plan, options.layer)
-        times.remember(run.record.passes)
+        times.known = {**run.record.passes, **times.known}
         return run
 
     @cached_property
@@ -206,7 +206,7 @@ class ClipComparisonRun(ComparisonRun[ClipOutcome]):
         if isinstance(spec, ClosedForm):
             return MethodSetting(method, setting, layer=self.layers[method])
         if method is Method.OURS:
-            return MethodSetting(method, edit=self.our_edit.words)
+            return MethodSetting(method, edit=self.our_edit.label)
         if isinstance(spec, Trained):
             return MethodSetting(method, setting, spec.plan(self.plan))
         return MethodSetting(method)

@@ -30,12 +30,12 @@ from slsgu_cli.records.comparison import (
     PipelinePlan,
 )
 from slsgu_cli.records.method import GradientPointer
-from slsgu_cli.records.sets import SetManifest, Split
+from slsgu_cli.records.sets import Split
 from slsgu_cli.records.targets import TargetTrials
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, target_edit
 from slsgu_cli.store.store import Store
 from slsgu_cli.targets.judge import judge_specs
-from slsgu_cli.targets.judged_prompts import JudgedPrompt, JudgedPrompts
+from slsgu_cli.targets.judged_prompts import JudgedPrompts
 from slsgu_cli.targets.models import Pipeline, folder_fingerprint, new_values, require_family
 
 # Images of a row in the contact sheet.
@@ -88,47 +88,6 @@ def _folder(name: str, target: Path) -> str:
     return Artifact.TARGET_COMPARISON.beside(target_edit(name, target))
 
 
-@dataclass(frozen=True, slots=True)
-class TrainedPipeline:
-    """A pipeline, the prompts it is judged by, and the set to forget."""
-
-    store: Store
-    manifest: SetManifest
-    pipe: Pipeline
-    judged: JudgedPrompts
-
-    def generated(self, label: str) -> list[bytes]:
-        """Generate images for the judged prompts, the concept's first."""
-        prompts = [*self.judged.of_concept, *self.judged.of_others]
-        images = []
-        with progress.bar(f"images of {label}", len(prompts)) as ticker:
-            for image in self.judged.generated(self.pipe, prompts):
-                images.append(image)
-                ticker.advance()
-        return images
-
-    @contextmanager
-    def edited(self, edit: Edit) -> Iterator[None]:
-        """Apply our edit within a block."""
-        with self.pipe.edited(new_values(self.pipe.encoders, [edit])):
-            yield
-
-    @contextmanager
-    def trained(self, train: TrainUnet, plan: PipelinePlan) -> Iterator[float]:
-        """Train the UNet by a method; restore it after the block. Yields the seconds."""
-        unet = self.pipe.pipeline.unet
-        denoiser = Denoiser(self.pipe.pipeline, self.pipe.device)
-        training = UnetTraining(denoiser, self.judged, self.store, self.manifest)
-        before = {name: value.clone() for name, value in unet.state_dict().items()}
-        start = perf_counter()
-        try:
-            with in_fp32(self.pipe.pipeline):
-                train(training, plan)
-            yield perf_counter() - start
-        finally:
-            unet.load_state_dict(before)
-
-
 @dataclass
 class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
     """The comparison on one pipeline, which is loaded only for rows that are not recorded."""
@@ -173,10 +132,9 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
         return cls(store, edit, fresh, times, pointer, options, judged)
 
     @cached_property
-    def pipeline(self) -> TrainedPipeline:
+    def pipe(self) -> Pipeline:
         """The loaded pipeline."""
-        pipe = Pipeline.load(self.options.target, device=self.options.device)
-        return TrainedPipeline(self.store, self.times.manifest, pipe, self.judged)
+        return Pipeline.load(self.options.target, device=self.options.device)
 
     @cached_property
     def our_edit(self) -> tuple[Edit, float]:
@@ -199,14 +157,29 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
         """Apply a method to the pipeline; generate, judge and store images."""
         plan, train = self._plan(setting), unet_training(method)
         if plan is not None and train is not None:
-            with self.pipeline.trained(train, plan) as seconds:
+            with self._trained(train, plan) as seconds:
                 return self._judged(method, plan=plan, seconds=seconds)
         if method is Method.ORIGINAL:
             return self._judged(method)
         edit, seconds = self.our_edit
         seconds += self.times.seconds(self.pointer, ROLES, squares=False)
-        with self.pipeline.edited(edit):
+        with self.pipe.edited(new_values(self.pipe.encoders, [edit])):
             return self._judged(method, edit=digest(edit.header), seconds=seconds)
+
+    @contextmanager
+    def _trained(self, train: TrainUnet, plan: PipelinePlan) -> Iterator[float]:
+        """Train the UNet by a method; restore it after the block. Yields the seconds."""
+        pipeline = self.pipe.pipeline
+        denoiser = Denoiser(pipeline, self.pipe.device)
+        training = UnetTraining(denoiser, self.judged, self.store, self.times.manifest)
+        before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+        start = perf_counter()
+        try:
+            with in_fp32(pipeline):
+                train(training, plan)
+            yield perf_counter() - start
+        finally:
+            pipeline.unet.load_state_dict(before)
 
     def _judged(
         self,
@@ -218,7 +191,12 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
     ) -> PipelineOutcome:
         """Generate, judge and store images by the pipeline as it is now."""
         judged = self.judged
-        images = self.pipeline.generated(label_of(method))
+        prompts = [*judged.of_concept, *judged.of_others]
+        images = []
+        with progress.bar(f"images of {label_of(method)}", len(prompts)) as ticker:
+            for image in judged.generated(self.pipe, prompts):
+                images.append(image)
+                ticker.advance()
         split = len(judged.of_concept)
         shown, rest = images[:split], images[split:]
         original = rest
@@ -259,7 +237,7 @@ def our_edit(store: Store, pointer: GradientPointer, target: Path) -> tuple[Edit
         raise MissingError(f"{store.url} has no edit {name} to compare", hint=hint)
     edit = load_edit(store, name)
     warn_of_other_encoders([edit])
-    path = Artifact.TARGET_TRIALS.path(target_edit(pointer.name, target))
+    path = Artifact.TARGET_TRIALS.path(name)
     trials = store.read_record(path, TargetTrials) if store.exists(path) else None
     if trials is not None and trials.forget == pointer.forget:
         key = (edit.header.layer, edit.header.step)
@@ -272,33 +250,14 @@ def sheet(
     judged: JudgedPrompts, pictures: Mapping[PipelineOutcome, Sequence[bytes]], target: Path
 ) -> bytes:
     """Return a PNG of the first images of each row, labelled by the judge's first guess."""
-    split = len(judged.of_concept)
-    strips = [
-        _strip(
-            judged,
-            prompts[:SHOWN],
-            {
-                _title(row): images[start : start + SHOWN][: len(prompts)]
-                for row, images in pictures.items()
-            },
-        )
-        for prompts, start in ((judged.of_concept, 0), (judged.of_others, split))
-    ]
+    strips = []
+    for prompts, start in ((judged.of_concept, 0), (judged.of_others, len(judged.of_concept))):
+        shown = prompts[:SHOWN]
+        labels = list(dict.fromkeys(prompt.label for prompt in shown))
+        tiles = {}
+        for row, images in pictures.items():
+            title = label_of(row.method) + (f" {row.plan.rate:g}" if row.plan else "")
+            some = images[start : start + len(shown)]
+            tiles[title] = list(map(Tile, some, judged.judge.verdicts(some)))
+        strips.append(Strip(f"prompts: {', '.join(labels)}", labels == [judged.name], tiles))
     return sheet_png(f"Forgetting {judged.name}: {target.name}", strips)
-
-
-def _strip(
-    judged: JudgedPrompts, prompts: Sequence[JudgedPrompt], rows: Mapping[str, Sequence[bytes]]
-) -> Strip:
-    labels = list(dict.fromkeys(prompt.label for prompt in prompts))
-    tiles = {title: _tiles(judged, images) for title, images in rows.items()}
-    return Strip(f"prompts: {', '.join(labels)}", labels == [judged.name], tiles)
-
-
-def _tiles(judged: JudgedPrompts, images: Sequence[bytes]) -> list[Tile]:
-    guesses = judged.judge.verdicts(images)
-    return [Tile(image, name) for image, name in zip(images, guesses, strict=True)]
-
-
-def _title(row: PipelineOutcome) -> str:
-    return label_of(row.method) + (f" {row.plan.rate:g}" if row.plan else "")

@@ -76,23 +76,18 @@ class OurEdit:
             or Artifact.TRIALS.changed(trials, digests_of(times.manifest, pointer))
         ):
             return None
-        took = trials.took if trials.took and trials.took.where == times.where else None
+        took = trials.took
+        seconds = took.seconds if took and took.where == times.where else None
         edited = ((header.layer, header.direction), header.step)
         for trial in trials.trials:
-            same = (trial.move, trial.step) == edited
-            if same and trial.utility is not None:
-                return cls(header, trial, trials, took.seconds if took else None)
+            if (trial.move, trial.step) == edited and trial.utility is not None:
+                return cls(header, trial, trials, seconds)
         return None
 
     @property
-    def words(self) -> str:
+    def label(self) -> str:
         """The layer, step and direction of the edit, which identify its row."""
         return f"{self.trial.layer} at {self.trial.step:.10g}, {self.trial.direction}"
-
-    @property
-    def figures(self) -> Figures:
-        """The test figures after the edit."""
-        return _figures(self.header.forget, self.header.utility)
 
     @property
     def before(self) -> Figures:
@@ -109,11 +104,12 @@ class OurEdit:
         if seconds is None:
             progress.detail("the search runs again to measure its time")
             seconds = _timed_search(times.store, self.trials, times.device_option)
+        figures = _figures(self.header.forget, self.header.utility)
         return ClipOutcome(
             method=Method.OURS,
-            edit=self.words,
-            forget=self.figures.forget,
-            utility=self.figures.utility,
+            edit=self.label,
+            forget=figures.forget,
+            utility=figures.utility,
             seconds=seconds + times.seconds(pointer, ROLES, squares=False),
             forget_passes=1.0,
             retain_passes=1.0,

@@ -1,14 +1,16 @@
 """How long the gradient passes of a set take, measured when they are needed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from slsgu_cli.clip.devices import device_name, pick_device
 from slsgu_cli.clip.models import resolve
-from slsgu_cli.engine.gradients import GradResult, compute_gradients, load_graded, open_pairs
+from slsgu_cli.engine.gradient_pass import GradientPass
+from slsgu_cli.engine.gradients import compute_gradients, load_graded, open_pairs
 from slsgu_cli.records.figures import PassTime
 from slsgu_cli.records.method import GradientHeader, GradientPointer, Precision
 from slsgu_cli.records.options import PassOptions
@@ -16,9 +18,6 @@ from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
-
-if TYPE_CHECKING:
-    from torch import nn
 
 ROLES = ("forget", "retain")
 
@@ -35,10 +34,6 @@ class PassTimes:
     device_option: str
     known: dict[str, PassTime] = field(default_factory=dict)
 
-    def remember(self, passes: Mapping[str, PassTime]) -> None:
-        """Add recorded times of passes that are not measured yet."""
-        self.known = {**passes, **self.known}
-
     @cached_property
     def device(self) -> str:
         """The device that passes run on."""
@@ -53,14 +48,13 @@ class PassTimes:
         """Compute missing gradients or squares, and record the time."""
         options = PassOptions(device=self.device_option)
         if pointer is not None:
-            precision = Precision(pointer.precision)
             options = replace(
                 options,
                 batch_size=pointer.batch_size,
-                precision=precision,
+                precision=Precision(pointer.precision),
                 prefixes=pointer.prefixes,
             )
-        result: GradResult = compute_gradients(
+        result = compute_gradients(
             self.store,
             self.manifest.name,
             model=pointer.model if pointer else None,
@@ -78,7 +72,7 @@ class PassTimes:
         roles: Iterable[str],
         *,
         squares: bool,
-        model: "nn.Module | None" = None,
+        model: nn.Module | None = None,
     ) -> float:
         """Return the time of the passes of `roles`; `model` is the original, if it is loaded."""
         total = 0.0
@@ -102,10 +96,8 @@ class PassTimes:
         return None
 
     def _measure(
-        self, model: "nn.Module", pointer: GradientPointer, role: str, squares: bool
+        self, model: nn.Module, pointer: GradientPointer, role: str, squares: bool
     ) -> PassTime:
-        from slsgu_cli.engine.gradient_pass import GradientPass
-
         path = Artifact.GRADIENT.path(getattr(pointer, role))
         header = self.store.read_header(path, GradientHeader)
         graded = resolve(pointer.model)

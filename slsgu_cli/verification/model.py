@@ -30,7 +30,7 @@ from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.verification import Settings
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
-from slsgu_cli.verification.resumable import PartialResults
+from slsgu_cli.verification.resumable import PartialResults, Training
 
 Utility = dict[str, Accuracy]
 Words = Mapping[int, str]
@@ -64,7 +64,7 @@ class ModelUnderTest:
     returns the words that are one token each, by token id. `original` returns the gallery of
     the original model, `original_text` its text tower (None if this is the original).
     `results` has the partial results of the current check, and `saved_state` returns the
-    saved state of a training by its name.
+    saved state of a training by its name (None to save nothing).
     """
 
     manifest: SetManifest
@@ -183,6 +183,11 @@ class ModelUnderTest:
     def renamed(self, name: str) -> tuple[str, ...]:
         """Return the classes with another name for the concept."""
         return (*self.names[: self.concept_class], name, *self.names[self.concept_class + 1 :])
+
+    def training(self, optimizer: torch.optim.Optimizer, steps: int, name: str) -> Training:
+        """Return the training `name` of the current check, resumed if its state is saved."""
+        saved = self.saved_state(name) if self.saved_state else None
+        return Training.resume(optimizer, steps, saved)
 
     def tick(self) -> None:
         """Advance the progress bar by one measurement."""

@@ -52,8 +52,7 @@ def trained(
             eps=EPSILON,
             weight_decay=0.0,
         )
-        saved = model.saved_state(name) if model.saved_state else None
-        training = Training.resume(optimizer, settings.steps, saved)
+        training = model.training(optimizer, settings.steps, name)
         measured_at = schedule(settings.steps)
         for _ in range(training.done):
             next(batches)

@@ -25,7 +25,7 @@ CHANCE = 5.0
 class Verdict(StrEnum):
     """What a variant says about an edited model."""
 
-    FORGOTTEN = "kept forgotten"
+    FORGOTTEN = "stays forgotten"
     PARTLY_BACK = "partly back"
     BACK = "comes back"
     AS_NEW = "learnt as if new"

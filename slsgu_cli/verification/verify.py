@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -129,7 +128,9 @@ class _VerifyRun:
         for check, key in keys.items():
             label = f"{verified.label}: {check}"
             model.results = self._results(check, key)
-            model.saved_state = partial(self._saved_state, key, model.device)
+            model.saved_state = lambda name, key=key: KeptArrays(
+                self.store, digest([key, name]), model.device
+            )
             with progress.bar(label, None) as model.ticker, counted_by(label):
                 finding = _run_check(model, check, key, self.request.settings)
             verified = verified.with_finding(finding)
@@ -152,10 +153,6 @@ class _VerifyRun:
         if results:
             progress.note(f"{check} resumes after {len(results)} of its results")
         return PartialResults(list(results), save)
-
-    def _saved_state(self, key: str, device: str, name: str) -> KeptArrays:
-        """Return the saved state of the training `name` in the check with that key."""
-        return KeptArrays(self.store, digest([key, name]), device)
 
     def _original_gallery(self, model: ModelUnderTest) -> Gallery:
         """Return the original's image features; load the original once if `model` is another."""
@@ -202,10 +199,10 @@ def _record(store: Store, manifest: SetManifest) -> Verification:
 
 
 def _run_check(model: ModelUnderTest, check: Check, key: str, settings: Settings) -> Finding:
-    spec = spec_of(check)
+    spec, used = spec_of(check), _used(check, settings)
     try:
         value = spec.run(model, settings)
     except SkippedCheck as reason:
-        return Finding(check, key, _used(check, settings), skipped=str(reason))
+        return Finding(check, key, used, skipped=str(reason))
     fields: dict[str, Any] = {spec.fills: tuple(value) if isinstance(value, list) else value}
-    return Finding(check, key, _used(check, settings), **fields)
+    return Finding(check, key, used, **fields)

@@ -1,6 +1,6 @@
 """The first epoch that forgets is reported, else the first of those that forget most."""
 
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,15 +12,9 @@ from slsgu_cli.records.comparison import Method
 from slsgu_cli.records.figures import Accuracy, Figures
 
 
-@dataclass
-class Counter:
-    """A model whose weight is the number of epochs it was trained for."""
-
-    model: torch.nn.Module
-
-
 def run(accuracies, monkeypatch):
-    counter = Counter(torch.nn.Linear(1, 1))
+    # The weight is the number of epochs that ran.
+    counter = SimpleNamespace(model=torch.nn.Linear(1, 1))
 
     def epochs():
         for epoch in range(1, len(accuracies) + 1):
@@ -31,8 +25,8 @@ def run(accuracies, monkeypatch):
         return Accuracy(accuracies[int(evaluation.model.weight) - 1], 50.0, 10)
 
     def figures(evaluation):
-        kept = {"set": Accuracy(evaluation.model.weight.item(), 0.0, 10)}
-        return Figures(forget(evaluation), kept)
+        utility = {"set": Accuracy(evaluation.model.weight.item(), 0.0, 10)}
+        return Figures(forget(evaluation), utility)
 
     monkeypatch.setattr(epochs_module, "forget_accuracy", forget)
     monkeypatch.setattr(epochs_module, "figures_of", figures)

@@ -194,7 +194,7 @@ def test_verification_and_comparison_are_shown_with_their_verdicts(store, tmp_pa
     fill_comparison(more)
     page = html(more)
     for word in (
-        "kept forgotten 3",
+        "stays forgotten 3",
         "&lt;b&gt;flip&lt;/b&gt;",
         "Where the concept went",
         "castle 36%",

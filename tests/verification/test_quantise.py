@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits: the bound on the error, what is exact, and a plain loop."""
+"""Weights in 8 and 4 bits, compared with plain loops."""
 
 from functools import partial
 from itertools import pairwise
@@ -16,8 +16,6 @@ from slsgu_cli.verification.checks.quantise import (
     to_nf4,
 )
 
-SHAPES = pytest.mark.parametrize("shape", [(7, 12), (5, 3, 4, 4)])
-
 
 def weights(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * 0.05
@@ -25,41 +23,6 @@ def weights(*shape):
 
 def by_channel(values, axis):
     return values.movedim(axis, 0).flatten(1)
-
-
-@SHAPES
-@pytest.mark.parametrize("axis", [0, 1])
-def test_no_weight_moves_by_more_than_half_a_level(shape, axis):
-    weight = weights(*shape)
-    moved = by_channel((to_int8(weight, axis) - weight).abs(), axis)
-    level = by_channel(weight.abs(), axis).amax(dim=1) / LEVELS
-    assert (moved <= level.unsqueeze(1) / 2 * (1 + 1e-5)).all()
-    assert moved.max() > 0
-
-
-@SHAPES
-def test_each_channel_has_at_most_255_values_and_keeps_its_largest(shape):
-    weight = weights(*shape)
-    rows, before = by_channel(to_int8(weight, 0), 0), by_channel(weight, 0)
-    for row, was in zip(rows, before, strict=True):
-        levels = row / (was.abs().max() / LEVELS)
-        torch.testing.assert_close(levels, levels.round(), atol=1e-3, rtol=0)
-        assert levels.round().abs().max() == LEVELS
-    torch.testing.assert_close(rows.abs().amax(dim=1), before.abs().amax(dim=1))
-
-
-def test_what_is_quantised_already_stays_and_signs_turn_with_it():
-    weight = weights(6, 40)
-    once = to_int8(weight, 0)
-    torch.testing.assert_close(to_int8(once, 0), once, rtol=1e-6, atol=0)
-    assert torch.equal(to_int8(-weight, 0), -once)
-
-
-def test_channels_do_not_see_each_other():
-    weight = weights(4, 9)
-    larger = weight.clone()
-    larger[2] *= 1000
-    assert torch.equal(to_int8(larger, 0)[[0, 1, 3]], to_int8(weight, 0)[[0, 1, 3]])
 
 
 def test_a_channel_of_zeros_stays_zero():
@@ -72,6 +35,11 @@ def test_projections_that_stand_right_of_their_input_have_channels_in_columns():
     assert output_axis("visual.proj") == output_axis("text_projection") == 1
     assert output_axis("visual.transformer.resblocks.0.attn.in_proj_weight") == 0
     assert output_axis("transformer.resblocks.0.mlp.c_fc.weight") == 0
+
+
+def plain_int8(values):
+    scale = max(map(abs, values)) / LEVELS
+    return [round(v / scale) * scale for v in values]
 
 
 def plain_int4(values, *, symmetric):
@@ -100,6 +68,14 @@ def by_groups(weight, axis, size, plain):
     return torch.tensor(rows).float()
 
 
+@pytest.mark.parametrize("shape", [(7, 12), (5, 3, 4, 4)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_int8_is_the_plain_loop(shape, axis):
+    weight = weights(*shape)
+    found = by_channel(to_int8(weight, axis), axis)
+    torch.testing.assert_close(found, by_groups(weight, axis, weight.numel(), plain_int8))
+
+
 @pytest.mark.parametrize("shape", [(3, 200), (5, 64), (4, 3, 7, 7)])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("size", [64, 128])
@@ -123,16 +99,6 @@ def test_int4_keeps_groups_of_one_sign_and_of_zeros(symmetric):
     found = to_int4(weight, 0, group=64, symmetric=symmetric)
     torch.testing.assert_close(found[1:], weight[1:])
     assert (found[0] - weight[0]).abs().max() <= 0.4 / (7 if symmetric else 15) / 2 + 1e-6
-
-
-def test_finer_groups_round_less():
-    weight = weights(8, 512)
-    errors = [
-        float((to_int4(weight, 0, group=size, symmetric=True) - weight).norm())
-        for size in (64, 128, 512)
-    ]
-    assert errors == sorted(errors)
-    assert errors[0] < errors[-1]
 
 
 def test_nf4_has_the_numbers_of_qlora():

@@ -459,7 +459,7 @@ def test_the_command_prints_verdicts_and_writes_the_record(world):
     assert [line[0] for line in lines] == ["baseline", *["augment"] * 6]
     assert all(line[head.index("verdict")] for line in lines)
     assert became[0].split("\t") == ["what", "original", "edit blue"]
-    assert became[-2].startswith("edit blue: kept forgotten")
+    assert became[-2].startswith("edit blue: stays forgotten")
     assert "of 6 attempts" in became[-1].lower()
     assert "reused 6 recorded findings" in piped.stderr
     record = world.store.read_record(Artifact.VERIFICATION.path("blue"), Verification)

@@ -15,7 +15,6 @@ from slsgu_cli.records.verification import IMAGES, MADE_UP, Attempt, Check, Sett
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.verification.model import ModelUnderTest
 from slsgu_cli.verification.registry import CheckSpec, register
-from slsgu_cli.verification.resumable import Training
 from slsgu_cli.verification.verdicts import attack_rows
 from slsgu_cli.verification.words import FreePrompts, free_prompts, other_logits, recognition_loss
 
@@ -100,8 +99,7 @@ def learn_words(
         each = [loss(mean.unsqueeze(0)) for loss, mean in zip(losses, means, strict=True)]
         return means, torch.cat(each)
 
-    saved = model.saved_state("a word") if model.saved_state else None
-    training = Training.resume(torch.optim.Adam([shifts], lr=rate), steps, saved)
+    training = model.training(torch.optim.Adam([shifts], lr=rate), steps, "a word")
     while training.done < steps:
         with torch.enable_grad():
             (shifts.grad,) = torch.autograd.grad(measured()[1].sum(), shifts)
