@@ -1,4 +1,4 @@
-"""Which epoch of a trained baseline is reported, and its figures."""
+"""Train a baseline epoch by epoch, and report the epoch with the lowest FA@1."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What a layer is applied to: its keys and input covariance, and gradients at its outputs.
+"""Keys, input covariance and output gradients of a layer.
 
 A layer is a linear map y = W x. A key is its input at the position whose state becomes the
 features: the end of a text, or the pooled state of an image.

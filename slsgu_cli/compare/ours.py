@@ -12,12 +12,7 @@ from slsgu_cli.errors import NotForgottenError, StaleError
 from slsgu_cli.records.comparison import ClipOutcome, Method
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.figures import Accuracy, Figures
-from slsgu_cli.records.method import (
-    EditHeader,
-    GradientPointer,
-    Trial,
-    Trials,
-)
+from slsgu_cli.records.method import EditHeader, GradientPointer, Trial, Trials
 from slsgu_cli.records.options import MARGIN, SearchOptions
 from slsgu_cli.store.artifacts import Artifact, digests_of
 from slsgu_cli.store.store import Store

@@ -1,4 +1,4 @@
-"""How long the gradient passes of a set take, measured when they are needed."""
+"""Times of the gradient passes of a set, measured when they are needed."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace

@@ -68,7 +68,7 @@ class BaselineRunner:
         return cls(pointer, plan, times, model, *evaluated, weights_of(model))
 
     def restore(self) -> None:
-        """Make the model the original again."""
+        """Restore the original weights."""
         set_weights(self.model, self.original_weights)
 
     def original(self) -> Figures:
@@ -121,7 +121,7 @@ class BaselineRunner:
         return self.times.store.read_tensors(artifact.path(getattr(self.pointer, role)))
 
     def _passes(self, spec: Trained, epochs: int) -> tuple[float, float]:
-        """Return how many passes over all forget and all retain rows a run amounts to."""
+        """Return the number of full passes over the forget and the retain rows of a run."""
         share = self.plan.retain_rows / self.times.manifest.retain.rows
         return (
             float(("forget" in spec.gradients) + epochs * ("forget" in spec.losses)),

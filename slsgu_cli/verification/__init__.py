@@ -1,1 +1,1 @@
-"""Whether a concept stays forgotten."""
+"""Checks that try to recover a forgotten concept."""

@@ -61,14 +61,14 @@ def _effort(row: VerdictRow) -> str:
 
 
 def against(row: VerdictRow) -> str:
-    """Return how the control of a line does, as the end of a clause."""
+    """Return the accuracy of the control of a line, as the end of a clause."""
     if row.control is None:
         return ""
     return f", against {row.control.top1:.0f}% for {spec_of(row.check).control}"
 
 
 def _of_name(concept: str, lines: list[VerdictRow], strongest: VerdictRow | None) -> str:
-    """Return what brings the name back, or the bound where nothing does."""
+    """Describe the strongest attempt, or give the upper bound if none succeeds."""
     telling = [row for row in lines if row.verdict is not Verdict.NOTHING]
     count = sum(row.check is not Check.BASELINE for row in telling)
     attempts = f"{count} attempt{'s' * (count != 1)}"
@@ -97,7 +97,7 @@ def _of_name(concept: str, lines: list[VerdictRow], strongest: VerdictRow | None
 
 
 def _of_scope(model: VerifiedModel) -> str:
-    """Return which tower an edit leaves unchanged."""
+    """Name the tower that the edit leaves unchanged."""
     if model.edit is None:
         return ""
     towers = [("image", "text tower, with the name's embedding,"), ("text", "image tower")]

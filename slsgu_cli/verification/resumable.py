@@ -1,4 +1,4 @@
-"""State that long checks save on the way, so that an interrupted run resumes."""
+"""State that long checks save while they run, to resume after an interruption."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -44,9 +44,9 @@ class PartialResults:
 
 @dataclass(slots=True)
 class Training:
-    """Training by Adam whose state is saved from time to time.
+    """Training by Adam that saves its state from time to time.
 
-    `figures` are accuracies measured on the way. On a CPU, a resumed training ends with the
+    `figures` are accuracies measured during training. On a CPU, a resumed training ends with the
     same bytes as one without interruption.
     """
 

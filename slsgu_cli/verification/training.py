@@ -18,7 +18,7 @@ from slsgu_cli.verification.model import ModelUnderTest, Utility, altered
 from slsgu_cli.verification.resumable import Training
 
 Rows = npt.NDArray[np.integer]
-# The settings that change what training comes to.
+# The settings that change the result of training.
 SETTINGS = ("steps", "learning_rate", "batch_size", "rows", "seed")
 
 

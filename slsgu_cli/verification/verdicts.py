@@ -1,7 +1,7 @@
-"""Verdicts: what the accuracy under one variant of a check says about an edited model.
+"""Verdicts on an edited model, from its accuracy under one variant of a check.
 
 Thresholds are relative to the original model's accuracy under the same variant. A variant
-that even the original cannot read says nothing about an edit.
+that even the original does not recognise says nothing about an edit.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ CHANCE = 5.0
 
 
 class Verdict(StrEnum):
-    """What a variant says about an edited model."""
+    """The conclusion drawn from one variant of a check."""
 
     FORGOTTEN = "stays forgotten"
     PARTLY_BACK = "partly back"
@@ -96,7 +96,7 @@ def verdict(before: Accuracy, after: Accuracy) -> Verdict:
 def attack_verdict(
     before: Accuracy, after: Accuracy, controls: tuple[Accuracy, Accuracy]
 ) -> Verdict:
-    """Return the verdict on an attack: how much of the name's contribution remains.
+    """Return the verdict on an attack, from how much of the name's contribution remains.
 
     An attack that does not significantly exceed its control says no more than the control.
     """

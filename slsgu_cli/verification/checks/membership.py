@@ -28,7 +28,7 @@ HELD_OUT, OTHERS, RETAINED = "held out", "other classes", "retain set"
 
 
 class Exposure(StrEnum):
-    """What a membership attack says about an edited model."""
+    """The conclusion of a membership attack on an edited model."""
 
     HIDDEN = "not separable"
     LESS = "less separable"
@@ -37,7 +37,7 @@ class Exposure(StrEnum):
 
 
 def exposure(before: MembershipScore, after: MembershipScore) -> Exposure:
-    """Return what an attack says, from its scores on the original and on the other model.
+    """Return the conclusion from the scores on the original and on the other model.
 
     Accuracy below chance says nothing: training and test rows differ.
     """
