@@ -33,7 +33,7 @@ from slsgu_cli.checkpoints.tensor_file import canonical_name
 from slsgu_cli.clip.model_folder import tokenizer_beside, why_not_loaded
 from slsgu_cli.clip.models import ResolvedModel, fingerprint, model_layer, resolve
 from slsgu_cli.clip.other_layouts import other_layout
-from slsgu_cli.engine.set_edits import _is_file, direct_edit, ensure_edit, rank_options
+from slsgu_cli.engine.set_edits import direct_edit, ensure_edit, is_edit_file, rank_options
 from slsgu_cli.errors import SlsguError, UsageError
 from slsgu_cli.records.options import (
     ApplyOptions,
@@ -218,7 +218,7 @@ def _edits_of(
     store: Store, name: str, *, options: SearchOptions, ranking: RankOptions
 ) -> list[Edit]:
     """Return the edit of a set, made where it is missing, or all edits of a file."""
-    if _is_file(name):
+    if is_edit_file(name):
         return load_edits(store, name)
     return [ensure_edit(store, name, options=options, ranking=ranking)]
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +15,14 @@ from slsgu_cli.clip.batches import by_length, pixel_normalizer, spans, staged, t
 from slsgu_cli.clip.onednn import linear
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
 from slsgu_cli.engine.applied_layers import AppliedLayers, Use
+from slsgu_cli.engine.resumable import SavedSums
 from slsgu_cli.prefetch import prefetch
-from slsgu_cli.records.method import Tower
+from slsgu_cli.records.method import SumsHeader, Tower
 from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Arrays
 
-# At most so many retain rows are run: at 50 tokens each, 16 inputs for each of 3,072 dimensions.
+# Most retain rows that are used: at 50 tokens each, 16 inputs for each of 3,072 dimensions.
 MOST_ROWS = 1000
 ROWS_PER_FORWARD = {"cpu": 128, "cuda": 1024, "mps": 256}
 
@@ -30,7 +30,7 @@ ROWS_PER_FORWARD = {"cpu": 128, "cuda": 1024, "mps": 256}
 # Columns in a block of a symmetric product on a CPU: 0.5 to 0.65 of the plain one's time.
 GRAM_BLOCK = 256
 
-# Behind a layer's name, in what is kept of covariances: their sum; the axis of inputs, and a count.
+# Suffixes of layer names in saved sums: the sum itself; its axis of inputs and its count.
 TOTAL, ABOUT = " total", " about"
 
 
@@ -45,15 +45,15 @@ class Covariance:
     def mean(self) -> Tensor:
         """Return C (inputs, inputs), or its diagonal (inputs,) for a norm or scale; fp64.
 
-        Of a convolution in groups, C has a block for each: (groups, inputs, inputs).
+        A grouped convolution has one C for each group: (groups, inputs, inputs).
         """
         return self.total / self.count
 
 
 class InputCovariances(AppliedLayers):
-    """While active, adds up the second moments of the inputs of some layers of a model.
+    """Add up the second moments of the inputs of some layers while active.
 
-    Each rank adds up the rows that it runs; `collect` leaves the sum over all ranks to rank 0.
+    Each rank adds up its own rows; `collect` sums over all ranks and leaves the sum on rank 0.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
@@ -82,7 +82,7 @@ class InputCovariances(AppliedLayers):
         }
         return totals | about
 
-    def resume(self, state: Arrays) -> None:
+    def resume(self, _header: SumsHeader, state: Arrays) -> None:
         """Resume from the state of an earlier run, with any number of ranks."""
         if not processes.is_first():
             return
@@ -92,7 +92,7 @@ class InputCovariances(AppliedLayers):
             self.covariances[name] = Covariance(int(axis), total, count)
 
     def collect(self) -> None:
-        """Move what all ranks have added up to rank 0."""
+        """Move the sums of all ranks to rank 0."""
         if processes.world_size() == 1:
             return
         about: dict[str, tuple[int, tuple[int, ...]]] = {}
@@ -120,9 +120,9 @@ class InputCovariances(AppliedLayers):
             covariance.count += use.share * x.shape[-2]
 
     def _counted(self, x: Tensor, groups: int) -> Tensor:
-        """Return the inputs that count, (rows, inputs), or (groups, rows, inputs).
+        """Return the counted inputs, (rows, inputs) or (groups, rows, inputs).
 
-        Those of 16 bits come as fp32: as 16 bits, their sums are rounded, or not finite.
+        16-bit inputs are converted to fp32, because 16-bit sums would be rounded or overflow.
         """
         if x.dtype in (torch.float16, torch.bfloat16):
             x = x.float()
@@ -136,20 +136,6 @@ class InputCovariances(AppliedLayers):
         return Covariance(axis, torch.zeros(shape, dtype=torch.float64, device=self._device))
 
 
-class CovarianceKeeper(Protocol):
-    """Keeps covariances under way where a later run finds them."""
-
-    def restore(self, covariances: InputCovariances, parts: int) -> int:
-        """Put what was kept into covariances of nothing; return of how many of the parts it is."""
-
-    @property
-    def due(self) -> bool:
-        """Whether it is time to keep them."""
-
-    def keep(self, covariances: InputCovariances, parts: int, *, done: int) -> None:
-        """Keep the covariances over the first parts that are done."""
-
-
 @torch.no_grad()
 def input_covariances(
     model: nn.Module,
@@ -158,22 +144,24 @@ def input_covariances(
     *,
     spec: InputSpec,
     device: str,
-    keeper: CovarianceKeeper | None = None,
+    saved: SavedSums | None = None,
 ) -> dict[str, Covariance]:
     """Return the covariances of `layers` over pairs of a block, by one forward of their towers.
 
-    Of a large block, MOST_ROWS rows are taken at equal distances. A layer that no linear
-    map of its tower is seen to apply is left out. With a `keeper`, it goes on with what an
-    earlier run kept, and keeps its own. Of several ranks, rank 0 alone has the covariances.
+    At most MOST_ROWS rows of the block are used, at equal distances. The result lacks layers
+    whose inputs cannot be captured. With `saved` sums, resume from those of an earlier run, and
+    write them from time to time. With several ranks, only rank 0 has the covariances.
     """
     run = _Parts(model, layers, block, spec, device)
     inputs = run.inputs
-    done = keeper.restore(inputs, run.count) if keeper is not None else 0
+    done = 0
+    if saved is not None and (done := saved.resume(run.count, inputs.resume)):
+        progress.note(f"the covariances resume after {done} of their {run.count} parts")
     rounds = run.rounds(done)
     with progress.bar("retain inputs", len(rounds)) as ticker:
         for each, _ in zip(rounds, run.run(rounds), strict=True):
-            if keeper is not None and each is not rounds[-1] and processes.agreed(keeper.due):
-                keeper.keep(inputs, run.count, done=each.stop)
+            if saved is not None and each is not rounds[-1] and processes.agreed(saved.due):
+                saved.write(inputs.state, run.count, added=each.stop, done=each.stop)
             ticker.advance()
     inputs.collect()
     return inputs.covariances
@@ -181,9 +169,9 @@ def input_covariances(
 
 @dataclass(slots=True)
 class _Parts:
-    """The parts in which covariances are taken of a block's pairs: of its texts, then its images.
+    """The forwards of a covariance pass: first over parts of the texts, then of the images.
 
-    `texts` are token ids, of alike lengths in a part, and `images` rows of the block.
+    `texts` are token ids, of similar lengths within a part; `images` are rows of the block.
     """
 
     model: nn.Module
@@ -215,9 +203,9 @@ class _Parts:
         return len(self.texts) + len(self.images)
 
     def rounds(self, done: int) -> list[range]:
-        """Return the parts after the first that are `done`, in turns: one for each process.
+        """Return the parts after the first `done`, in rounds of one part a process.
 
-        All of a round are of one tower; in the last of a tower some processes may have none.
+        All parts of a round run the same tower. The last round of a tower may be incomplete.
         """
         texts = len(self.texts)
         bounds = ((done, texts), (max(done, texts), self.count))
@@ -258,7 +246,7 @@ class _Parts:
 
 
 def gram(x: Tensor) -> Tensor:
-    """Return x^T x (..., columns, columns); what mirrors another block of it is copied."""
+    """Return x^T x (..., columns, columns), computing mirrored blocks once."""
     size = x.shape[-1]
     if x.device.type != "cpu" or x.dtype is not torch.float32 or x.ndim > 2:
         return x.mT @ x
@@ -272,15 +260,15 @@ def gram(x: Tensor) -> Tensor:
 
 
 def chosen_rows(rows: int) -> npt.NDArray[np.int64]:
-    """Return the rows of a block of `rows` whose inputs count."""
+    """Return the rows that covariances are computed on, of a block of `rows`."""
     return spread(rows, MOST_ROWS)
 
 
 def spread(rows: int, most: int) -> npt.NDArray[np.int64]:
-    """Return at most so many of `rows` rows, at equal distances."""
+    """Return at most `most` of `rows` rows, at equal distances."""
     return np.linspace(0, rows - 1, min(rows, most)).round().astype(np.int64)
 
 
 def exact_device(device: str) -> str:
-    """Return where fp64 is to be had for tensors on `device`: Apple's GPUs have none."""
+    """Return the device for fp64 tensors: the CPU for Apple's GPUs, which have no fp64."""
     return "cpu" if device.partition(":")[0] == "mps" else device

@@ -42,35 +42,27 @@ NAMED = 20
 
 @dataclass(frozen=True, slots=True)
 class EarlierConcepts:
-    """The concepts that earlier edits, which are in the model, forget."""
+    """The concepts of earlier edits, which are applied to the model."""
 
     evaluation: SharedEvaluation
     edits: Sequence[Edit]
 
     def returned(self, moves: Moves) -> list[str]:
-        """Return the edits whose concept some moves bring back, by each one's criterion."""
-        before = self._residuals(UNMOVED)
+        """Return the edits whose residual grows with some moves."""
+        before = residuals(self.evaluation, self.edits, UNMOVED)
         with moved_model(self.evaluation, moves) as model:
-            after = self._residuals(model)
+            after = residuals(self.evaluation, self.edits, model)
         return [name for name in before if after[name] > before[name]]
 
     def recognised(self, model: MovedModel) -> dict[str, Accuracy]:
-        """Return how well each concept is recognised, by the name of its edit."""
+        """Return the forget accuracy of each concept, by the name of its edit."""
         forget = self.evaluation.forget
         names = [edit.header.name for edit in self.edits]
         return {name: model.forget_figures(forget[set_of(name)])[0] for name in names}
 
-    def _residuals(self, model: MovedModel) -> dict[str, float]:
-        residuals = {}
-        for header in (edit.header for edit in self.edits):
-            accuracy, gap = model.forget_figures(self.evaluation.forget[set_of(header.name)])
-            criterion = header.criterion or Criterion.FA1
-            residuals[header.name] = residual_of(accuracy, gap, criterion, header.margin or 0.0)
-        return residuals
-
     @contextmanager
     def undone(self) -> Iterator[MovedModel]:
-        """Give the edited layers their original values for the length of a block."""
+        """Restore the original values of the edited layers within the context."""
         model = self.evaluation.model
         with ExitStack() as stack:
             for name, group in by_layer(self.edits).items():
@@ -80,13 +72,25 @@ class EarlierConcepts:
             yield model_with(self.evaluation, self.edits)
 
 
+def residuals(
+    evaluation: SharedEvaluation, edits: Sequence[Edit], model: MovedModel
+) -> dict[str, float]:
+    """Return the residual of each edit's concept by its criterion, by the name of the edit."""
+    of_edits = {}
+    for header in (edit.header for edit in edits):
+        accuracy, gap = model.forget_figures(evaluation.forget[set_of(header.name)])
+        criterion = header.criterion or Criterion.FA1
+        of_edits[header.name] = residual_of(accuracy, gap, criterion, header.margin)
+    return of_edits
+
+
 def report(
     evaluation: Evaluation, moves: Moves | MovedModel, earlier: EarlierConcepts | None = None
 ) -> Report:
     """Return the effect of several moves on the rows of an evaluation, after its base pass.
 
-    The moves are put in place, or are there already. With `earlier` edits in the model, it is
-    compared with the original model without them.
+    A MovedModel has its moves in place already. With `earlier` edits, the edited model is
+    compared with the original one, without them.
     """
     groups = {"": evaluation.forget} | evaluation.utility
 

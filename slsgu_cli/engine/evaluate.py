@@ -18,10 +18,10 @@ from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.engine.gradients import check_inputs
 from slsgu_cli.engine.moved_model import UNMOVED, MovedModel, fitting, model_with
 from slsgu_cli.engine.search_plan import (
-    BasePass,
     evaluation_digest,
     require_alike,
     require_distinct_names,
+    run_base_pass,
 )
 from slsgu_cli.engine.shown_classes import Matrix, choose_shown
 from slsgu_cli.figures.pictures import cosine_plot
@@ -126,27 +126,26 @@ def _run_model(
     *,
     original: bool = False,
 ) -> SharedEvaluation:
-    """Load a model and run it over what all sets measure on."""
+    """Load a model and run it over the evaluation rows of all sets."""
     model = resolve(spec)
     for manifest in manifests:
         check_inputs(manifest, model)
-    base_pass = BasePass(
-        store=store,
-        manifests=tuple(manifests),
+    return run_base_pass(
+        store,
+        manifests,
         module=load(model, device, warn=progress.warn),
         model=model,
         weights=fingerprint(model) if original else None,
         split=Split.TEST,
         options=SearchOptions(device=device),
     )
-    return base_pass.run()
 
 
 @contextmanager
 def with_edits(model: nn.Module, edits: Sequence[Edit]) -> Iterator[None]:
-    """Put edits into a model for the length of a block; those of one layer are summed.
+    """Apply edits to a model within the context; edits of one layer are summed.
 
-    Raises StaleError where a layer is not the one that an edit was made for.
+    Raises StaleError if a layer is not the one that an edit was made for.
     """
     fitting(model, edits)
     moves = ((e.header.layer, torch.from_numpy(e.delta()), e.factor) for e in edits)

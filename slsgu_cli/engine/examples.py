@@ -1,4 +1,4 @@
-"""Example images, and what a model guesses in them before and after an edit."""
+"""Example images, and a model's guesses before and after an edit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,13 @@ from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.engine.evaluate import with_edits
 from slsgu_cli.engine.gradients import check_inputs
 from slsgu_cli.engine.moved_model import UNMOVED, MovedModel, model_with
-from slsgu_cli.engine.shown_classes import Matrix, ShownClasses, _first, _pixels, choose_shown
+from slsgu_cli.engine.shown_classes import (
+    Matrix,
+    ShownClasses,
+    choose_shown,
+    first_images,
+    pixels_of,
+)
 from slsgu_cli.errors import StaleError
 from slsgu_cli.figures.pictures import Example, Guesses, Images, before_after_plot
 from slsgu_cli.records.method import EditHeader
@@ -28,11 +34,11 @@ from slsgu_cli.store.store import Store
 GUESSES = 5
 
 
-# Images of the concept, and as many of other classes, one of each: in the figure, on the page.
+# Images of the concept, and as many of other classes, in the figure and on the report page.
 EXAMPLES_DRAWN, EXAMPLES_SHOWN = 3, 4
 
 
-# A class of an evaluation set may have thousands of images; their mean needs few.
+# A mean over a class needs few of its images.
 IMAGES_A_NAME = 50
 
 
@@ -41,7 +47,7 @@ def draw_examples(
 ) -> bytes:
     """Draw images of the concept and of other classes with each model's most probable names.
 
-    Both models are loaded from where they lie, so what is drawn is what was written.
+    Both models are loaded from their files, so the figure shows the written model.
     """
     guesses: list[list[Guesses]] = []
     for spec in (before, after):
@@ -57,7 +63,7 @@ def draw_examples(
 
 @dataclass(frozen=True, slots=True)
 class BeforeAfter:
-    """Example images with the names they got, and cosines of images with names.
+    """Example images with guesses, and cosines of images with names.
 
     `before` and `after` are (names, names): rows images, columns names, the concept first.
     `images` counts the images behind each row; `thumbnails` has one of each.
@@ -72,17 +78,17 @@ class BeforeAfter:
 
 
 class GuessingModels:
-    """Models, loaded once each, and what they take images for before and after an edit."""
+    """Models, each loaded once, and their guesses before and after an edit."""
 
     def __init__(self, store: Store, *, device: str) -> None:
         self.store, self.device = store, device
         self._loaded: dict[ModelSpec, tuple[str, nn.Module]] = {}
 
     def before_after(self, manifest: SetManifest, header: EditHeader) -> BeforeAfter:
-        """Return what the model of an edit guesses before and after it.
+        """Return the guesses of an edit's model before and after the edit.
 
-        Raises StaleError where the model has other weights than the edit was made for, and
-        InputError or MissingError where model or rows cannot be read.
+        Raises StaleError if the edit was made for other weights, and InputError or MissingError
+        if the model or the images cannot be read.
         """
         model = resolve(header.model)
         check_inputs(manifest, model)
@@ -140,16 +146,16 @@ def guesses_of(group: EvaluationSet, scale: float, model: MovedModel = UNMOVED) 
 def _run_on(
     opened: SharedEvaluation, groups: Sequence[EvaluationSet], *layers: str, cache_bytes: int = 0
 ) -> None:
-    """Run the model over a concept's and others' images, keeping what `layers` resume from."""
+    """Run the base pass over a concept and other classes, and cache activations for `layers`."""
     concept, others = groups
     few = Evaluation(opened.model, opened.vision, opened.text, concept, {"others": others})
     few.base_pass(layers, cache_bytes=cache_bytes)
 
 
 def _examples(shown: ShownClasses, count: int) -> list[EvaluationSet]:
-    """Return so many images of the concept, and the first of each of so many other classes."""
+    """Return `count` images of the concept, and one image of each of `count` other classes."""
     (concept,) = shown.concepts
-    return [_first(concept, count), _first(shown.first(1).others, count)]
+    return [first_images(concept, count), first_images(shown.first(1).others, count)]
 
 
 def _guesses_of_each(
@@ -162,9 +168,9 @@ def _guesses_of_each(
 def _labelled(
     examples: Sequence[EvaluationSet], before: Sequence[Guesses], after: Sequence[Guesses]
 ) -> list[Example]:
-    """Return the images, uint8 (H, W, 3), with their true names and what each model says."""
+    """Return the images, uint8 (H, W, 3), with their true names and each model's guesses."""
     images, names = [], []
     for group in examples:
-        images += list(_pixels(group))
+        images += list(pixels_of(group))
         names += [group.names[label] for label in group.images.labels.tolist()]
     return [Example(*each) for each in zip(images, names, before, after, strict=True)]

@@ -31,7 +31,7 @@ from slsgu_cli.checkpoints.targets import KINDS, Encoder, Family, read_target
 from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.clip.evaluation import SharedEvaluation
 from slsgu_cli.clip.in_place import moved
-from slsgu_cli.engine.choice import residual_of
+from slsgu_cli.engine.effect import residuals
 from slsgu_cli.engine.moved_model import MovedModel, fitting, model_with
 from slsgu_cli.engine.search_plan import (
     SearchPlan,
@@ -42,7 +42,7 @@ from slsgu_cli.engine.search_plan import (
 )
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.method import Criterion, LayerScore, LoraHeader, LoraLayout
+from slsgu_cli.records.method import LayerScore, LoraHeader, LoraLayout
 from slsgu_cli.records.options import ExportRequest, SearchOptions
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, set_of
 from slsgu_cli.store.atomic import replacing, require_regular
@@ -50,7 +50,7 @@ from slsgu_cli.store.store import Store
 
 # Strengths of a LoRA that figures are reported for.
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-# What kohya's names of text encoders begin with, in the pipelines whose encoders clients know.
+# The prefixes of kohya's names of text encoders, for the pipelines that clients support.
 PREFIXES = {
     Family.SD1: {"text_encoder": "lora_te_"},
     Family.SD2: {"text_encoder": "lora_te_"},
@@ -61,7 +61,7 @@ PREFIXES = {
 
 @dataclass(frozen=True, slots=True)
 class ExportedEdit:
-    """An edit in a LoRA: how many of its directions there are, of how many."""
+    """An edit in a LoRA, its rank there and its full rank."""
 
     name: str
     layer: str
@@ -71,7 +71,7 @@ class ExportedEdit:
 
 @dataclass(frozen=True, slots=True)
 class StrengthFigures:
-    """How well a concept is recognised with a LoRA at a strength, on rows it was not chosen by."""
+    """The forget accuracy with a LoRA at some strength, on test rows."""
 
     strength: float
     name: str
@@ -80,7 +80,7 @@ class StrengthFigures:
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What was written, and what it does; no figures of edits whose sets are not there."""
+    """The files and their effect; there are no figures of edits without a set."""
 
     files: tuple[str, ...]
     nbytes: int
@@ -98,12 +98,12 @@ def export(store: Store, request: ExportRequest) -> ExportResult:
     if lacking := earlier_edits(store, edits):
         named = " ".join(quote(edit.header.name) for edit in lacking)
         raise UsageError(
-            "these edits stand on others, which a LoRA must hold as well",
+            "these edits were searched on top of others, which the LoRA must contain too",
             hint=f"name them too: {named}",
         )
     warn_of_joint_searches(edits)
     warn_of_other_encoders(edits)
-    _require_place(request)
+    _require_output(request)
     prefixes = _prefixes(request, edits)
     parts = [Decomposed(edit.header, edit.factor * edit.delta()) for edit in edits]
     ranks, figures = _measure(store, edits, parts, prefixes, request)
@@ -152,12 +152,12 @@ def _measure(
     return ranks, tuple(sorted(figures, key=lambda each: each.strength))
 
 
-def _require_place(request: ExportRequest) -> None:
-    """Refuse a place of the wrong kind, or one that is occupied. Raises UsageError, InputError."""
+def _require_output(request: ExportRequest) -> None:
+    """Raise UsageError or InputError for an output path of the wrong kind or in use."""
     out, is_file = request.out, request.layout is LoraLayout.LORA
     require_regular(out)
     if is_file and out.suffix != ".safetensors":
-        raise UsageError(f"a LoRA is a file: {out} is not called so", hint="--out NAME.safetensors")
+        raise UsageError(f"a LoRA is a .safetensors file, not {out}", hint="--out NAME.safetensors")
     if not is_file and out.suffix == ".safetensors":
         raise UsageError("PEFT's layout is a folder", hint=f"--out {out.with_suffix('')}")
     if out.exists() and not request.overwrite:
@@ -170,10 +170,10 @@ def _require_place(request: ExportRequest) -> None:
 
 
 def _prefixes(request: ExportRequest, edits: Sequence[Edit]) -> list[str]:
-    """Return for each edit what kohya's names of its text encoder begin with.
+    """Return the prefix of kohya's names for the text encoder of each edit.
 
-    Raises InputError where the pipeline has no such encoder or does not read a layer, and
-    UsageError for what is no pipeline, or for two encoders in PEFT's layout.
+    Raises InputError if the pipeline has no such encoder or does not read a layer, and
+    UsageError if it is not a pipeline, or for two encoders in PEFT's layout.
     """
     if request.target is None:
         if request.encoder is not None:
@@ -194,27 +194,27 @@ def _prefixes(request: ExportRequest, edits: Sequence[Edit]) -> list[str]:
     if target is not None:
         encoders = [_encoder_of(target.chosen(request.encoder), edit).name for edit in edits]
     else:
-        encoders = [request.encoder or only or _by_width(edit) for edit in edits]
+        encoders = [request.encoder or only or _encoder_by_width(edit) for edit in edits]
     if unknown := sorted(set(encoders) - known.keys()):
         raise UsageError(
             f"{family} has no CLIP {unknown[0]}", hint=f"--encoder {' or '.join(known)}"
         )
     if request.layout is LoraLayout.PEFT and len(set(encoders)) > 1:
         raise UsageError(
-            "PEFT's layout is of one text encoder, and these edits are of "
+            "PEFT's layout has one text encoder, but these edits belong to "
             + " and ".join(sorted(set(encoders))),
-            hint="--format lora, or export those of one encoder at a time",
+            hint="--format lora, or export the edits of one encoder at a time",
         )
     return [known[encoder] for encoder in encoders]
 
 
-def _by_width(edit: Edit) -> str:
+def _encoder_by_width(edit: Edit) -> str:
     wide = min(edit.delta().shape) == SECOND_WIDTH
     return "text_encoder_2" if wide else "text_encoder"
 
 
 def _encoder_of(encoders: Sequence[Encoder], edit: Edit) -> Encoder:
-    """Return the encoder that holds the layer which an edit was made for, and is read there."""
+    """Return the encoder with the layer that an edit was made for."""
     layer = edit.header.layer
     for encoder in encoders:
         for weights, places in copies_of(encoder, layer):
@@ -224,8 +224,8 @@ def _encoder_of(encoders: Sequence[Encoder], edit: Edit) -> Encoder:
                     raise InputError(f"{layer} cannot influence {encoder.name}: {why_not}")
                 return encoder
     raise StaleError(
-        f"no text encoder there holds the {layer} that the edit {edit.header.name} was made for",
-        hint=f"a pipeline that was built on {edit.header.model}",
+        f"no text encoder has the {layer} that the edit {edit.header.name} was made for",
+        hint=f"--target needs a pipeline that uses {edit.header.model}",
     )
 
 
@@ -243,7 +243,7 @@ def _write(out: Path, tensors: dict[str, Floats], header: LoraHeader, base: str)
 
 @dataclass(slots=True)
 class _Measured:
-    """Edits of any rank in the model they were made for, and how well their concepts are seen."""
+    """Edits of any rank in their model, and the figures of their concepts."""
 
     store: Store
     edits: Sequence[Edit]
@@ -259,16 +259,16 @@ class _Measured:
         parts: Sequence[Decomposed],
         request: ExportRequest,
     ) -> "_Measured | None":
-        """Open what edits are measured on; None where a set is gone and a rank is given.
+        """Open the evaluation of edits; None if a set is missing and a rank is given.
 
-        Raises UsageError, MissingError, or StaleError where a model has other weights.
+        Raises UsageError, MissingError, or StaleError if a model has other weights.
         """
         names = list(dict.fromkeys(set_of(edit.header.name) for edit in edits))
         if lacking := [name for name in names if not store.exists(Artifact.SET.path(name))]:
             if request.rank is None:
                 raise UsageError(
                     f"{store.url} has no set {lacking[0]} to choose a rank by",
-                    hint="say which with --rank",
+                    hint="choose it with --rank",
                 )
             progress.note(f"there is no set {lacking[0]}: nothing is measured")
             return None
@@ -289,24 +289,23 @@ class _Measured:
         return cls(store, edits, parts, plans, shared)
 
     def least_ranks(self, ranks: Sequence[int]) -> list[int]:
-        """Return the fewest directions of each edit, one after another, that forget as well.
+        """Reduce the rank of one edit after another, as long as no residual grows.
 
-        As well is: of no concept is more left, on the rows that were chosen by, than the whole
-        edits leave.
+        Residuals are measured on validation rows.
         """
         least = list(ranks)
-        whole = self._left(least)
+        whole = self._residuals(least)
         for place, full in enumerate(ranks):
 
             def suffices(rank: int, at: int = place) -> bool:
-                left = self._left([*least[:at], rank, *least[at + 1 :]])
-                return all(left[name] <= whole[name] for name in whole)
+                reduced = self._residuals([*least[:at], rank, *least[at + 1 :]])
+                return all(reduced[name] <= whole[name] for name in whole)
 
             least[place] = smallest(suffices, full)
         return least
 
     def figures(self, ranks: Sequence[int]) -> tuple[StrengthFigures, ...]:
-        """Return how well each concept is recognised at each strength, on rows to report on."""
+        """Return the forget accuracy of each concept at each strength, on test rows."""
         with torch.no_grad():
             reported = report_evaluation(self.store, self.plans, self.shared)
         figures = []
@@ -320,21 +319,16 @@ class _Measured:
                 ]
         return tuple(figures)
 
-    def _left(self, ranks: Sequence[int]) -> dict[str, float]:
-        """Return what edits of some ranks leave to forget of each concept, by its edit."""
-        left = {}
+    def _residuals(self, ranks: Sequence[int]) -> dict[str, float]:
+        """Return the residual of each edit's concept, with edits of some ranks."""
         with self._in_place(self.shared, ranks, 1.0) as model:
-            for header in (edit.header for edit in self.edits):
-                accuracy, gap = model.forget_figures(self.shared.forget[set_of(header.name)])
-                criterion = header.criterion or Criterion.FA1
-                left[header.name] = residual_of(accuracy, gap, criterion, header.margin)
-        return left
+            return residuals(self.shared, self.edits, model)
 
     @contextmanager
     def _in_place(
         self, evaluation: SharedEvaluation, ranks: Sequence[int], strength: float
     ) -> Iterator[MovedModel]:
-        """Put edits of some ranks into the model, at a strength, for the length of a block."""
+        """Apply edits of some ranks to the model, at a strength, within the context."""
         moves = [
             (part.header.layer, torch.from_numpy(part.delta(rank)), strength)
             for part, rank in zip(self.parts, ranks, strict=True)
@@ -344,9 +338,9 @@ class _Measured:
 
 
 def smallest(suffices: Callable[[int], bool], full: int) -> int:
-    """Return the smallest rank that suffices, of which all above do as well; else `full`.
+    """Return the smallest rank that suffices, found by doubling and bisection; else `full`.
 
-    Ranks are doubled from 1 on, and then halved into.
+    All ranks above a sufficient one suffice.
     """
     low, high = 0, 1
     while high < full and not suffices(high):

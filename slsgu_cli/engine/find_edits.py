@@ -31,7 +31,7 @@ from slsgu_cli.records.options import (
 )
 from slsgu_cli.store.store import Store
 
-# The cosine with an edit from which on weights were moved along it, and by it alone.
+# Weights changed along an edit only if the cosine of their change with it exceeds this.
 ALONG = 0.999
 
 
@@ -45,7 +45,7 @@ class Presence(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class FoundEdit:
-    """What one file holds of an edit. `share` is how much of it other weights lie along it."""
+    """An edit in one file. `share` is the strength at which other weights contain it."""
 
     name: str
     layer: str
@@ -58,10 +58,11 @@ class FoundEdit:
 def find_edits(
     store: Store, names: Sequence[str], model: Path, options: StrengthOptions
 ) -> list[FoundEdit]:
-    """Return whether edits are in a model, in every copy of the encoder that it holds.
+    """Return whether a model contains edits, for every copy of its encoder.
 
-    Those that they stand on are looked for as well. Of several encoders, it is the ones that
-    hold the layer with or without the edit. Raises MissingError, InputError or StaleError.
+    Includes the edits that these were searched on top of. Encoders that have neither the
+    edited nor the original layer are left out, unless all do. Raises MissingError, InputError
+    or StaleError.
     """
     edits = [strength_of(load_edit(store, name), options) for name in names]
     require_distinct(edits)
@@ -71,14 +72,14 @@ def find_edits(
     for layer, edits_of in by_layer(edits).items():
         holding = [copies_of(encoder, layer) for encoder in target.chosen(options.encoder)]
         if not any(holding):
-            raise InputError(f"{model} holds no layer {layer}")
+            raise InputError(f"{model} has no layer {layer}")
         for group in by_encoder(edits_of, holding):
             found += _found_among(holding, group)
     return found
 
 
 def _found_among(holding: Sequence[Copies], group: Sequence[Edit]) -> list[FoundEdit]:
-    """Return what encoders that hold a layer have of its edits, those of other weights left out."""
+    """Return the edits of a layer in each encoder, without encoders with other weights."""
     shape = original_values(group).shape
     fit = [copies for copies in holding if any(w.shape(p) == shape for w, p in copies)]
     of_encoders = [
@@ -92,7 +93,7 @@ def _found_among(holding: Sequence[Copies], group: Sequence[Edit]) -> list[Found
 def _found_in(
     weights: WeightSet, places: Sequence[TensorPlace], group: Sequence[Edit]
 ) -> list[FoundEdit]:
-    """Return which edits of a layer made it what it is in a set of weights."""
+    """Return the presence of each edit of a layer in a set of weights."""
     current, dtype = weights.layer(places)
     there, share = None, None
     if dtype in FLOATS and current.shape == original_values(group).shape:
@@ -109,9 +110,9 @@ def _found_in(
 
 
 def _in_place(current: Raw, dtype: str, group: Sequence[Edit]) -> Sequence[Edit] | None:
-    """Return the edits that made a layer what it is, most of them first; None for others.
+    """Return the edits that lead to the current values of a layer; None for other weights.
 
-    They may have been added in another precision than the file has now.
+    The edits may have been applied in another precision than that of the file.
     """
     before = original_values(group)
     if all(recognised(current, dtype, edit.header.digests) for edit in group):
@@ -128,10 +129,10 @@ def _in_place(current: Raw, dtype: str, group: Sequence[Edit]) -> Sequence[Edit]
 
 
 def _share(current: Raw, dtype: str, group: Sequence[Edit]) -> float | None:
-    """Return how much of an edit a layer moved along it; None unless it moved that way alone."""
+    """Return the strength of the edit in a layer; None unless the layer changed along it only."""
     if len(group) > 1:
         return None
-    moved = (widen(current, dtype) - original_values(group)).reshape(-1).astype(np.float64)
+    change = (widen(current, dtype) - original_values(group)).reshape(-1).astype(np.float64)
     delta = group[0].factor * group[0].delta().reshape(-1).astype(np.float64)
-    along, length = float(moved @ delta), norm(moved) * norm(delta)
+    along, length = float(change @ delta), norm(change) * norm(delta)
     return along / norm(delta) ** 2 if length and along / length > ALONG else None

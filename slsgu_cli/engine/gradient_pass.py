@@ -1,17 +1,16 @@
 """The mean gradient of a loss over a data block, for every parameter.
 
-Mini-batches are what the loss is defined on. A CPU runs one after another, and nothing but
-their order tells in which order fp32 adds up: a gradient has the same bytes whatever memory
-there was. Elsewhere they are stacked until the memory budget or the device's best size is
-reached, their losses are summed, and one backward gives their gradients' sum: the same
-numbers but for the last digit.
+The loss is defined on mini-batches. A CPU runs them one after another, so the order of fp32
+additions, and every byte of the gradient, is independent of the available memory. Other devices
+stack mini-batches up to the memory budget or the device's best size, sum their losses, and run
+one backward for all of them, which changes the last digit only.
 """
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +19,11 @@ from slsgu_cli import processes, progress
 from slsgu_cli.clip.batches import pixel_normalizer, spans, staged, text_features, to_tokens
 from slsgu_cli.clip.memory import spare
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
+from slsgu_cli.engine.resumable import SavedSums
 from slsgu_cli.errors import InputError, StaleError
 from slsgu_cli.method.losses import Loss, contrastive, cosine_forget, sigmoid
 from slsgu_cli.prefetch import prefetch
-from slsgu_cli.records.method import Precision
+from slsgu_cli.records.method import Precision, SumsHeader
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.store.blocks import DataBlock
@@ -53,8 +53,8 @@ NOT_FINITE = (
     "with --precision bf16, try fp32"
 )
 
-# Mini-batches that are summed up before they are added to the total: a chunk that fails, for
-# lack of memory or a value that is not finite, leaves the total as it was.
+# Mini-batches that are summed before they are added to the total: a chunk that fails, because
+# memory runs out or a value is not finite, leaves the total unchanged.
 CHUNK = 8
 
 
@@ -117,36 +117,26 @@ class Sums:
         }
         return {name: values.cpu().numpy() for name, values in sums.items()}
 
-    def resume(self, state: Arrays, added: int, done: int) -> None:
-        """Resume from the state of an earlier run, after `added` and `done` mini-batches.
+    def write(self, saved: SavedSums) -> None:
+        """Write the sums, which are finite, so that a later run can resume from them."""
+        saved.write(self.state, len(self.losses), added=self.added, done=self.done)
 
-        Several ranks run their chunks under way again. Raises StaleError where squares are missing.
+    def resume(self, header: SumsHeader, state: Arrays) -> None:
+        """Resume from the state of an earlier run.
+
+        Several ranks run their unfinished chunks again. Raises StaleError if squares are missing.
         """
         size = len(self.total)
         if len(state["total"]) < size:
             raise StaleError("they have no squares")
         alone = processes.world_size() == 1
-        self.added, self.done = added, done if alone else added
+        self.added, self.done = header.added, header.done if alone else header.added
         if processes.is_first():
             self.total.copy_(torch.from_numpy(state["total"][:size]))
             self.losses.copy_(torch.from_numpy(state["losses"]))
             self.losses[self.done :] = 0
         if alone:
             self.chunk.copy_(torch.from_numpy(state["chunk"][:size]))
-
-
-class SumsKeeper(Protocol):
-    """Keeps sums where a later run finds them."""
-
-    def restore(self, sums: Sums) -> None:
-        """Put what was kept into sums over nothing, if there is anything."""
-
-    @property
-    def due(self) -> bool:
-        """Whether it is time to keep them."""
-
-    def keep(self, sums: Sums) -> None:
-        """Keep sums that are finite."""
 
 
 @dataclass(slots=True)
@@ -184,36 +174,36 @@ class GradientPass:
         return cls(model, vision, text, chosen, spec, options)
 
     def run(
-        self, block: DataBlock, label: str, keeper: SumsKeeper | None = None
+        self, block: DataBlock, label: str, saved: SavedSums | None = None
     ) -> tuple[Arrays, float]:
         """Return the mean gradient of every parameter and the mean loss, over mini-batches.
 
-        With a `keeper`, it goes on with the sums that an earlier run kept, and keeps its own.
+        With `saved` sums, resume from those of an earlier run, and write them from time to time.
         Raises InputError naming mini-batch and keys where a loss or gradient is not finite.
         """
-        (gradient,), loss = self._means(block, label, keeper, kinds=1)
+        (gradient,), loss = self._means(block, label, saved, kinds=1)
         return gradient, loss
 
     def run_squared(
-        self, block: DataBlock, label: str, keeper: SumsKeeper | None = None
+        self, block: DataBlock, label: str, saved: SavedSums | None = None
     ) -> tuple[Arrays, Arrays, float]:
         """Return the mean gradient, the mean of its squares over mini-batches, the mean loss.
 
         The gradient of a sum of losses does not tell their squares apart, so each
         mini-batch has a forward and a backward of its own on any device.
         """
-        (gradient, squares), loss = self._means(block, label, keeper, kinds=2)
+        (gradient, squares), loss = self._means(block, label, saved, kinds=2)
         return gradient, squares, loss
 
     def _means(
-        self, block: DataBlock, label: str, keeper: SumsKeeper | None, kinds: int
+        self, block: DataBlock, label: str, saved: SavedSums | None, kinds: int
     ) -> tuple[list[Arrays], float]:
-        """Run the pass over the mini-batches that are not in the sums that were kept."""
+        """Run the pass over the mini-batches that the saved sums do not cover."""
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         batches = -(-block.rows // self.options.batch_size)
         sums = Sums.none(parameters.values(), batches, kinds)
-        if keeper:
-            keeper.restore(sums)
+        if saved and saved.resume(batches, sums.resume):
+            progress.note(f"the {label} resumes after {sums.done} of its {batches} mini-batches")
         left = len(range(sums.done, batches, processes.world_size())) * self.options.batch_size
         with (
             arithmetic(self.options.precision),
@@ -226,7 +216,7 @@ class GradientPass:
             chunk = processes.agreed(max(CHUNK, min(largest, share)))
             while sums.added < batches:
                 try:
-                    for rows in self._added(block, sums, chunk=chunk, pairs=pairs, keeper=keeper):
+                    for rows in self._added(block, sums, chunk=chunk, pairs=pairs, saved=saved):
                         ticker.advance(rows)
                 except torch.cuda.OutOfMemoryError:
                     sums.drop_chunk()
@@ -239,7 +229,7 @@ class GradientPass:
         return means, float(processes.summed(sums.losses).cpu().double().sum()) / batches
 
     def _added(
-        self, block: DataBlock, sums: Sums, *, chunk: int, pairs: int, keeper: SumsKeeper | None
+        self, block: DataBlock, sums: Sums, *, chunk: int, pairs: int, saved: SavedSums | None
     ) -> Iterator[int]:
         """Add the other mini-batches, `chunk` at a time; yield rows as they are done."""
         normalize = pixel_normalizer(self.spec, self.options.device)
@@ -258,16 +248,16 @@ class GradientPass:
                     self._check(block, *unchecked)
                     unchecked = None
                 under_way = processes.world_size() == 1 and sums.done < each.last
-                if keeper is not None and under_way and keeper.due:
+                if saved is not None and under_way and saved.due:
                     self._check(block, each.first, each.last, sums.finite(each.first))
-                    keeper.keep(sums)
+                    sums.write(saved)
                 yield stop - first
             if unchecked:
                 self._check(block, *unchecked)
             unchecked = each.first, each.last, sums.end_chunk(each)
-            if keeper is not None and processes.agreed(keeper.due):
+            if saved is not None and processes.agreed(saved.due):
                 self._check(block, *unchecked)
-                keeper.keep(sums)
+                sums.write(saved)
         if unchecked:
             self._check(block, *unchecked)
 
@@ -347,7 +337,7 @@ class GradientPass:
         size = self.options.batch_size
         if pairs > size:
             pairs = max(size, pairs // 2 // size * size)
-            progress.note(f"out of memory: going on with {pairs} pairs a forward")
+            progress.note(f"out of memory: continuing with {pairs} pairs a forward")
         elif not self.vision.checkpointing:
             self.vision.checkpointing = self.text.checkpointing = True
             progress.note("out of memory: activations are recomputed block by block")

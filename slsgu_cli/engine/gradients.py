@@ -1,8 +1,8 @@
 """`grad`: the two gradients of a set, from the store or computed.
 
-A gradient is addressed by the content of what it was computed from, so the same call is
-a cache hit, and concepts that share a retain set share its gradient. The sums of a pass
-under way are kept every half minute, and the same call goes on with them.
+A gradient is addressed by the content that it was computed from, so the same call is a cache
+hit, and concepts that share a retain set share its gradient. Partial sums are saved every half
+minute, and the same call resumes from them after an interruption.
 """
 
 from collections.abc import Collection, Sequence
@@ -20,7 +20,7 @@ from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import ResolvedModel, fingerprint, resolve
 from slsgu_cli.clip.tokenizers import input_spec, token_words, tokenizer
-from slsgu_cli.engine.resumable import KeptSums
+from slsgu_cli.engine.resumable import SavedSums
 from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.method.scores import norm
 from slsgu_cli.records.codec import digest
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
 # Part of every gradient's address: a change in what is computed must change it.
 REVISION = 1
 
-# How many times more the forget set is gone through where its captions have prefixes.
+# Extra passes over the forget set with prefixed captions.
 AGAIN = 3
 
-# What one pass can leave in the store: the mean gradient, the mean of its squares.
+# The results that one pass can write: the mean gradient and the mean of its squares.
 HEADERS: dict[Artifact, Any] = {
     Artifact.GRADIENT: GradientHeader,
     Artifact.SQUARES: SquaresHeader,
@@ -66,7 +66,7 @@ class Gradient:
 
     @property
     def label(self) -> str:
-        """What messages call it."""
+        """The name of the gradient in messages."""
         return f"{self.role} gradient {self.digest}"
 
 
@@ -95,8 +95,8 @@ def compute_gradients(
 ) -> GradResult:
     """Ensure the forget and retain gradients of set `name`, and squares, are in the store.
 
-    Raises MissingError, InputError, and StaleError where the model takes other inputs
-    than the set was built for.
+    Raises MissingError, InputError, and StaleError if the set was built for other inputs than
+    the model takes.
     """
     manifest = read_manifest(store, name)
     resolved = resolve(model or manifest.model)
@@ -122,17 +122,17 @@ def compute_gradients(
     seconds = {}
     for gradient in wanted:
         with held(store, Artifact.GRADIENT.path(gradient.digest), what=gradient.label):
-            # Another command may have computed it meanwhile.
-            left = missing[gradient.role] = [
+            # Another process may have computed it while this one waited.
+            kinds_to_compute = missing[gradient.role] = [
                 kind
                 for kind in missing[gradient.role]
                 if not processes.agreed(store.stands(kind.path(gradient.digest), HEADERS[kind]))
             ]
-            if not left:
+            if not kinds_to_compute:
                 progress.note(f"{gradient.label}: another process computed it")
                 continue
             start = perf_counter()
-            job().compute(gradient, left)
+            job().compute(gradient, kinds_to_compute)
             seconds[gradient.role] = perf_counter() - start
     pointer = _pointer(name, model or manifest.model, model_fingerprint, gradients, options)
     store.write_record(Artifact.POINTER.path(name), pointer)
@@ -177,7 +177,7 @@ def _pointer(
 
 
 def _stands(store: Store, kind: Artifact, gradient: Gradient) -> bool:
-    """Return whether a file can be used; one that is damaged is to be made again."""
+    """Return whether a file can be used; warn about a damaged one."""
     try:
         store.read_header(kind.path(gradient.digest), HEADERS[kind])
     except MissingError:
@@ -250,10 +250,10 @@ def _wanted(
 
 
 def adversarial_prefixes(store: Store, name: str) -> tuple[str, ...]:
-    """Return the words that `verify` tried before the name in edits of set `name`.
+    """Return the adversarial prefixes that `verify` found for the edit of set `name`.
 
-    After two of them comes a random prefix of as many words, drawn by the set's seed from those
-    that are one token. Raises MissingError where nothing was searched for.
+    Every two of them are followed by a random prefix of as many one-token words, drawn by the
+    set's seed. Raises MissingError if there are none.
     """
     from slsgu_cli.records.verification import Verification
 
@@ -262,7 +262,7 @@ def adversarial_prefixes(store: Store, name: str) -> tuple[str, ...]:
     tried = store.read_record(path, Verification).prefixes if store.exists(path) else ()
     if not tried:
         raise MissingError(
-            f"no words were searched for that bring {manifest.concept} back in an edit of {name}",
+            f"no adversarial prefixes of {manifest.concept} are recorded for the edit of {name}",
             hint=f"run `slsgu verify {quote(name)} --checks prefix`",
         )
     words = [*token_words(resolve(manifest.model)).values()]
@@ -283,10 +283,10 @@ def open_pairs(
     *,
     again: int = AGAIN,
 ) -> "DataBlock":
-    """Open the pairs of a role; with prefixes, all come `again` times more behind one of them.
+    """Open the pairs of a role, and repeat them `again` times with prefixed captions.
 
-    Those of the forget set make its gradient, as random prefixes do in ROME (arXiv 2202.05262),
-    and those of the retain set covariances, so that it is not the prefixes that are moved.
+    The forget gradient uses them like the random prefixes of ROME (arXiv 2202.05262). The
+    covariances use them so that the edit does not change the prefixes themselves.
     """
     from slsgu_cli.sources.matching import before_names
     from slsgu_cli.store.blocks import DataBlock, RepeatedBlock
@@ -304,7 +304,7 @@ def open_pairs(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What computing any gradient of a set takes."""
+    """A loaded model and a set, to compute gradients from."""
 
     store: Store
     manifest: SetManifest
@@ -328,25 +328,19 @@ class _Job:
         )
         label = f"{gradient.role} gradient"
         squares = Artifact.SQUARES in kinds
-        kept = KeptSums(
-            self.store,
-            gradient.digest,
-            run.options.device,
-            gradient.role,
-            squares,
-        )
+        saved = SavedSums(self.store, gradient.digest, run.options.device, squares)
         if squares:
-            arrays, squared, mean_loss = run.run_squared(block, label, kept)
-            about = self._about_squares(gradient, block.rows)
+            arrays, squared, mean_loss = run.run_squared(block, label, saved)
+            squares_header = self._squares_header(gradient, block.rows)
             path = Artifact.SQUARES.path(gradient.digest)
-            self.store.write_tensors(path, squared, about, keep_first=True)
+            self.store.write_tensors(path, squared, squares_header, keep_first=True)
         else:
-            arrays, mean_loss = run.run(block, label, kept)
+            arrays, mean_loss = run.run(block, label, saved)
         if Artifact.GRADIENT in kinds:
             header = self._header(gradient, block.rows, mean_loss)
             path = Artifact.GRADIENT.path(gradient.digest)
             self.store.write_tensors(path, arrays, header, keep_first=True)
-        kept.remove()
+        saved.remove()
 
     def _header(self, gradient: Gradient, rows: int, mean_loss: float) -> GradientHeader:
         weights = {
@@ -367,7 +361,7 @@ class _Job:
             version=slsgu_cli.__version__,
         )
 
-    def _about_squares(self, gradient: Gradient, rows: int) -> SquaresHeader:
+    def _squares_header(self, gradient: Gradient, rows: int) -> SquaresHeader:
         return SquaresHeader(
             gradient=gradient.digest,
             loss=gradient.loss,

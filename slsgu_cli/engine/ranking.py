@@ -1,7 +1,7 @@
 """`rank`: the score of every candidate layer, from the stored gradients.
 
-Each direction has fronts of its own, by importance and alignment in its metric. Layers that lack
-what a direction needs are ranked along their gradient.
+Each direction has its own fronts, by importance and alignment in its metric. Layers without the
+inputs that a direction needs are ranked along their gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,14 +49,14 @@ from slsgu_cli.store.store import Store
 def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ranking:
     """Score the candidate layers of set `name`, mark the Pareto fronts, store the ranking.
 
-    Raises MissingError, StaleError, and InputError where no layer is left to rank.
+    Raises MissingError, StaleError, and InputError if no layer remains to be ranked.
     """
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
     store.require_writable(Artifact.RANKING.path(name))
     header = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader)
-    aim = _aim(header, options)
-    layers, unreached = _to_rank(header, aim, options)
+    target_layers = _target_layers(header, options)
+    layers, unreached = _to_rank(header, target_layers, options)
     covariances = None
     if options.direction.needs_inputs and layers:
         covariances = ensure_covariances(store, manifest, pointer, layers, device=options.device)
@@ -88,14 +88,14 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
         target=options.target,
         unreached=unreached,
         qkv=options.qkv,
-        readers=aim.readers if aim else (),
+        readers=target_layers.readers if target_layers else (),
     )
     store.write_record(Artifact.RANKING.path(name), ranking)
     return ranking
 
 
 def _to_rank(
-    header: GradientHeader, aim: TargetLayers | None, options: RankOptions
+    header: GradientHeader, read: TargetLayers | None, options: RankOptions
 ) -> tuple[list[str], dict[str, str]]:
     """Return the layers to rank, and why the target does not read the other candidates."""
     candidates = [
@@ -105,7 +105,9 @@ def _to_rank(
         and selected(layer, include=options.include, exclude=options.exclude)
     ]
     unreached = {
-        layer: reason for layer in candidates if aim and (reason := aim.why_not(layer)) is not None
+        layer: reason
+        for layer in candidates
+        if read and (reason := read.why_not(layer)) is not None
     }
     return [layer for layer in candidates if layer not in unreached], unreached
 
@@ -119,11 +121,11 @@ def _scored(
     options: RankOptions,
     covariances: Covariances | None,
 ) -> list[LayerScore]:
-    """Return the scores of layers in their order; none of a layer that has no score.
+    """Return the scores of layers in order, without layers that have none.
 
-    The layers are split over processes.
+    Processes share the work.
     """
-    # Reading compares digests: the next layer is read while one is scored.
+    # Read the next layer while scoring this one: reading computes digests.
     mine = processes.split(layers)
     read = prefetch(partial(_gradients, store, pointer), mine, ahead=1)
     score_of = {
@@ -141,7 +143,7 @@ def _by_direction(
 ) -> dict[DirectionSpec, list[str]]:
     """Return the layers to rank along each direction.
 
-    Layers that lack what all the directions need are ranked along the gradient.
+    Layers that no direction can use are ranked along the gradient.
     """
     unable = set(covariances.without(layers)) if covariances else set()
     able = {
@@ -154,7 +156,7 @@ def _by_direction(
 
 
 def _never_compete(header: GradientHeader, options: RankOptions) -> str:
-    """Return what `include` fits that never competes, as the end of a sentence."""
+    """Return the non-candidates that `include` matches, as the end of a sentence."""
     names = [
         name
         for name in sorted(header.weights)
@@ -166,18 +168,18 @@ def _never_compete(header: GradientHeader, options: RankOptions) -> str:
 
 
 def _note_unscored(weights: "_Weights", layers: Sequence[str]) -> None:
-    """Tell which layers have no score, and why."""
+    """Report the layers without a score, and why they have none."""
     zeros = [layer for layer in layers if not weights.norm(layer).norm]
     unreached = [layer for layer in layers if layer not in zeros]
     if zeros:
-        note_layers(f"{len(zeros)} layers are zeros and cannot be moved by a share", zeros)
+        note_layers(f"{len(zeros)} layers contain only zeros and have no relative step", zeros)
     if unreached:
         text = f"{len(unreached)} layers are left out: the forget loss does not reach them"
         note_layers(text, unreached)
 
 
-def _aim(header: GradientHeader, options: RankOptions) -> TargetLayers | None:
-    """Return what the target reads of the model; None where the ranking is for the model."""
+def _target_layers(header: GradientHeader, options: RankOptions) -> TargetLayers | None:
+    """Return the layers that the target reads; None without a target."""
     if options.target is None:
         return None
     shapes = {name: weight.shape for name, weight in header.weights.items()}
@@ -186,20 +188,20 @@ def _aim(header: GradientHeader, options: RankOptions) -> TargetLayers | None:
 
 @dataclass(frozen=True, slots=True)
 class _Weights:
-    """A model's layers as they are: whole ones as recorded, thirds as `model` has them."""
+    """The norms of a model's layers: recorded ones, and those of slices read from `model`."""
 
     header: GradientHeader
     model: ResolvedModel | None
 
     def norm(self, layer: str) -> ParameterNorm:
         """Return a layer's shape and norm."""
-        values = self.third(layer)
+        values = self.slice(layer)
         if values is None:
             return self.header.weights[layer]
         return ParameterNorm(values.shape, norm(values))
 
-    def third(self, layer: str) -> Floats | None:
-        """Return the values of a third of a parameter; None for a whole one."""
+    def slice(self, layer: str) -> Floats | None:
+        """Return a query, key or value slice of a parameter; None for a whole one."""
         if self.model is None or Layer.parse(layer).part is None:
             return None
         return model_layer(self.model, layer).astype(np.float32, copy=False)
@@ -219,9 +221,9 @@ def _score(
     options: RankOptions,
     covariances: Covariances | None,
 ) -> LayerScore | None:
-    """Return the score of one layer; None where the loss does not reach it, or it is zeros.
+    """Return the score of one layer; None if it has no forget gradient or contains only zeros.
 
-    A step is relative to the layer's own norm, so a layer of zeros has none.
+    A step is relative to the norm of the layer, so a layer of zeros has no score.
     """
     forget, retain = gradients
     forget_norm, retain_norm = norm(forget), norm(retain)
@@ -231,7 +233,7 @@ def _score(
         return None
     inputs = None
     if covariances is not None and direction.needs_inputs:
-        inputs = covariances.inputs(layer, weights.third(layer))
+        inputs = covariances.inputs(layer, weights.slice(layer))
     chosen, statistics = implementation(direction), LayerStatistics(weight.norm, inputs)
     metric = chosen.metric(statistics)
 
@@ -254,7 +256,7 @@ def _score(
 
 
 def _with_fronts(scores: Sequence[LayerScore]) -> list[LayerScore]:
-    """Mark each tower's Pareto front; order by tower, front first, falling importance."""
+    """Mark each tower's Pareto front; sort by tower, then front first, then falling importance."""
     marked: list[LayerScore] = []
     for tower in Tower:
         in_tower = [score for score in scores if score.tower is tower]
@@ -267,8 +269,8 @@ def _with_fronts(scores: Sequence[LayerScore]) -> list[LayerScore]:
 def ranked_layers(store: Store, ranking: Ranking, options: SearchOptions) -> list[LayerScore]:
     """Return the front layers to search, or those that `options` name.
 
-    The fronts of the directions that are searched are joined. Layers that lack what these need
-    are there as they were ranked along their gradient. Raises UsageError.
+    The fronts of all searched directions are joined. Layers that these directions cannot use
+    are included along their gradient. Raises UsageError.
     """
     ranked_along = ranking.by_direction()
     kinds = {each.kind for each in search_directions(options, ranking)}
@@ -293,7 +295,7 @@ def ranked_layers(store: Store, ranking: Ranking, options: SearchOptions) -> lis
 
 
 def search_directions(options: SearchOptions, ranking: Ranking) -> tuple[DirectionSpec, ...]:
-    """Return the directions to search: those of the ranking, where `options` name no others."""
+    """Return the directions that `options` name, or else those of the ranking."""
     kinds = [each.kind for each in ranking.directions]
     if options.direction is not None:
         kinds = list(options.direction.each)
@@ -311,9 +313,9 @@ def named_layers(
     none: Callable[[str], str] = lambda text: "none",
     hint: str | None = None,
 ) -> list[str]:
-    """Return the layers that `wanted` names, each by a part that fits one of `names` only.
+    """Return the layers that `wanted` names, each by a part that matches exactly one of `names`.
 
-    `among` says what these are, and `none` what there is in place of any that fits. Raises
+    Errors call these names `among`, and describe a text without a match by `none`. Raises
     UsageError.
     """
     chosen = []
@@ -327,7 +329,7 @@ def named_layers(
 
 
 def _unranked(store: Store, ranking: Ranking, text: str) -> str:
-    """Return which parameter that is not ranked `text` means, and why it is not; or none."""
+    """Return why the parameter that `text` names is not ranked, or "none"."""
     header = store.read_header(Artifact.GRADIENT.path(ranking.forget), GradientHeader)
     names = find_layers(text, [*layers_of(header.weights, ranking.qkv), *sorted(header.weights)])
     if not names:

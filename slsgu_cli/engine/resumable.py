@@ -1,42 +1,34 @@
-"""Sums under way that are written now and then, and that a later run resumes from."""
+"""Partial sums that are saved from time to time, so that a later run can resume from them."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.errors import InputError, MissingError, StaleError
-from slsgu_cli.records.method import (
-    SumsHeader,
-)
+from slsgu_cli.records.method import SumsHeader
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Arrays, Store
 
-if TYPE_CHECKING:
-    from slsgu_cli.engine.gradient_pass import Sums
-
-
-# Seconds between two writes of the sums of a pass, or so many times what one of them takes.
+# Wait at least so many seconds between two writes, and so many times the duration of a write.
 KEEP_SECONDS = 30.0
-
-
 KEEP_SHARE = 30.0
 
 
 @dataclass(slots=True)
-class KeptArrays:
-    """Sums of work under way, kept in a store under the digest of what they will make.
+class SavedSums:
+    """Partial sums in a store, under the `digest` of the result that they lead to.
 
-    What is kept is of all batches up to one, added up in their order: whoever goes on with
-    it on a CPU ends with the bytes of a run that nothing stopped.
+    They cover the first batches, in order, so a resumed run on a CPU ends with the same bytes
+    as an uninterrupted one. `squares` says whether squared gradients are summed as well.
     """
 
     store: Store
     digest: str
     device: str
+    squares: bool = False
     _next: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,51 +36,52 @@ class KeptArrays:
 
     @property
     def path(self) -> str:
-        """Where they are kept."""
+        """The path of the sums in the store."""
         return Artifact.SUMS.path(self.digest)
 
     @property
     def due(self) -> bool:
-        """Whether it is time to keep them."""
+        """Whether it is time to write the sums."""
         return perf_counter() >= self._next
 
-    def go_on(self, batches: int, use: Callable[[SumsHeader, Arrays], None]) -> int:
-        """Let `use` go on with what was kept; return of how many batches it is.
+    def resume(self, batches: int, load: Callable[[SumsHeader, Arrays], None]) -> int:
+        """Pass saved sums to `load` and return how many of the `batches` they cover.
 
-        What cannot be used is removed; `use` raises StaleError for it before all else.
+        Sums that cannot be used are removed. `load` raises StaleError for them, before it
+        changes anything.
         """
         try:
             header = self.store.read_header(self.path, SumsHeader)
-            kept = self.store.read_tensors(self.path)
-            if header.made_from != self._about(batches, 0, 0).made_from:
-                raise StaleError("they are of another pass")
-            use(header, kept)
+            arrays = self.store.read_tensors(self.path)
+            if header.made_from != self._header(batches, 0, 0).made_from:
+                raise StaleError("they belong to another pass")
+            load(header, arrays)
         except MissingError:
             return 0
         except (InputError, StaleError) as error:
-            progress.note(f"sums that were kept of a pass cannot be used: {error}")
-            self.store.remove(self.path)
+            progress.note(f"the saved sums of a pass cannot be used: {error}")
+            self.remove()
             return 0
         return header.done
 
     def write(self, arrays: Callable[[], Arrays], batches: int, *, added: int, done: int) -> None:
-        """Write sums; where they cannot be written, the work goes on without."""
+        """Write sums. If that fails, warn once and write no more."""
         start = perf_counter()
-        kept = arrays()
+        values = arrays()
         try:
-            self.store.write_tensors(self.path, kept, self._about(batches, added, done))
+            self.store.write_tensors(self.path, values, self._header(batches, added, done))
         except InputError as error:
-            progress.warn(f"{error.message}; the sums so far are not kept")
+            progress.warn(f"{error.message}; the partial sums are not saved")
             self._next = math.inf
             return
         now = perf_counter()
         self._next = now + max(KEEP_SECONDS, KEEP_SHARE * (now - start))
 
     def remove(self) -> None:
-        """Remove what was kept, if anything was."""
+        """Remove the sums from the store."""
         self.store.remove(self.path)
 
-    def _about(self, batches: int, added: int, done: int) -> SumsHeader:
+    def _header(self, batches: int, added: int, done: int) -> SumsHeader:
         return SumsHeader(
             gradient=self.digest,
             device=self.device.partition(":")[0],
@@ -96,34 +89,5 @@ class KeptArrays:
             added=added,
             done=done,
             version=slsgu_cli.__version__,
+            squares=self.squares,
         )
-
-
-@dataclass(slots=True)
-class KeptSums(KeptArrays):
-    """The sums of a pass under way, kept for the gradient of a role that they will make.
-
-    With `squares`, those of the gradients' squares are among them.
-    """
-
-    role: str
-    squares: bool
-
-    def restore(self, sums: "Sums") -> None:
-        """Put what was kept into sums over nothing."""
-        batches = len(sums.losses)
-
-        def use(header: SumsHeader, kept: Arrays) -> None:
-            sums.resume(kept, header.added, header.done)
-
-        if self.go_on(batches, use):
-            progress.note(
-                f"the {self.role} gradient goes on after {sums.done} of its {batches} mini-batches"
-            )
-
-    def keep(self, sums: "Sums") -> None:
-        """Write the sums."""
-        self.write(sums.state, len(sums.losses), added=sums.added, done=sums.done)
-
-    def _about(self, batches: int, added: int, done: int) -> SumsHeader:
-        return replace(KeptArrays._about(self, batches, added, done), squares=self.squares)

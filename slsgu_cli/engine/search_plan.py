@@ -4,7 +4,7 @@ Sets that are measured on the same rows share one base pass.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from shlex import quote
 from typing import TYPE_CHECKING
@@ -57,10 +57,10 @@ FEATURES_REVISION = 1
 
 @dataclass(frozen=True, slots=True)
 class SearchPlan:
-    """One set to search: its gradients, the layers to try, and the directions they move in.
+    """One set to search: its gradients, the layers to try, and their directions.
 
-    `options` have the device that is in force. `earlier` are edits that are in place during the
-    search, and `earlier_sets` those they forget.
+    `options` name an existing device. `earlier` edits are applied during the search, and
+    `earlier_sets` are their sets.
     """
 
     manifest: SetManifest
@@ -79,40 +79,40 @@ class SearchPlan:
 
     @property
     def base_pass_digest(self) -> str:
-        """A digest that is equal for plans which can share a model and a base pass."""
+        """A digest that plans have in common if they can share a model and a base pass."""
         measured = [self.pointer.model_fingerprint, evaluation_digest(self.manifest)]
         return digest([*measured, self.after] if self.earlier else measured)
 
     @property
     def after(self) -> dict[str, str]:
-        """The digests of the edits that are in place, by name."""
+        """The digests of the earlier edits, by name."""
         return edit_digests(self.earlier)
 
     def measured(self, shared: "SharedEvaluation", *, resumed: bool = False) -> "Evaluation":
-        """Return what the concept is measured on, with nothing that is forgotten already.
+        """Return the evaluation of the concept, without concepts that are forgotten already.
 
-        Many edits can be measured where they are `resumed`.
+        With `resumed`, it can measure many edits.
         """
         return shared.of(self.manifest, beside=self.earlier_sets, resumed=resumed)
 
     def guard(self, shared: "SharedEvaluation") -> "EarlierConcepts":
-        """Return what tells whether a step brings back what is forgotten already."""
+        """Return the concepts that no step may bring back."""
         from slsgu_cli.engine.effect import EarlierConcepts
 
         return EarlierConcepts(shared, self.earlier)
 
     def evaluators(self, store: Store, evaluation: "Evaluation") -> "Iterator[Evaluator]":
-        """Yield an evaluator for every layer and each direction that it can move in.
+        """Yield an evaluator for each layer and each of its directions.
 
-        A layer that lacks what all of them need moves along its gradient.
+        A layer that none of the directions can use moves along its gradient.
         """
         import torch
 
         from slsgu_cli.engine.evaluator import Evaluator
 
         for score in self.layers:
-            known = self.covariances is not None and self.covariances.has(score.layer)
-            able = [each for each in self.directions if known or not each.needs_inputs]
+            has_inputs = self.covariances is not None and self.covariances.has(score.layer)
+            able = [each for each in self.directions if has_inputs or not each.needs_inputs]
             for direction in able or [FALLBACK]:
                 along = forget_direction(
                     store,
@@ -126,20 +126,20 @@ class SearchPlan:
 
 
 def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
-    """Return what to search of set `name`, with the covariances its directions take.
+    """Return the plan for set `name`, with the covariances that its directions need.
 
     Raises MissingError, StaleError, InputError and UsageError.
     """
     if options.precision is Precision.BF16:
         raise UsageError(
-            "a search in bf16 would count accuracies of a rounded model",
+            "a search in bf16 would measure a rounded model",
             hint="--precision fp32, or tf32 on a GPU that has it",
         )
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
     ranking = read_ranking(store, pointer)
     store.require_writable(Artifact.TRIALS.path(name))
-    _require_ranked_so(options, ranking)
+    _require_ranked(options, ranking)
     options = replace(options, device=pick_device(options.device))
     directions = search_directions(options, ranking)
     layers = ranked_layers(store, ranking, options)
@@ -151,14 +151,14 @@ def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
         covariances = ensure_covariances(store, manifest, pointer, names, device=options.device)
         warn_of_fallback(covariances, names, how="searched", out="--layer names others")
     plan = SearchPlan(manifest, pointer, tuple(layers), options, directions, covariances)
-    return _on_top(store, plan) if options.after else plan
+    return _after_edits(store, plan) if options.after else plan
 
 
-def _on_top(store: Store, plan: SearchPlan) -> SearchPlan:
-    """Return a plan with the edits that it stands on, those that they stand on among them.
+def _after_edits(store: Store, plan: SearchPlan) -> SearchPlan:
+    """Return a plan on top of the edits of --after, and of the edits below these.
 
-    Raises MissingError, StaleError, UsageError, and InputError where an edit's set is measured
-    on other rows.
+    Raises MissingError, StaleError, UsageError, and InputError if an edit's set is measured on
+    other rows.
     """
     named = [load_edit(store, name) for name in dict.fromkeys(plan.options.after)]
     edits = sorted(
@@ -169,20 +169,20 @@ def _on_top(store: Store, plan: SearchPlan) -> SearchPlan:
         manifest = sets[set_of(header.name)] = read_manifest(store, set_of(header.name))
         if manifest.name == plan.name:
             raise UsageError(
-                f"the edit {header.name} is of the set {plan.name} itself",
+                f"the edit {header.name} belongs to the set {plan.name} itself",
                 hint="--after names edits of other sets",
             )
         if header.model_fingerprint != plan.pointer.model_fingerprint:
             raise StaleError(
-                f"the edit {header.name} was made for other weights than the gradients of "
+                f"the edit {header.name} was made for other weights than those of the gradients of "
                 f"{plan.name}",
                 hint=f"run `{Artifact.EDIT.command(header.name)}`",
             )
         require_alike({each.name: evaluation_digest(each) for each in (manifest, plan.manifest)})
-    moved = [edit.header.layer for edit in edits]
-    if twice := in_whole_and_in_part([*moved, *(score.layer for score in plan.layers)]):
+    layers = [edit.header.layer for edit in edits]
+    if twice := in_whole_and_in_part([*layers, *(score.layer for score in plan.layers)]):
         raise UsageError(
-            f"{twice} is changed as a whole and a third of it as well",
+            f"{twice} would be edited both as a whole and in part",
             hint="rank and search all sets with the same --qkv",
         )
     warn_of_joint_searches(edits)
@@ -190,21 +190,21 @@ def _on_top(store: Store, plan: SearchPlan) -> SearchPlan:
 
 
 def read_plans(store: Store, names: Sequence[str], *, options: SearchOptions) -> list[SearchPlan]:
-    """Return what to search of several sets. Raises what `read_plan` does, and UsageError."""
+    """Return the plans for several sets. Raises the errors of `read_plan`, and UsageError."""
     require_distinct_names(names)
     return [read_plan(store, name, options=options) for name in names]
 
 
 def grouped(plans: Sequence[SearchPlan]) -> list[list[SearchPlan]]:
-    """Return plans in groups that can share a model and a base pass, in their order."""
+    """Group plans that can share a model and a base pass, in order."""
     groups: dict[str, list[SearchPlan]] = {}
     for plan in plans:
         groups.setdefault(plan.base_pass_digest, []).append(plan)
     return list(groups.values())
 
 
-def _require_ranked_so(options: SearchOptions, ranking: Ranking) -> None:
-    """Raise StaleError where the layers were ranked for another direction, or other layers were.
+def _require_ranked(options: SearchOptions, ranking: Ranking) -> None:
+    """Raise StaleError if the ranking has other directions or another kind of layers.
 
     Raises UsageError for a parameter that no direction has.
     """
@@ -226,12 +226,12 @@ def _require_ranked_so(options: SearchOptions, ranking: Ranking) -> None:
 
 
 def evaluation_digest(manifest: SetManifest) -> str:
-    """Return a digest of the evaluation rows of a set and of how they are taken in."""
+    """Return a digest of the evaluation rows and the input format of a set."""
     return digest([manifest.input, manifest.measured_on()])
 
 
 def require_alike(digests: Mapping[str, str]) -> None:
-    """Raise InputError unless all sets have the same digest of what they are measured on."""
+    """Raise InputError unless the evaluation digests of all sets are equal."""
     first, *others = digests
     for name in others:
         if digests[name] != digests[first]:
@@ -242,7 +242,7 @@ def require_alike(digests: Mapping[str, str]) -> None:
 
 
 def require_distinct_names(names: Sequence[str]) -> None:
-    """Raise UsageError where a set is named twice."""
+    """Raise UsageError if a set is named twice."""
     if len(set(names)) < len(names):
         raise UsageError("a set is named twice")
 
@@ -250,10 +250,7 @@ def require_distinct_names(names: Sequence[str]) -> None:
 def share_evaluation(
     store: Store, plans: Sequence[SearchPlan], split: Split = Split.VALIDATION
 ) -> "SharedEvaluation":
-    """Load the model of some plans and run it once over what all of them measure on.
-
-    The edits that the plans stand on are in it. Tells of towers that are not split.
-    """
+    """Load the model of some plans, apply their earlier edits, and run their joint base pass."""
     from slsgu_cli.clip.memory import return_memory
     from slsgu_cli.engine.moved_model import add_edits
 
@@ -262,7 +259,7 @@ def share_evaluation(
     _, module = load_graded(first.manifest, first.pointer, first.options.device)
     add_edits(module, first.earlier)
     layers = [score for plan in plans for score in plan.layers]
-    shared = _base_pass(store, plans, module, split).run(layers)
+    shared = _base_pass(store, plans, module, split, layers)
     for tower in {score.tower for score in layers}:
         if not shared.tower(tower).exact_split:
             progress.detail(f"the {tower} tower is not split: every trial runs all of it")
@@ -276,100 +273,105 @@ def report_evaluation(
     evaluation: "SharedEvaluation",
     layers: Sequence[LayerScore] = (),
 ) -> "SharedEvaluation":
-    """Run the model of an evaluation over the rows that sets are reported on.
+    """Run the model of an evaluation over test rows.
 
-    Where no set has rows of its own to report on, they are those of the evaluation. Edits of
-    `layers` resume there: what was kept to choose them by makes room.
+    Sets without a test split are reported on the rows of the evaluation. With `layers`, edits of
+    these resume from cached activations, and the cache of the search is freed first.
     """
     if not any(plan.manifest.is_split for plan in plans):
         return evaluation
     if layers:
         evaluation.release()
-    return _base_pass(store, plans, evaluation.model, Split.TEST).run(layers)
+    return _base_pass(store, plans, evaluation.model, Split.TEST, layers)
 
 
 def _base_pass(
-    store: Store, plans: Sequence[SearchPlan], module: "nn.Module", split: Split
-) -> "BasePass":
+    store: Store,
+    plans: Sequence[SearchPlan],
+    module: "nn.Module",
+    split: Split,
+    layers: Sequence[LayerScore],
+) -> "SharedEvaluation":
     first = plans[0]
     sets = [manifest for plan in plans for manifest in (plan.manifest, *plan.earlier_sets)]
-    return BasePass(
-        store=store,
-        manifests=tuple({manifest.name: manifest for manifest in sets}.values()),
+    return run_base_pass(
+        store,
+        list({manifest.name: manifest for manifest in sets}.values()),
         module=module,
         model=resolve(first.pointer.model),
         weights=None if first.earlier else first.pointer.model_fingerprint,
         split=split,
         options=first.options,
+        layers=layers,
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BasePass:
-    """A model to run once over what sets measure on.
+def run_base_pass(
+    store: Store,
+    manifests: Sequence[SetManifest],
+    *,
+    module: "nn.Module",
+    model: ResolvedModel,
+    weights: str | None,
+    split: Split,
+    options: SearchOptions,
+    layers: Sequence[LayerScore] = (),
+) -> "SharedEvaluation":
+    """Run a model over the evaluation rows of sets, within the cache budget.
 
-    `weights` are the fingerprint of an original model, whose image features are taken from the
-    store, or kept there; None of a model that is edited or another one.
+    `weights` is the fingerprint of an original model, whose image features are cached in the
+    store; None for any other model. Edits of `layers` resume from cached activations.
     """
+    from slsgu_cli.clip.evaluation import prepare_shared
+    from slsgu_cli.clip.finite import counted_by
+    from slsgu_cli.clip.memory import spare
 
-    store: Store
-    manifests: tuple[SetManifest, ...]
-    module: "nn.Module"
-    model: ResolvedModel
-    weights: str | None
-    split: Split
-    options: SearchOptions
-
-    def run(self, layers: Sequence[LayerScore] = ()) -> "SharedEvaluation":
-        """Run the model within the cache budget, keeping what edits of `layers` resume from."""
-        from slsgu_cli.clip.evaluation import prepare_shared
-        from slsgu_cli.clip.finite import counted_by
-        from slsgu_cli.clip.memory import spare
-
-        device, budget = self.options.device, self.options.cache_budget
-        tokenize = tokenizer(self.model)
-        shared = prepare_shared(
-            self.store,
-            self.manifests,
-            self.module,
-            tokenize=tokenize,
-            device=device,
-            split=self.split,
-        )
-        known = nullcontext() if self.weights is None else self._features(shared, self.weights)
-        with counted_by(str(self.model.spec)), known:
-            if budget is None:
-                budget = spare(device)
-            shared.base_pass((score.layer for score in layers), cache_bytes=budget)
-        return shared
-
-    @contextmanager
-    def _features(self, shared: "SharedEvaluation", weights: str) -> Iterator[None]:
-        """Let a base pass take image features from the store, or keep them there."""
-        import torch
-
-        first, device = self.manifests[0], self.options.device
+    device, budget = options.device, options.cache_budget
+    shared = prepare_shared(
+        store, manifests, module, tokenize=tokenizer(model), device=device, split=split
+    )
+    features: AbstractContextManager[None] = nullcontext()
+    if weights is not None:
         header = FeatureHeader(
             model=weights,
-            evals=first.measured_on(),
-            split=self.split,
-            precision=self.options.precision,
+            evals=manifests[0].measured_on(),
+            split=split,
+            precision=options.precision,
             device=device.partition(":")[0],
             version=slsgu_cli.__version__,
         )
-        made_from = [header.model, header.split, header.precision, header.device]
-        address = digest([FEATURES_REVISION, *made_from, evaluation_digest(first)])
-        path = Artifact.FEATURES.path(address)
-        known = processes.from_first(lambda: read_features(self.store, path))
-        fits = {name: len(group.images) for name, group in shared.sets.items()}
-        if {name: len(values) for name, values in known.items()} == fits:
-            for name, values in known.items():
-                shared.sets[name].images.known = torch.from_numpy(values).to(device)
-            yield
-            return
+        features = _cached_features(store, shared, manifests[0], header, device)
+    with counted_by(str(model.spec)), features:
+        if budget is None:
+            budget = spare(device)
+        shared.base_pass((score.layer for score in layers), cache_bytes=budget)
+    return shared
+
+
+@contextmanager
+def _cached_features(
+    store: Store,
+    shared: "SharedEvaluation",
+    manifest: SetManifest,
+    header: FeatureHeader,
+    device: str,
+) -> Iterator[None]:
+    """Let a base pass load image features from the store, or save them there."""
+    import torch
+
+    made_from = [header.model, header.split, header.precision, header.device]
+    address = digest([FEATURES_REVISION, *made_from, evaluation_digest(manifest)])
+    path = Artifact.FEATURES.path(address)
+    known = processes.from_first(lambda: read_features(store, path))
+    fits = {name: len(group.images) for name, group in shared.sets.items()}
+    if {name: len(values) for name, values in known.items()} == fits:
+        for name, values in known.items():
+            shared.sets[name].images.known = torch.from_numpy(values).to(device)
         yield
-        arrays = {name: group.images.features.cpu().numpy() for name, group in shared.sets.items()}
-        try:
-            self.store.write_tensors(path, arrays, header)
-        except InputError as error:
-            progress.detail(f"{error.message}; features are not kept")
+        return
+    yield
+    arrays = {name: group.images.features.cpu().numpy() for name, group in shared.sets.items()}
+    try:
+        store.write_tensors(path, arrays, header)
+    except InputError as error:
+        progress.detail(f"{error.message}; the image features are not cached")

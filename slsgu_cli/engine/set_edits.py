@@ -36,14 +36,13 @@ from slsgu_cli.store.store import Store
 def ensure_edit(
     store: Store, name: str, *, options: SearchOptions, ranking: RankOptions | None = None
 ) -> Edit:
-    """Return the edit in a file, or that of the set `name`.
+    """Return the edit in the file `name`, or the edit of the set `name`.
 
-    A set that has none is searched as `options` say, and ranked as `ranking` says where it has
-    no ranking either; both are drawn. Raises NotForgottenError where no step forgets, and
-    StaleError where an edit that is there was made from other gradients than the set has now,
-    or otherwise than `options` say.
+    A set without an edit is searched with `options`, after a `ranking` if it has none; both are
+    plotted. Raises NotForgottenError if no step forgets, and StaleError if an existing edit was
+    made from other gradients than the set has now, or with other options.
     """
-    if _is_file(name) or not store.exists(Artifact.SET.path(name)):
+    if is_edit_file(name) or not store.exists(Artifact.SET.path(name)):
         return load_edit(store, name)
     if not store.exists(Artifact.EDIT.path(name)) and store.exists(Artifact.POINTER.path(name)):
         if not store.exists(Artifact.RANKING.path(name)):
@@ -52,12 +51,12 @@ def ensure_edit(
         progress.note(f"{name} has no edit yet: searching for one")
         require_forgotten(search_and_plot(store, name, options=options))
     edit = current_edit(store, name)
-    _require_made_so(edit.header, options)
+    _require_options(edit.header, options)
     return edit
 
 
-def _require_made_so(header: EditHeader, options: SearchOptions) -> None:
-    """Raise StaleError unless an edit is of the direction, kind of layer and damping given."""
+def _require_options(header: EditHeader, options: SearchOptions) -> None:
+    """Raise StaleError unless an edit has the direction, kind of layer and damping of `options`."""
     name = header.name
     ranks, searches = f"`slsgu rank {quote(name)}", f"`slsgu search {quote(name)}"
     if options.direction is not None and header.direction.kind not in options.direction.each:
@@ -83,8 +82,8 @@ def _require_made_so(header: EditHeader, options: SearchOptions) -> None:
 def current_edit(store: Store, name: str) -> Edit:
     """Return the edit of the set `name`.
 
-    Raises MissingError, and StaleError where it was made from other rows or gradients than
-    the set has now.
+    Raises MissingError, and StaleError if it was made from other rows or gradients than the set
+    has now.
     """
     edit = load_edit(store, name)
     if not store.exists(Artifact.POINTER.path(name)):
@@ -105,7 +104,7 @@ def current_edit(store: Store, name: str) -> Edit:
 
 
 def rank_options(options: SearchOptions) -> RankOptions:
-    """Return how to rank for a search that finds no ranking."""
+    """Return the options of the ranking that a search needs."""
     chosen = RankOptions(device=options.device)
     if options.direction is not None:
         chosen = replace(chosen, direction=options.direction)
@@ -117,10 +116,9 @@ def rank_options(options: SearchOptions) -> RankOptions:
 def direct_edit(
     store: Store, name: str, *, layer: str, step: float, options: RankOptions | None = None
 ) -> Edit:
-    """Return the edit that moves `layer` by `step` along its direction, unsearched.
+    """Return the edit that moves `layer` by `step` along its direction, without a search.
 
-    `options` say which direction, the last one where they name several. Raises UsageError where
-    the gradients have no such layer.
+    The direction is the last one of `options`. Raises UsageError if there is no such layer.
     """
     options = options or RankOptions()
     manifest = read_manifest(store, name)
@@ -149,7 +147,7 @@ def direct_edit(
 
 
 def named_layer(store: Store, pointer: GradientPointer, text: str) -> Layer:
-    """Return the one layer of the gradients that `text` means. Raises UsageError."""
+    """Return the only layer that `text` matches. Raises UsageError."""
     header = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader)
     whole, thirds = (layers_of(header.weights, qkv) for qkv in (Qkv.FUSED, Qkv.SPLIT))
     names = whole if find_layers(text, whole) else thirds
@@ -171,5 +169,6 @@ def require_forgotten(result: SearchResult) -> None:
     )
 
 
-def _is_file(name: str) -> bool:
+def is_edit_file(name: str) -> bool:
+    """Return whether `name` is a path and not the name of a set."""
     return "/" in name or name.endswith(".safetensors")

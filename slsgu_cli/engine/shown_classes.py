@@ -46,13 +46,13 @@ class ShownClasses:
     def thumbnails(self) -> Images:
         """One image of each class."""
         one = self.first(1)
-        return np.concatenate([_pixels(group) for group in (*one.concepts, one.others)])
+        return np.concatenate([pixels_of(group) for group in (*one.concepts, one.others)])
 
     def first(self, images: int) -> "ShownClasses":
         """Keep the first images of each class, a class after another."""
         labels = self.others.images.labels.cpu().numpy()
         rows = [np.flatnonzero(labels == index)[:images] for index in self.other_classes]
-        concepts = tuple(_first(concept, images) for concept in self.concepts)
+        concepts = tuple(first_images(concept, images) for concept in self.concepts)
         return replace(self, concepts=concepts, others=self.others.some(np.concatenate(rows)))
 
     def cosines(self, model: MovedModel = UNMOVED) -> Matrix:
@@ -95,9 +95,11 @@ def choose_shown(evaluation: SharedEvaluation, manifests: Sequence[SetManifest])
     )
 
 
-def _first(group: EvaluationSet, images: int) -> EvaluationSet:
+def first_images(group: EvaluationSet, images: int) -> EvaluationSet:
+    """Return an evaluation set with the first images only."""
     return group.some(np.arange(min(images, len(group.images))))
 
 
-def _pixels(group: EvaluationSet) -> Images:
+def pixels_of(group: EvaluationSet) -> Images:
+    """Return the images of an evaluation set, uint8 (rows, H, W, 3)."""
     return group.images.block.take(group.images.rows)

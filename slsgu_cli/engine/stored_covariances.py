@@ -1,7 +1,7 @@
 """The covariances of layers' inputs on a retain set: in the store, or computed when missing.
 
-They are addressed by the model and the retain rows, so concepts that share both share them. What
-is missing is computed in one forward over the retain set, for all layers at once.
+They are addressed by the model and the retain rows, so concepts that share both share them.
+Missing ones are computed in one forward over the retain set, for all layers at once.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -14,7 +14,7 @@ from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.number_formats import Floats
 from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.engine.gradients import load_graded, open_pairs
-from slsgu_cli.engine.resumable import KeptArrays
+from slsgu_cli.engine.resumable import SavedSums
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
@@ -22,7 +22,6 @@ from slsgu_cli.records.method import (
     GradientPointer,
     LayerCovariance,
     Precision,
-    SumsHeader,
 )
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.store.artifacts import Artifact
@@ -33,15 +32,14 @@ from slsgu_cli.text import listed
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slsgu_cli.engine.covariance import InputCovariances
     from slsgu_cli.method.directions import InputCovariance
 
-# Part of every address of covariances: a change in what is computed must change it. What was not
-# seen by an earlier revision is looked for again: from 2 on, of all convolutions, of norms and
-# scales of channels, and of attention in one call.
+# Part of every address of covariances: change it with the computation. Layers that an earlier
+# revision could not capture are tried again. Revision 2 added all convolutions, norms, channel
+# scales and fused attention.
 REVISION = 2
 
-# Layers that a note names, of many.
+# Most layers that a note names.
 NAMED = 3
 
 
@@ -49,7 +47,7 @@ NAMED = 3
 class Covariances:
     """The covariances in the store of one model's layers over one set of retain rows.
 
-    `device` is where they are solved with.
+    Linear systems with them are solved on `device`.
     """
 
     store: Store
@@ -58,21 +56,21 @@ class Covariances:
     device: str = "cpu"
 
     def has(self, layer: str) -> bool:
-        """Return whether the covariances of the layer's inputs are known."""
+        """Return whether the store has the layer's covariance."""
         return Layer.parse(layer).parameter in self.places
 
     def without(self, layers: Iterable[str]) -> list[str]:
-        """Return those layers whose inputs are not known."""
+        """Return the layers without a covariance."""
         return [layer for layer in layers if not self.has(layer)]
 
-    def lack(self, parameters: Collection[str]) -> list[str]:
-        """Return those parameters of which it is not known whether they have covariances."""
+    def missing(self, parameters: Collection[str]) -> list[str]:
+        """Return the parameters that still have to be tried."""
         return sorted(set(parameters) - set(self.places) - self.uncaptured)
 
     def covariance(self, layer: str) -> "Tensor":
-        """Return the covariance of the layer's inputs, on the device it is solved with.
+        """Return the covariance of the layer's inputs, on the device for solving.
 
-        A third of a parameter is applied to what the whole is applied to.
+        A query, key or value slice has the inputs of the whole parameter.
         """
         import torch
 
@@ -84,9 +82,10 @@ class Covariances:
         return torch.from_numpy(values).to(exact_device(self.device))
 
     def inputs(self, layer: str, weight: Floats | None = None) -> "InputCovariance":
-        """Return what a direction may know of the layer's inputs.
+        """Return the input covariance of a layer, as a direction takes it.
 
-        `weight` has the values of a third of a parameter, whose mean squared output is not stored.
+        `weight` has the values of a query, key or value slice, whose mean squared output is not
+        stored.
         """
         import torch
 
@@ -102,10 +101,7 @@ class Covariances:
 
 
 def find_covariances(store: Store, pointer: GradientPointer, device: str = "cpu") -> Covariances:
-    """Return the covariances that the store has for the model and retain rows of `pointer`.
-
-    `device` is where they are to be solved with.
-    """
+    """Return the covariances that the store has for the model and retain rows of `pointer`."""
     places: dict[str, tuple[str, LayerCovariance]] = {}
     uncaptured: set[str] = set()
     for name in store.names("covariances", ".safetensors"):
@@ -113,7 +109,7 @@ def find_covariances(store: Store, pointer: GradientPointer, device: str = "cpu"
         try:
             header = store.read_header(path, CovarianceHeader)
         except SlsguError:
-            # Damaged, or gone since it was listed: computed again, and `ls` tells of it.
+            # Damaged, or removed since it was listed: it is computed again, and `ls` reports it.
             continue
         if header.is_of(pointer):
             places |= {layer: (path, about) for layer, about in header.layers.items()}
@@ -129,27 +125,27 @@ def ensure_covariances(
     *,
     device: str,
 ) -> Covariances:
-    """Return covariances of `layers`, computing what the store lacks.
+    """Return covariances of `layers`, computing those that the store lacks.
 
-    A layer whose inputs its tower does not show has none. Raises StaleError where the model is not
-    the one the gradients are of.
+    The result lacks layers whose inputs cannot be captured. Raises StaleError if the model is not
+    the one the gradients belong to.
     """
     device = pick_device(device)
-    known = _found_by_first(store, pointer, device)
+    known = _find_on_all_ranks(store, pointer, device)
     wanted = {Layer.parse(layer).parameter for layer in layers}
-    if known.lack(wanted):
+    if known.missing(wanted):
         of = [pointer.model_fingerprint, pointer.retain_data, *pointer.prefixes]
         place = Artifact.COVARIANCE.path(digest(of))
         with held(store, place, what=f"covariances of the retain set of {manifest.name}"):
-            # Another process may have computed some meanwhile.
-            known = _found_by_first(store, pointer, device)
-            if missing := known.lack(wanted):
+            # Another process may have computed some while this one waited.
+            known = _find_on_all_ranks(store, pointer, device)
+            if missing := known.missing(wanted):
                 progress.note(
                     f"{len(missing)} layers lack the covariances of their inputs: "
                     "one forward over the retain set"
                 )
                 _compute(store, manifest, pointer, missing, device=device)
-                known = _found_by_first(store, pointer, device)
+                known = _find_on_all_ranks(store, pointer, device)
     return known
 
 
@@ -159,21 +155,21 @@ def warn_of_fallback(
     """Name the layers without input covariances, `how` they are used, and how to avoid it."""
     if without := covariances.without(layers):
         note_layers(
-            f"{len(without)} of {len(layers)} layers are {how} along their gradient, since their "
-            f"tower does not show their inputs; {out}",
+            f"{len(without)} of {len(layers)} layers are {how} along their gradient, because their "
+            f"inputs cannot be captured; {out}",
             without,
         )
 
 
 def note_layers(text: str, layers: Sequence[str]) -> None:
-    """Print a note on layers: a few are named, and with -v all."""
+    """Print a note that names a few layers; with -v, all of them."""
     progress.note(f"{text}: {listed(layers, NAMED)}")
     if len(layers) > NAMED:
         progress.detail(", ".join(layers))
 
 
-def _found_by_first(store: Store, pointer: GradientPointer, device: str) -> Covariances:
-    """Return the covariances that the first of several processes finds: all go on with the same."""
+def _find_on_all_ranks(store: Store, pointer: GradientPointer, device: str) -> Covariances:
+    """Return the covariances that rank 0 finds, on all ranks."""
 
     def found() -> tuple[dict[str, tuple[str, LayerCovariance]], frozenset[str]]:
         known = find_covariances(store, pointer, device)
@@ -208,15 +204,15 @@ def _compute(
     }
     if pointer.prefixes:
         made_from |= {"prefixes": list(pointer.prefixes)}
-    kept = StoredCovariances(store, digest(made_from), device)
+    saved = SavedSums(store, digest(made_from), device)
     about: dict[str, LayerCovariance] = {}
     means: Arrays = {}
     with torch.no_grad(), arithmetic(Precision.FP32):
         covariances = input_covariances(
-            module, layers, block, spec=manifest.input, device=device, keeper=kept
+            module, layers, block, spec=manifest.input, device=device, saved=saved
         )
         for layer in sorted(covariances):
-            # The sums are fp64 and large: each goes as soon as its mean is taken.
+            # The sums are fp64 and large: free each as soon as its mean is computed.
             covariance = covariances.pop(layer)
             mean = covariance.mean()
             output = mean_square_output(module.get_parameter(layer), mean, covariance.axis)
@@ -232,24 +228,5 @@ def _compute(
         prefixes=pointer.prefixes,
         revision=REVISION,
     )
-    store.write_tensors(Artifact.COVARIANCE.path(kept.digest), means, header, keep_first=True)
-    kept.remove()
-
-
-class StoredCovariances(KeptArrays):
-    """The covariances of a forward under way, kept for what they will make."""
-
-    def restore(self, covariances: "InputCovariances", parts: int) -> int:
-        """Put what was kept into covariances of nothing; return how many parts are in them."""
-
-        def use(_header: SumsHeader, kept: Arrays) -> None:
-            covariances.resume(kept)
-
-        done = self.go_on(parts, use)
-        if done:
-            progress.note(f"the covariances go on after {done} of their {parts} parts")
-        return done
-
-    def keep(self, covariances: "InputCovariances", parts: int, *, done: int) -> None:
-        """Write the covariances over the first parts that are done."""
-        self.write(covariances.state, parts, added=done, done=done)
+    store.write_tensors(Artifact.COVARIANCE.path(saved.digest), means, header, keep_first=True)
+    saved.remove()

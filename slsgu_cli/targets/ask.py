@@ -15,7 +15,7 @@ from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import edit_digests, load_edit
 from slsgu_cli.clip.batches import Ints, spans
 from slsgu_cli.clip.evaluation import concept_rows, serving_rows
-from slsgu_cli.engine.resumable import KeptArrays
+from slsgu_cli.engine.resumable import SavedSums
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.figures.sheets import AnsweredImage, answers_html, answers_png
 from slsgu_cli.records.codec import digest
@@ -64,7 +64,7 @@ def ask(store: Store, request: AskRequest) -> tuple[Answers, OutputFolder]:
     (values,) = new_values((llava.encoder,), edits)
     made_from = [edit_digests(edits), folder_fingerprint(request.target)]
     asked = [[each.text, png_bytes(each.image).hex()] for each in questions]
-    kept = KeptArrays(store, digest([*made_from, asked]), llava.device)
+    kept = SavedSums(store, digest([*made_from, asked]), llava.device)
     said = _answers(llava, questions, values, kept)
     names = [picture.name for picture in pictures for _ in request.questions]
     record = Answers(
@@ -84,7 +84,7 @@ def ask(store: Store, request: AskRequest) -> tuple[Answers, OutputFolder]:
 
 
 def _answers(
-    llava: Llava, questions: Sequence[Question], values: Mapping[str, Tensor], kept: KeptArrays
+    llava: Llava, questions: Sequence[Question], values: Mapping[str, Tensor], kept: SavedSums
 ) -> tuple[list[str], list[str]]:
     """Return the answers to all questions, without and with other `values` of layers.
 
@@ -100,7 +100,7 @@ def _answers(
         said.extend(json.loads(arrays[SAID].tobytes()))
 
     batches = [(new, *span) for new in ({}, values) for span in spans(len(questions), BATCH)]
-    done = kept.go_on(len(batches), use)
+    done = kept.resume(len(batches), use)
     if done:
         progress.note(f"resuming after {len(said)} of {2 * len(questions)} answers")
     with progress.bar("asking", 2 * len(questions) - len(said)) as ticker:

@@ -24,7 +24,7 @@ from slsgu_cli.clip.batches import (
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, prepare, prompt_side
 from slsgu_cli.clip.tokenizers import Tokenize
 from slsgu_cli.clip.towers import EMBED, SplitTower
-from slsgu_cli.engine.resumable import KeptArrays
+from slsgu_cli.engine.resumable import SavedSums
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.verification import Settings
@@ -79,7 +79,7 @@ class ModelUnderTest:
     words: Callable[[], Words]
     ticker: progress.Ticker | None = None
     results: PartialResults = field(default_factory=lambda: PartialResults([]))
-    saved_state: Callable[[str], KeptArrays] | None = None
+    saved_state: Callable[[str], SavedSums] | None = None
     original: Callable[[], Gallery] | None = None
     original_text: Callable[[], SplitTower] | None = None
     normalize: Pixels = field(init=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slsgu_cli import progress
-from slsgu_cli.engine.resumable import KeptArrays
+from slsgu_cli.engine.resumable import SavedSums
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import SumsHeader
 from slsgu_cli.store.store import Arrays
@@ -52,15 +52,15 @@ class Training:
 
     optimizer: torch.optim.Optimizer
     steps: int
-    saved: KeptArrays | None = None
+    saved: SavedSums | None = None
     figures: list[Accuracy] = field(default_factory=list)
     done: int = 0
 
     @classmethod
-    def resume(cls, optimizer: torch.optim.Optimizer, steps: int, saved: KeptArrays | None) -> Self:
+    def resume(cls, optimizer: torch.optim.Optimizer, steps: int, saved: SavedSums | None) -> Self:
         """Return a training, resumed from its saved state if there is one."""
         training = cls(optimizer, steps, saved)
-        if saved is not None and (done := saved.go_on(steps, training._load)):
+        if saved is not None and (done := saved.resume(steps, training._load)):
             training.done = done
             progress.note(f"training resumes after {done} of its {steps} steps")
         return training

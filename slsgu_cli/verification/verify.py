@@ -13,7 +13,7 @@ from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.clip.finite import counted_by
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.towers import text_tower
-from slsgu_cli.engine.resumable import KeptArrays
+from slsgu_cli.engine.resumable import SavedSums
 from slsgu_cli.errors import MissingError
 from slsgu_cli.figures.curves import relearning_plot
 from slsgu_cli.records.codec import digest
@@ -128,7 +128,7 @@ class _VerifyRun:
         for check, key in keys.items():
             label = f"{verified.label}: {check}"
             model.results = self._results(check, key)
-            model.saved_state = lambda name, key=key: KeptArrays(
+            model.saved_state = lambda name, key=key: SavedSums(
                 self.store, digest([key, name]), model.device
             )
             with progress.bar(label, None) as model.ticker, counted_by(label):

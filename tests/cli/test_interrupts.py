@@ -175,7 +175,7 @@ def test_killed_gradient_pass(store):
     again = inside("grad", "blue", store=store)
     assert again.exit_code == 0
     assert "waiting" not in again.stderr
-    assert "the retain gradient goes on after 3 of its 4 mini-batches" in again.stderr
+    assert "the retain gradient resumes after 3 of its 4 mini-batches" in again.stderr
     assert not list((store / "locks").iterdir())
     assert {path: path.read_bytes() for path in before} == before
     assert inside("rank", "blue", "--direction", "gradient", store=store).exit_code == 0

@@ -203,7 +203,7 @@ def test_covariances_of_processes_that_died_go_on(ranks, world, tmp_path, monkey
     assert len(Artifact.SUMS.names(world.store)) == 1
     again, *others = run(ranks, [*rank, *in_store], env=SMALL_PARTS)
     assert again[0] == 0, again
-    assert "the covariances go on after 6 of their 8 parts" in again[2]
+    assert "the covariances resume after 6 of their 8 parts" in again[2]
     assert all(other == (0, "", "") for other in others)
     assert Artifact.SUMS.names(world.store) == []
     (name,) = Artifact.COVARIANCE.names(whole.store)
@@ -257,7 +257,7 @@ def test_one_process_that_dies_ends_all_and_another_number_goes_on(world, tmp_pa
     assert len(Artifact.SUMS.names(world.store)) == 1, told
     # One process goes on with what two have kept.
     again = inside(*compute, store=world.store.root)
-    assert "goes on after 16 of its" in again.stderr
+    assert "resumes after 16 of its" in again.stderr
     for digest in digests(whole):
         assert_near(world.store, whole.store, Artifact.GRADIENT.path(digest))
 

@@ -215,7 +215,7 @@ def test_a_chain_of_three(several_world, tmp_path):
     search(world.store, "red", options=replace(options, after=("blue",)))
     (third,) = search_each(world.store, ["green"], options=replace(options, after=("red",)))
     assert list(third.report.base_edits.edits) == ["blue", "red"]
-    with pytest.raises(UsageError, match="is of the set blue itself"):
+    with pytest.raises(UsageError, match="belongs to the set blue itself"):
         search(world.store, "blue", options=replace(options, after=("green",)))
     folder = applied(world, "blue", out=tmp_path / "1")
     for number, name in ((2, "red"), (3, "green")):

@@ -291,7 +291,7 @@ def test_a_pass_goes_on_with_the_sums_that_it_kept(world, keeping, monkeypatch, 
     assert [entry.name for entry in shown] == [retain]
     assert shown[0].summary() == f"mini-batches 3 of 4, for {retain}"
     assert compute(world).computed == ("retain",)
-    assert any("goes on after 3 of its 4 mini-batches" in text for text in listener.heard)
+    assert any("resumes after 3 of its 4 mini-batches" in text for text in listener.heard)
     assert Artifact.SUMS.names(world.store) == []
     for digest, content in before.items():
         assert world.store.read_bytes(Artifact.GRADIENT.path(digest)) == content
@@ -319,7 +319,7 @@ def test_covariances_go_on_with_the_sums_that_were_kept(
             rank(world.store, world.name, options=options)
     assert len(Artifact.SUMS.names(world.store)) == 1
     rank(world.store, world.name, options=options)
-    assert f"the covariances go on after {parts} of their 8 parts" in listener.heard
+    assert f"the covariances resume after {parts} of their 8 parts" in listener.heard
     assert Artifact.SUMS.names(world.store) == []
     for name in Artifact.COVARIANCE.names(world.store):
         path = Artifact.COVARIANCE.path(name)
@@ -341,7 +341,7 @@ def test_sums_that_cannot_be_used_are_dropped(flaw, world, keeping, monkeypatch,
     elif flaw == "of another device":
         world.store.write_tensors(path, arrays, replace(header, device="cuda"))
     compute(world, squares=flaw == "without squares")
-    assert any("sums that were kept of a pass cannot be used" in text for text in listener.heard)
+    assert any("saved sums of a pass cannot be used" in text for text in listener.heard)
     assert Artifact.SUMS.names(world.store) == []
     for digest, content in before.items():
         assert world.store.read_bytes(Artifact.GRADIENT.path(digest)) == content
@@ -359,7 +359,7 @@ def test_sums_of_squares_stay_where_their_gradient_is_there_already(
     assert (found.path, found.removed) == (path, False)
     assert "run the same command to resume it" in found.reason
     compute(world, squares=True)
-    assert any("goes on after 1 of its 2 mini-batches" in text for text in listener.heard)
+    assert any("resumes after 1 of its 2 mini-batches" in text for text in listener.heard)
     world.store.write_bytes(path, sums)
     (found,) = check(world.store, repair=True).findings
     assert (found.path, found.removed) == (path, True)
@@ -375,7 +375,7 @@ def test_a_pass_ends_where_its_sums_cannot_be_kept(world, keeping, monkeypatch, 
 
     monkeypatch.setattr(type(world.store), "write_tensors", full)
     assert compute(world, batch_size=8).computed == ("forget", "retain")
-    assert sum("the sums so far are not kept" in text for text in listener.heard) == 2
+    assert sum("the partial sums are not saved" in text for text in listener.heard) == 2
 
 
 def digests(world):

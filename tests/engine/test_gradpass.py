@@ -19,7 +19,7 @@ from slsgu_cli.engine import gradient_pass
 from slsgu_cli.engine.gradient_pass import GradientPass
 from slsgu_cli.errors import InputError
 from slsgu_cli.method.layers import is_candidate
-from slsgu_cli.records.method import Precision
+from slsgu_cli.records.method import Precision, SumsHeader
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
@@ -219,20 +219,23 @@ def test_nothing_of_a_pass_stays_in_memory(folders, spec):
 
 @dataclass
 class Stopping:
-    """Keeps sums at every chance, goes on with what is kept, and stops a run when told to."""
+    """Save sums at every chance, resume from them, and interrupt the run at batch `stop`."""
 
     stop: int | None = None
-    kept: tuple | None = None
+    header: SumsHeader | None = None
+    arrays: dict | None = None
     due: bool = True
 
-    def restore(self, sums):
-        if self.kept is not None:
-            sums.resume(*self.kept)
+    def resume(self, batches, load):
+        if self.header is None:
+            return 0
+        load(self.header, self.arrays)
+        return self.header.done
 
-    def keep(self, sums):
-        values = {name: value.copy() for name, value in sums.state().items()}
-        self.kept = values, sums.added, sums.done
-        if sums.done == self.stop:
+    def write(self, arrays, batches, *, added, done):
+        self.arrays = {name: value.copy() for name, value in arrays().items()}
+        self.header = SumsHeader("digest", "cpu", batches, added, done, "version")
+        if done == self.stop:
             raise KeyboardInterrupt
 
 
@@ -242,11 +245,11 @@ def test_a_pass_that_was_stopped_goes_on_to_the_same_bytes(stop, folders, spec):
     model, block = load(folders["contrastive"]), Rows(157, seed=2)
     prepared = GradientPass.prepare(model, "contrastive", spec=spec, options=PassOptions())
     expected = prepared.run_squared(block, "test")
-    keeper = Stopping(stop)
+    saved = Stopping(stop)
     with pytest.raises(KeyboardInterrupt):
-        prepared.run_squared(block, "test", keeper)
-    keeper.stop = None
-    found = prepared.run_squared(block, "test", keeper)
+        prepared.run_squared(block, "test", saved)
+    saved.stop = None
+    found = prepared.run_squared(block, "test", saved)
     assert found[2] == expected[2]
     for mine, other in zip(found[:2], expected[:2], strict=True):
         for name, value in other.items():
@@ -257,11 +260,11 @@ def test_sums_that_are_not_finite_are_not_kept(folders, spec):
     model, block = load(folders["contrastive"]), Rows(61)
     model.token_embedding.weight.data[40_000] = 1e30
     block.tokens[40, 1] = 40_000
-    keeper = Stopping()
+    saved = Stopping()
     with pytest.raises(InputError, match="not finite in mini-batch 2"):
         prepared = GradientPass.prepare(model, "cosine", spec=spec, options=PassOptions())
-        prepared.run(block, "test", keeper)
-    assert keeper.kept[2] == 2
+        prepared.run(block, "test", saved)
+    assert saved.header.done == 2
 
 
 @pytest.mark.parametrize(("rows", "size"), [(7, 16), (16, 16), (33, 16), (20, 19), (5, 2)])
@@ -433,7 +436,7 @@ def test_out_of_memory_goes_on_with_fewer_pairs(folders, plain, spec, listener, 
     assert_equal(found, plain["contrastive"][0])
     assert mean_loss == pytest.approx(plain["contrastive"][1], rel=1e-5)
     assert max(seen) <= 32
-    assert any("out of memory: going on with 32 pairs" in text for text in listener.heard)
+    assert any("out of memory: continuing with 32 pairs" in text for text in listener.heard)
 
 
 def test_out_of_memory_half_way_counts_nothing_twice(folders, plain, spec, monkeypatch):

@@ -177,7 +177,7 @@ def test_what_cannot_be_whitened_is_ranked_along_its_gradient_and_told(world, li
     assert told.startswith(
         f"1 of {len(before)} layers are ranked along their gradient, since their"
     )
-    assert "does not show their inputs; --exclude leaves them out: visual.conv1.weight" in told
+    assert "inputs cannot be captured; --exclude leaves them out: visual.conv1.weight" in told
 
 
 def test_of_both_directions_it_has_one(world, listener):
@@ -205,7 +205,7 @@ def test_what_has_no_score_is_told(world, listener):
     rewrite(world, clear)
     ranked(world)
     assert listener.heard == [
-        "1 layers are zeros and cannot be moved by a share: ln_final.weight",
+        "1 layers contain only zeros and have no relative step: ln_final.weight",
         "1 layers are left out: the forget loss does not reach them: visual.proj",
     ]
 
