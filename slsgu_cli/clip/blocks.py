@@ -46,7 +46,8 @@ def attention_half(
         packed = linear(normed, weight[width:], None if bias is None else bias[width:])
         k, v = packed.view(rows, length, 2, heads, size).unbind(2)
         if causal:
-            before = _up_to(keep, length)
+            before = torch.arange(length, device=x.device) <= keep.unsqueeze(1)
+            before = before[:, None, None, :]
             visible = before if visible is None else before & visible
         mixed = F.scaled_dot_product_attention(
             query.view(rows, heads, 1, size), k.transpose(1, 2), v.transpose(1, 2), visible
@@ -63,8 +64,3 @@ def mlp_half(block: Any, x: Tensor) -> Tensor:
     hidden = mlp.gelu(linear(block.ln_2(x), mlp.c_fc.weight, mlp.c_fc.bias))
     outputs: Tensor = x + block.ls_2(linear(hidden, mlp.c_proj.weight, mlp.c_proj.bias))
     return outputs
-
-
-def _up_to(keep: Tensor, length: int) -> Tensor:
-    """Return the mask of keys up to the token `keep` of each row."""
-    return (torch.arange(length, device=keep.device) <= keep.unsqueeze(1))[:, None, None, :]

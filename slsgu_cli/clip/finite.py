@@ -59,5 +59,5 @@ def naming_layers(model: nn.Module) -> Iterator[None]:
         weights = model.named_parameters()
         counts = {name: int((~torch.isfinite(weight)).sum()) for name, weight in weights}
         words = [f"{count} in {name}" for name, count in counts.items() if count]
-        found = f"; weights that are not finite: {listed(words)}" if words else ""
-        raise NotFiniteError(error.message + found, hint=error.hint) from error
+        where = f"; weights that are not finite: {listed(words)}" if words else ""
+        raise NotFiniteError(error.message + where, hint=error.hint) from error

@@ -62,7 +62,7 @@ def present_files(folder: Path, names: Sequence[str]) -> dict[str, Path]:
     return {name: folder / name for name in names if (folder / name).is_file()}
 
 
-def tokenizer_beside(model: ResolvedModel | None, scratch: Path) -> dict[str, Path]:
+def tokenizer_to_add(model: ResolvedModel | None, scratch: Path) -> dict[str, Path]:
     """Return the tokenizer files of a model that is not a folder; warn if they are missing."""
     if model is None or model.folder is not None:
         return {}

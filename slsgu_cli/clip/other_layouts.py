@@ -138,13 +138,13 @@ def _for_open_clip(model: ResolvedModel, scratch: Path) -> OtherLayout:
     text, is_siglip = config["text_cfg"], family.names is NamingScheme.SIGLIP
     if family.names is NamingScheme.BERT:
         raise InputError(
-            f"{model.spec} cannot be written for open_clip, which builds a BERT by the name of a "
-            "repository alone, and reads none that lies in a model's folder",
+            f"{model.spec} cannot be written for open_clip, which builds a BERT from the "
+            "name of a repository only, not from a model folder",
             hint="leave --format out to write it for transformers",
         )
     files = {}
     if "tokenizer_kwargs" in text and model.folder is not None:
-        # By this name it is known that there is one; in a folder, it is that of the folder.
+        # open_clip then loads a Hugging Face tokenizer; in a folder, the one of the folder.
         named = hub_id(model.spec, model.folder) or model.folder.resolve().name
         config = config | {"text_cfg": text | {"hf_tokenizer_name": named}}
         files = present_files(model.folder, TOKENIZER_FILES)
@@ -283,8 +283,7 @@ def _why_not_comfy(weights: WeightSet, model: ResolvedModel | None) -> str | Non
 def _text_of(weights: WeightSet, model: ResolvedModel | None) -> tuple[str, int, list[str]]:
     """Return a text tower's activation and heads, and its other differences from CLIP's."""
     if model is None:
-        beside = weights.path.parent / CONFIG
-        config: dict[str, Any] = {**CLIP_TEXT, **config_of(beside)}
+        config: dict[str, Any] = {**CLIP_TEXT, **config_of(weights.path.parent / CONFIG)}
         return str(config["hidden_act"]), int(config["num_attention_heads"]), []
     config = model.config | {"vision_cfg": {}, "init_logit_bias": None}
     made, lacks = transformers_config(config)

@@ -62,7 +62,10 @@ class SplitTower(ABC):
         """Run stages `start` to `stop` (not included) on `x`, the inputs of stage `start`."""
         if start == EMBED and stop > EMBED:
             with FastProducts():
-                x, start = _widened(self.embed(x)), 0
+                x, start = self.embed(x), 0
+            if x.dtype in (torch.bfloat16, torch.float16):
+                # In 16 bits, every sum of the residual stream would be rounded.
+                x = x.float()
         for index in range(start, min(stop, self.depth)):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self._stage, index, x, inputs, use_reentrant=False)
@@ -400,7 +403,9 @@ def _timm_stages(visual: Any) -> StagedVision:
     for index, stage in enumerate(getattr(trunk, stages)):
         place = f"trunk.{stages}.{index}"
         before = {f"{place}.{name}": getattr(stage, name, None) for name in _BEFORE_BLOCKS}
-        parts |= {name: part for name, part in before.items() if _runs(part)}
+        parts |= {
+            name: part for name, part in before.items() if not isinstance(part, nn.Identity | None)
+        }
         parts |= {f"{place}.blocks.{i}": block for i, block in enumerate(stage.blocks)}
 
     behind = (f"trunk.{last}", "trunk.head", "head")
@@ -426,10 +431,6 @@ def _timm_end(visual: Any, last: str) -> Callable[[Tensor], Tensor]:
     """Return the function that pools and projects after module `last` of a timm tower."""
     trunk = visual.trunk
     return lambda x: _tensor(visual.head(trunk.forward_head(getattr(trunk, last)(x))))
-
-
-def _runs(module: Any) -> bool:
-    return module is not None and not isinstance(module, nn.Identity)
 
 
 class WholeTower(SplitTower):
@@ -497,11 +498,6 @@ def text_tower(model: Any) -> SplitTower:
         tower = OpenClipText(text, text.pool_type, text.eos_id)
         return tower if tower.halves or not tower.has_class else WholeTower(model.encode_text)
     return WholeTower(model.encode_text)
-
-
-def _widened(x: Tensor) -> Tensor:
-    """Return the residual stream in fp32, since 16 bits would round every sum."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _is_plain(block: Any) -> bool:

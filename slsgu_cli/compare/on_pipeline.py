@@ -85,7 +85,7 @@ def sheet_path(name: str, target: Path) -> str:
 
 
 def _folder(name: str, target: Path) -> str:
-    return Artifact.TARGET_COMPARISON.beside(target_edit(name, target))
+    return Artifact.TARGET_COMPARISON.folder_of(target_edit(name, target))
 
 
 @dataclass

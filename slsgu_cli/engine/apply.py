@@ -30,7 +30,7 @@ from slsgu_cli.checkpoints.naming_schemes import NamingScheme
 from slsgu_cli.checkpoints.number_formats import Floats, rounded
 from slsgu_cli.checkpoints.targets import Family, Target, read_target
 from slsgu_cli.checkpoints.tensor_file import canonical_name
-from slsgu_cli.clip.model_folder import tokenizer_beside, why_not_loaded
+from slsgu_cli.clip.model_folder import tokenizer_to_add, why_not_loaded
 from slsgu_cli.clip.models import ResolvedModel, fingerprint, model_layer, resolve
 from slsgu_cli.clip.other_layouts import other_layout
 from slsgu_cli.engine.set_edits import direct_edit, ensure_edit, is_edit_file, rank_options
@@ -76,7 +76,7 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
         compare = partial(_other_layers, model, [*edits, *earlier])
     with TemporaryDirectory() as scratch:
         layout = other_layout(request.layout, model, target, edits, Path(scratch))
-        beside = tokenizer_beside(model, Path(scratch)) if config and layout is None else {}
+        beside = tokenizer_to_add(model, Path(scratch)) if config and layout is None else {}
         place = target.path
         if model is not None and request.target is None:
             place = model.folder or model.weights
@@ -121,7 +121,7 @@ def copy_original(spec: ModelSpec, out: Path, *, options: ApplyOptions) -> Appli
             out,
             options=options,
             config=config,
-            extra_files=tokenizer_beside(model, Path(scratch)),
+            extra_files=tokenizer_to_add(model, Path(scratch)),
             check=lambda folder: why_not_loaded(folder, model),
         )
 

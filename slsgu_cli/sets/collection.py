@@ -65,7 +65,7 @@ def collect(store: Store, request: BuildRequest, wanted: CollectRequest) -> Coll
     readers = open_sources(wanted.sources, columns)
     identities = [file_identity(path) for path in files] + [r.identity() for r in readers]
     address = digest({"format": FORMAT, "files": identities, **_recipe(request, wanted)})
-    folder, record = Artifact.COLLECTION.beside(address), Artifact.COLLECTION.path(address)
+    folder, record = Artifact.COLLECTION.folder_of(address), Artifact.COLLECTION.path(address)
     parts = f"{folder}/parts"
     if store.exists(record):
         progress.note(f"reusing the samples collected from {len(identities)} files: {folder}")

@@ -62,9 +62,9 @@ class Artifact(StrEnum):
 
     def place(self, name: str) -> str:
         """Return the path of an artifact whose name comes from the store and needs no check."""
-        return f"{self.beside(name)}{TABLE[self].suffix}"
+        return f"{self.folder_of(name)}{TABLE[self].suffix}"
 
-    def beside(self, name: str) -> str:
+    def folder_of(self, name: str) -> str:
         """Return the folder of the files that belong to the record `name`."""
         return f"{TABLE[self].folder}/{name}"
 
@@ -287,7 +287,7 @@ def set_of(edit: str) -> str:
 
 def plot_path(name: str, kind: str) -> str:
     """Return the path of a plot of the set `name`."""
-    return f"{Artifact.PLOT.beside(check_name(name))}-{kind}{TABLE[Artifact.PLOT].suffix}"
+    return f"{Artifact.PLOT.folder_of(check_name(name))}-{kind}{TABLE[Artifact.PLOT].suffix}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,7 +131,10 @@ class Catalog:
     def standing(self, kind: Artifact, name: str, record: Any) -> Verdict:
         """Return whether a readable record can be used, and if not, the reason."""
         needs = TABLE[kind].needs
-        if kind in BESIDES and (flaw := BESIDES[kind](self, name, record)) is not None:
+        if (
+            kind in FURTHER_CHECKS
+            and (flaw := FURTHER_CHECKS[kind](self, name, record)) is not None
+        ):
             return flaw
         if kind in UNUSED and not self.users(kind, name):
             measured = kind is Artifact.FEATURES
@@ -201,7 +204,7 @@ def _stale(reason: str) -> Verdict:
 
 
 def _missing_shard(catalog: Catalog, name: str, collection: Collection) -> Verdict | None:
-    parts = set(catalog.store.names(f"{Artifact.COLLECTION.beside(name)}/parts"))
+    parts = set(catalog.store.names(f"{Artifact.COLLECTION.folder_of(name)}/parts"))
     missing = [shard for shard in collection.shards() if shard not in parts]
     return (Standing.DAMAGED, f"its shard {missing[0]} is missing") if missing else None
 
@@ -245,9 +248,9 @@ def _other_gradient(catalog: Catalog, _name: str, sweep: Sweep) -> Verdict | Non
 def _other_edit(catalog: Catalog, name: str, verification: Verification) -> Verdict | None:
     edit = catalog.get(Artifact.EDIT, name)
     edits = [subject.edit for subject in verification.subjects if subject.edit is not None]
-    return (
-        _stale("the edit has been remade since") if edit and edits and edit not in edits else None
-    )
+    if edit and edits and edit not in edits:
+        return _stale("the edit has been remade since")
+    return None
 
 
 def _under_way(_catalog: Catalog, _name: str, _header: Any) -> Verdict:
@@ -258,7 +261,7 @@ def _under_way(_catalog: Catalog, _name: str, _header: Any) -> Verdict:
 
 
 # Further checks, next to the digests in the table.
-BESIDES: dict[Artifact, Callable[[Catalog, str, Any], Verdict | None]] = {
+FURTHER_CHECKS: dict[Artifact, Callable[[Catalog, str, Any], Verdict | None]] = {
     Artifact.COLLECTION: _missing_shard,
     Artifact.SET: _other_block,
     Artifact.POINTER: _missing_gradient,
@@ -317,7 +320,7 @@ def _records(catalog: Catalog) -> Iterator[Entry]:
             path = kind.place(name)
             size = _size(catalog.store, path)
             if row.has_folder:
-                size += _size(catalog.store, kind.beside(name))
+                size += _size(catalog.store, kind.folder_of(name))
             called = Artifact.UNFINISHED if kind is Artifact.SUMS else kind
             if isinstance(record, SlsguError):
                 yield Entry(called, name, path, size, {}, Standing.DAMAGED, record.message)

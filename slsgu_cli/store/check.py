@@ -229,7 +229,7 @@ class _Check:
         known = {entry.path for entry in self.entries}
         for folder in FOLDERS:
             works = [kind for kind, row in TABLE.items() if row.folder == folder and row.has_folder]
-            known |= {kind.beside(name) for kind in works for name in kind.names(self.store)}
+            known |= {kind.folder_of(name) for kind in works for name in kind.names(self.store)}
             for name in self.store.names(folder):
                 path = f"{folder}/{name}"
                 if path in known or name.startswith("."):
@@ -259,7 +259,7 @@ class _Check:
 
     def _read_folder(self, entry: Entry) -> None:
         """Read the pictures in the folder of a record; compare those that have a digest."""
-        folder = entry.kind.beside(entry.name)
+        folder = entry.kind.folder_of(entry.name)
         if entry.kind is Artifact.GENERATION:
             generation = self.catalog.read(entry.kind, entry.name)
             for name, known in sorted(generation.digests.items()):

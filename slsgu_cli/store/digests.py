@@ -1,7 +1,6 @@
-"""Digests of tensors and files."""
+"""Digests of tensors."""
 
 import hashlib
-from pathlib import Path
 
 # Bytes that have a checksum of their own.
 CHECKED = 4 << 20
@@ -21,9 +20,3 @@ def content_digest(header: str, data: memoryview) -> str:
         part = bytes(data[start : start + CHECKED])
         whole.update(google_crc32c.value(part).to_bytes(4, "little"))
     return f"{CRC32C}{whole.hexdigest()}"
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, as `sha256sum` prints it. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -65,7 +65,7 @@ def generated_source(store: Store, request: SourceRequest) -> str:
     # location nor the version matters.
     made_from = [record.pipeline_fingerprint, record.prompts, record.seed, record.diffusion]
     address = digest(made_from)
-    folder = Artifact.GENERATED.beside(address)
+    folder = Artifact.GENERATED.folder_of(address)
     prompts = itertools.islice(itertools.cycle(request.prompts), request.count)
     jobs = [ImageJob(prompt, request.seed + number) for number, prompt in enumerate(prompts)]
     missing = unfinished(

@@ -33,7 +33,7 @@ class OutputFolder:
         """Return the folder for the set `name`: `out` if given, otherwise in the store."""
         if out is not None:
             return cls(Store(str(out)), "", f"{TABLE[kind].folder}.json")
-        return cls(store, kind.beside(name), kind.path(name))
+        return cls(store, kind.folder_of(name), kind.path(name))
 
     def write(self, path: str, data: bytes) -> None:
         """Write one file into the folder."""

@@ -281,7 +281,7 @@ def test_where_a_configuration_is_silent_it_is_the_base_model(tmp_path):
 @pytest.mark.parametrize(
     ("layout", "why"),
     [
-        (ModelLayout.OPEN_CLIP, "open_clip, which builds a BERT by the name of a repository"),
+        (ModelLayout.OPEN_CLIP, "open_clip, which builds a BERT from the name of a repository"),
         (ModelLayout.COMFY, "no place for .*: its text tower is a BERT"),
     ],
 )
