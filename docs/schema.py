@@ -26,10 +26,10 @@ from slsgu_cli.records.comparison import PipelineComparison
 from slsgu_cli.records.figures import BaseEdits, ClassLoss, TargetFigures
 from slsgu_cli.records.ledger import LedgerRow
 from slsgu_cli.records.method import Ranking, Trial, Trials
+from slsgu_cli.records.option_fields import OptionField
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.studies import JointSearch, Sweep
 from slsgu_cli.records.targets import Answers, AnswerSet, Generation, TargetTrial, TargetTrials
-from slsgu_cli.records.words import OptionField
 from slsgu_cli.removals.reading import HEAD, TABLES, Table
 from slsgu_cli.store.catalog import Entry
 from slsgu_cli.store.check import Finding

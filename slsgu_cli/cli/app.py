@@ -27,7 +27,7 @@ from slsgu_cli.cli import usage
 from slsgu_cli.cli.usage import ParsedOptions
 from slsgu_cli.errors import Ended, ExitCode, MissingError, SlsguError, ended_by
 from slsgu_cli.records.codec import without_none
-from slsgu_cli.records.words import COMMON, Option, OptionField, option_fields
+from slsgu_cli.records.option_fields import COMMON, Option, OptionField, option_fields
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console

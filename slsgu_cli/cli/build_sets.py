@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 from slsgu_cli.cli.app import Session, command
 from slsgu_cli.cli.usage import ParsedOptions
 from slsgu_cli.errors import UsageError
+from slsgu_cli.records.option_fields import ROWS, Option
 from slsgu_cli.records.options import (
     BuildRequest,
     MetadataSource,
 )
 from slsgu_cli.records.sets import SetManifest, read_names
 from slsgu_cli.records.targets import SourceRequest
-from slsgu_cli.records.words import ROWS, Option
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from slsgu_cli.cli.app import Session, command
 from slsgu_cli.errors import UsageError
+from slsgu_cli.records.option_fields import command_line
 from slsgu_cli.records.options import ApplyRequest, BuildRequest, DemoOptions, PassOptions
 from slsgu_cli.records.sets import LOCAL, ModelSpec
-from slsgu_cli.records.words import command_line
 from slsgu_cli.text import near
 
 DATA = Path(__file__).parents[1] / "demo"

@@ -11,8 +11,8 @@ from slsgu_cli.errors import (
 )
 from slsgu_cli.figures.numbers import percent, roughly
 from slsgu_cli.records.figures import Accuracy, Assertion, Share, read_assertions, require_known
+from slsgu_cli.records.option_fields import DEVICE_OPTION, EVALUATION, Option
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.words import DEVICE_OPTION, EVALUATION, Option
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console

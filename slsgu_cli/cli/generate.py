@@ -8,6 +8,7 @@ from slsgu_cli.cli.usage import ParsedOptions
 from slsgu_cli.errors import UsageError
 from slsgu_cli.figures.numbers import interval, roughly
 from slsgu_cli.records.figures import JudgeFigures
+from slsgu_cli.records.option_fields import GENERATION, Option
 from slsgu_cli.records.targets import (
     Answers,
     AnswerSet,
@@ -17,7 +18,6 @@ from slsgu_cli.records.targets import (
     Generation,
     Protocol,
 )
-from slsgu_cli.records.words import GENERATION, Option
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console

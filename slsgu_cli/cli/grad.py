@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from slsgu_cli.cli.app import Name, Session, command
 from slsgu_cli.cli.formats import artifact_name
 from slsgu_cli.records.method import GradientHeader
+from slsgu_cli.records.option_fields import MODEL, ROWS, Option
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.words import MODEL, ROWS, Option
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console

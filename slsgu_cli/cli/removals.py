@@ -12,7 +12,7 @@ from slsgu_cli.cli.app import Session, command
 from slsgu_cli.cli.formats import brief_state
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.figures.numbers import percent, roughly
-from slsgu_cli.records.words import OUTPUT, Option
+from slsgu_cli.records.option_fields import OUTPUT, Option
 from slsgu_cli.removals.recipe import EvidenceRequest
 
 if TYPE_CHECKING:

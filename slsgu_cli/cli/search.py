@@ -11,9 +11,9 @@ from slsgu_cli.cli.usage import ParsedOptions
 from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.figures.numbers import percent, roughly
 from slsgu_cli.records.figures import Report
+from slsgu_cli.records.option_fields import SEARCH, Option
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.targets import TargetSearchOptions
-from slsgu_cli.records.words import SEARCH, Option
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console

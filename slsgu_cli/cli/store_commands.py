@@ -15,14 +15,14 @@ from slsgu_cli.errors import (
     MissingError,
     UsageError,
 )
+from slsgu_cli.records.option_fields import (
+    OUTPUT,
+    Option,
+)
 from slsgu_cli.records.options import (
     StrengthOptions,
 )
 from slsgu_cli.records.sets import LOCAL
-from slsgu_cli.records.words import (
-    OUTPUT,
-    Option,
-)
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console

@@ -9,8 +9,8 @@ from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import Session, command
 from slsgu_cli.cli.formats import accuracies, step_size
 from slsgu_cli.figures.numbers import roughly
+from slsgu_cli.records.option_fields import ROWS, Option
 from slsgu_cli.records.studies import SweepRequest
-from slsgu_cli.records.words import ROWS, Option
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console

@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperCommand
 
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.words import COMMON, PANELS, Option, build, option_fields
+from slsgu_cli.records.option_fields import COMMON, PANELS, Option, build, option_fields
 from slsgu_cli.text import enumerated, near
 
 R = TypeVar("R")

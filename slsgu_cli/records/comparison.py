@@ -10,9 +10,7 @@ from typing import ClassVar, Generic, Self, TypeVar
 
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.figures import Accuracy, Effect, Figures, PassTime
-from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.targets import Budget, judge_option
-from slsgu_cli.records.words import (
+from slsgu_cli.records.option_fields import (
     DEVICE,
     LAYERS,
     SEARCH,
@@ -24,6 +22,8 @@ from slsgu_cli.records.words import (
     options,
     rates,
 )
+from slsgu_cli.records.sets import ModelSpec
+from slsgu_cli.records.targets import Budget, judge_option
 
 
 class Method(StrEnum):

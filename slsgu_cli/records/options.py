@@ -21,8 +21,7 @@ from slsgu_cli.records.method import (
     Tower,
     UtilityMetric,
 )
-from slsgu_cli.records.sets import CollectRequest, DownloadOptions, ModelSpec, Screening
-from slsgu_cli.records.words import (
+from slsgu_cli.records.option_fields import (
     DEVICE,
     DOWNLOAD,
     EVALUATION,
@@ -36,6 +35,7 @@ from slsgu_cli.records.words import (
     option,
     options,
 )
+from slsgu_cli.records.sets import CollectRequest, DownloadOptions, ModelSpec, Screening
 
 # A cosine, for `Criterion.MARGIN`.
 MARGIN = 0.02

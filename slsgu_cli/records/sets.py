@@ -11,7 +11,7 @@ from shlex import quote
 from typing import Any
 
 from slsgu_cli.errors import InputError, UsageError
-from slsgu_cli.records.words import DEVICE, DOWNLOAD, ROWS, option
+from slsgu_cli.records.option_fields import DEVICE, DOWNLOAD, ROWS, option
 
 # The prefix of the name of a model in a folder.
 LOCAL = "local-dir:"

@@ -8,14 +8,14 @@ from operator import attrgetter
 from slsgu_cli.records.directions import DirectionSpec
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import Criterion, Move, Precision, Tower, Trial, Trials
-from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
-from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.words import (
+from slsgu_cli.records.option_fields import (
     SEARCH,
     option,
     options,
     percent,
 )
+from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
+from slsgu_cli.records.sets import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,16 +12,7 @@ from slsgu_cli.errors import UsageError
 from slsgu_cli.records.directions import DAMPING, Direction, DirectionSpec
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share
 from slsgu_cli.records.method import Qkv, Tower, over_layers
-from slsgu_cli.records.options import (
-    DAMPING_OPTION,
-    ENCODER,
-    NAMES,
-    direction_option,
-    overshoot_option,
-    qkv_option,
-)
-from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.words import (
+from slsgu_cli.records.option_fields import (
     DEVICE,
     EVALUATION,
     GENERATION,
@@ -33,6 +24,15 @@ from slsgu_cli.records.words import (
     option,
     options,
 )
+from slsgu_cli.records.options import (
+    DAMPING_OPTION,
+    ENCODER,
+    NAMES,
+    direction_option,
+    overshoot_option,
+    qkv_option,
+)
+from slsgu_cli.records.sets import ModelSpec
 
 
 class GradientOf(StrEnum):

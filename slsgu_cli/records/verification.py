@@ -8,8 +8,7 @@ from typing import Self
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import EditHeader
-from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.words import (
+from slsgu_cli.records.option_fields import (
     DEVICE,
     EVALUATION,
     MODEL,
@@ -19,6 +18,7 @@ from slsgu_cli.records.words import (
     option,
     options,
 )
+from slsgu_cli.records.sets import ModelSpec
 
 OWN, NEW = "its name", "a new name"
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
+from slsgu_cli.records.option_fields import command_line
 from slsgu_cli.records.verification import ATTACK, CHECKS
-from slsgu_cli.records.words import command_line
 from slsgu_cli.removals.recipe import Recipe, figure_of
 
 

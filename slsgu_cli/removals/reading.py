@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.records.figures import Assertion
+from slsgu_cli.records.option_fields import ROWS, OptionField, build, option, option_fields
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.verification import VerifyRequest
-from slsgu_cli.records.words import ROWS, OptionField, build, option, option_fields
 from slsgu_cli.removals.recipe import (
     BOUNDS,
     EvaluationRows,

@@ -12,6 +12,7 @@ from slsgu_cli.errors import UsageError
 from slsgu_cli.records.figures import Assertion, read_assertions, require_known
 from slsgu_cli.records.ledger import written_at
 from slsgu_cli.records.method import Tower
+from slsgu_cli.records.option_fields import EVALUATION, OUTPUT, option
 from slsgu_cli.records.options import (
     OVERWRITE,
     BuildRequest,
@@ -22,7 +23,6 @@ from slsgu_cli.records.options import (
 from slsgu_cli.records.sets import ModelSpec, check_name
 from slsgu_cli.records.studies import CLASS
 from slsgu_cli.records.verification import ATTACK, ATTACKED, Check, VerifyRequest
-from slsgu_cli.records.words import EVALUATION, OUTPUT, option
 from slsgu_cli.text import near
 
 

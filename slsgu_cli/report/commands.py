@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from slsgu_cli.records.directions import DAMPING, Direction, DirectionSpec
 from slsgu_cli.records.method import Criterion, Precision, Ranking, Trials
+from slsgu_cli.records.option_fields import command_line
 from slsgu_cli.records.options import MARGIN, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import LOCAL
-from slsgu_cli.records.words import command_line
 from slsgu_cli.report.gather import SetRecords
 
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 
 from slsgu_cli.errors import UsageError
+from slsgu_cli.records.option_fields import command_line
 from slsgu_cli.records.options import BuildRequest, MetadataSource
 from slsgu_cli.records.sets import CollectRequest, Concept, check_name
-from slsgu_cli.records.words import command_line
 
 
 def check(request: BuildRequest) -> None:

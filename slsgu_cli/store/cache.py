@@ -58,7 +58,7 @@ def cache_folder() -> Path:
 
 def _make_room(folder: Path) -> None:
     """Remove the least recently read copies until the others are within bounds."""
-    from slsgu_cli.records.words import bytes_of
+    from slsgu_cli.records.option_fields import bytes_of
 
     most = bytes_of(CACHE_SIZE, os.environ.get(CACHE_SIZE, DEFAULT_SIZE))
     copies = []

@@ -40,6 +40,7 @@ from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.method import Criterion, Precision, Tower, UtilityMetric
+from slsgu_cli.records.option_fields import bytes_of
 from slsgu_cli.records.options import (
     MAX_CLASS_LOSS,
     NO_BOUND,
@@ -49,7 +50,6 @@ from slsgu_cli.records.options import (
     SearchOptions,
 )
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.records.words import bytes_of
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock

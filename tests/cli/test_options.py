@@ -20,11 +20,11 @@ from slsgu_cli.errors import UsageError
 from slsgu_cli.records.comparison import CompareOptions, Method
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.method import Alignment, Criterion, Precision, Qkv, Tower
+from slsgu_cli.records.option_fields import PANELS, build, command_line, option_fields
 from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.studies import TrajectoryOptions
 from slsgu_cli.records.targets import TargetSearchOptions
-from slsgu_cli.records.words import PANELS, build, command_line, option_fields
 from slsgu_cli.store.store import Store
 from slsgu_cli.text import near
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from slsgu_cli.clip.memory import spare
 from slsgu_cli.errors import UsageError
 from slsgu_cli.machine import free_memory
-from slsgu_cli.records.words import bytes_of
+from slsgu_cli.records.option_fields import bytes_of
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from slsgu_cli.cli.console import Console
 from slsgu_cli.engine.evaluate import evaluate
 from slsgu_cli.engine.search import search
 from slsgu_cli.errors import MissingError, StaleError, UsageError
+from slsgu_cli.records.option_fields import choices
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.verification import (
     CHECKS,
@@ -32,7 +33,6 @@ from slsgu_cli.records.verification import (
     Verification,
     VerifyRequest,
 )
-from slsgu_cli.records.words import choices
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.store.store import Store
