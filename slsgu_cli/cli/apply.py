@@ -34,7 +34,7 @@ def show_applied(console: "Console", result: "AppliedResult") -> None:
     alike = len({Path(file.path).name for file in result.files}) < len(result.files)
 
     def named(path: str) -> str:
-        # The two encoders of a pipeline lie in files of one name.
+        # Both encoders of a pipeline have the same file name.
         return str(Path(path).relative_to(result.out)) if alike else Path(path).name
 
     columns = (

@@ -60,18 +60,18 @@ def drawn(columns: Sequence[Column], rows: Rows) -> Table:
     table = Table(
         box=SIMPLE_HEAD, header_style="", show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
     )
-    kept = []
+    shown = []
     for index, column in enumerate(columns):
         cells = [row[index] for row in rows]
         if not column.on_terminal or (cells and all(map(_is_empty, cells))):
             continue
-        kept.append(index)
+        shown.append(index)
         numeric = bool(cells) and all(map(_is_number, cells))
         label = column.name if column.label is None else column.label
         justify: Literal["left", "right"] = "right" if numeric else "left"
         table.add_column(label, justify=justify, overflow="fold", no_wrap=numeric)
     for row in rows:
-        table.add_row(*(columns[index].cell(row[index]) for index in kept))
+        table.add_row(*(columns[index].cell(row[index]) for index in shown))
     return table
 
 

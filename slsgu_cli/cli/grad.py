@@ -38,8 +38,8 @@ def grad(
     from slsgu_cli.engine.gradients import adversarial_prefixes, compute_gradients
 
     if adversarial:
-        found = adversarial_prefixes(session.store, name)
-        options = replace(options, prefixes=(*options.prefixes, *found))
+        prefixes = adversarial_prefixes(session.store, name)
+        options = replace(options, prefixes=(*options.prefixes, *prefixes))
     result = compute_gradients(session.store, name, model=model, options=options, squares=squares)
     show_gradients(session.console, result)
 

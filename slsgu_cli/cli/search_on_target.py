@@ -66,12 +66,14 @@ def show_target_search(console: "Console", store: "Store", result: "TargetSearch
         f"{chosen.step:.4g}, a move by {100 * chosen.share:.1f}% of the layer's norm",
     )
     show_effects(console, figures.by_judge)
-    things = "test images" if figures.is_test else "images, which the edit was chosen by"
+    things = "test images" if figures.is_test else "images, which also selected the edit"
     for by in figures.by_judge:
         judge = f"by {by.judge}, " if figures.further else ""
         console.note(f"{judge}{trials.name} is recognised in {by.after.concept.in_words(things)}")
     if figures.beside:
-        console.note(f"all of it with {', '.join(figures.beside)} in place, the original too")
+        console.note(
+            f"all figures, also of the original, are with {', '.join(figures.beside)} applied"
+        )
     console.paths("edit", [store.where(Artifact.EDIT.path(result.edit))])
     if result.reused:
         console.note(f"{result.reused} recorded trials were reused")

@@ -20,16 +20,12 @@ T = TypeVar("T")
 FORMAT = 1
 
 
-class TooDeepError(ValueError):
-    """JSON that is nested so deeply that Python does not read it."""
-
-
 def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text. Raises ValueError, a TooDeepError for deep nesting."""
+    """Return the value of a JSON text. Raises ValueError, for deep nesting too."""
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise TooDeepError("it is nested too deeply") from error
+        raise ValueError("it is nested too deeply") from error
 
 
 def encode(record: Any) -> Any:

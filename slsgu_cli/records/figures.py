@@ -10,26 +10,26 @@ from typing import TypeVar
 from slsgu_cli.errors import UsageError
 from slsgu_cli.text import near
 
-# How sure an interval of a share is, and to which share of its width bisection finds its ends.
+# The confidence level of intervals, and the number of bisection steps for their ends.
 CONFIDENCE = 0.95
 HALVINGS = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """How many of some images or answers, and of how many."""
+    """A count of images or answers out of a total."""
 
     count: int
     total: int
 
     @classmethod
     def of(cls, percent: float, total: int) -> "Share":
-        """Return the share that comes to so many percent of `total`."""
+        """Return the share nearest to a percentage of `total`."""
         return cls(round(percent * total / 100) if total else 0, total)
 
     @property
     def percent(self) -> float | None:
-        """Return the share in percent; None of nothing."""
+        """Return the share in percent; None if the total is 0."""
         return 100 * self.count / self.total if self.total else None
 
     @property
@@ -59,8 +59,8 @@ class Share:
 def _largest_share(count: int, total: int, tail: float) -> float:
     """Return the share under which `count` or fewer of `total` have the probability `tail`.
 
-    1 where all were counted, or none looked at. Above count / total the terms of the
-    binomial sum fall from `count` down, so it ends where they no longer matter.
+    It is 1 if all are counted or the total is 0. Above count / total, the terms of the binomial
+    sum decrease from `count` down, so the sum ends at the first negligible term.
     """
     if count >= total:
         return 1.0
@@ -109,8 +109,8 @@ class Difference:
 def difference(first: Accuracy, second: Accuracy) -> Difference:
     """Return by how much the first top-1 accuracy exceeds the second.
 
-    The ends are Newcombe's (1998, "square and add"), from the exact intervals of both. They
-    are those of independent samples: wider than need be where both are of the same images.
+    The interval is Newcombe's (1998, "square and add"), from both exact intervals. It assumes
+    independent samples, so it is wider than necessary if both are of the same images.
     """
     shares = [Share.of(accuracy.top1, accuracy.rows) for accuracy in (first, second)]
     (low, high), (other_low, other_high) = (share.interval for share in shares)
@@ -133,11 +133,11 @@ class ClassLoss:
 
     @property
     def lost(self) -> float:
-        """Points of accuracy that the edit took from the class; negative where it gave some."""
+        """The accuracy that the class lost, in points; negative if it gained."""
         return self.before - self.after
 
 
-# What an assertion may say of a figure and a number.
+# The comparisons of an assertion.
 RELATIONS = {
     "<=": operator.le,
     ">=": operator.ge,
@@ -149,7 +149,7 @@ RELATIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Assertion:
-    """What a figure must be, as the words `fa1<=0` say."""
+    """A condition on a figure, such as `fa1<=0`."""
 
     figure: str
     relation: str
@@ -160,12 +160,12 @@ class Assertion:
         return f"{self.figure}{self.relation}{self.bound:g}"
 
     def holds(self, value: float) -> bool:
-        """Return whether a figure is so; one that is not a number never is."""
+        """Return whether a value meets the condition; NaN never does."""
         return bool(RELATIONS[self.relation](round(value, 9), self.bound))
 
 
 def read_assertions(name: str, texts: Sequence[str]) -> tuple[Assertion, ...]:
-    """Return what the words of an option say of figures. Raises UsageError."""
+    """Parse the assertions of an option. Raises UsageError."""
     read = []
     for text in texts:
         match = re.fullmatch(r"\s*(.*?[^\s<>=])\s*(<=|>=|==|<|>)\s*([^\s<>=]+)\s*", text)
@@ -194,9 +194,8 @@ def require_known(
 ) -> None:
     """Raise UsageError for an assertion on a figure that `eval` of these sets does not have.
 
-    `sets` are the evaluation sets; what is lost on them is known where models are `compared`.
-    `further` are figures that something else has.
-    Messages call an assertion what it is `said` by.
+    `sets` are the evaluation sets; losses on them are known if models are `compared`. `further`
+    adds other figures. `said` is the name of the option in messages.
     """
     concepts = [""] if len(names) == 1 else [f".{name}" for name in names]
     known = [f"fa{k}{behind}" for behind in concepts for k in (1, 5)]
@@ -206,7 +205,7 @@ def require_known(
     for each in assertions:
         if each.figure not in known:
             raise UsageError(
-                f"{said} {each} is about none of the figures there are: {', '.join(known)}",
+                f"{said} {each} is about an unknown figure; known figures: {', '.join(known)}",
                 hint=near(each.figure, known) or f"{said} '{known[0]}<=0'",
             )
 
@@ -215,14 +214,14 @@ Loss = TypeVar("Loss", bound=ClassLoss)
 
 
 def harmed(losses: Iterable[Loss]) -> list[Loss]:
-    """Return the classes that lost anything, those that lost most first, ties by name."""
+    """Return the classes that lost accuracy, largest loss first, ties by name."""
     lost = [loss for loss in losses if loss.lost > 0]
     return sorted(lost, key=lambda loss: (-loss.lost, loss.name))
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What a model still recognises: the concept, and everything else by evaluation set."""
+    """Accuracy of a model on the concept, and on everything else by evaluation set."""
 
     forget: Accuracy
     utility: dict[str, Accuracy]
@@ -230,10 +229,10 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class EarlierEdit:
-    """An edit that another stands on, and how well its concept is recognised.
+    """An earlier edit that a later one builds on, with accuracies on its concept.
 
-    `digest` is that of its header. It is recognised so by the original model, by the model
-    `before` the later edit, and `after` it.
+    They are those of the original model, and of the models `before` and `after` the later edit.
+    `digest` is the digest of the header.
     """
 
     digest: str
@@ -244,7 +243,7 @@ class EarlierEdit:
 
 @dataclass(frozen=True, slots=True)
 class BaseEdits:
-    """The edits that a later edit stands on, by name, and the figures with these alone."""
+    """The edits that a later edit builds on, by name, and the figures with only these applied."""
 
     edits: dict[str, EarlierEdit]
     figures: Figures
@@ -252,11 +251,10 @@ class BaseEdits:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What an edit does to images that chose nothing, beside the original model.
+    """Test accuracy before and after an edit.
 
-    `harmed` are the classes that lost most, and `nearest` those whose names the original
-    model holds nearest to the concept's, the nearest first; at most 20 of each. `base_edits` are
-    those that a later edit stands on.
+    `harmed` has the classes that lost most; `nearest` has the classes whose names are nearest to
+    the concept's under the original model, nearest first; at most 20 of each.
     """
 
     before: Figures
@@ -268,10 +266,10 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What a model built on CLIP still shows: the concept, and everything else.
+    """How well a model built on CLIP still shows the concept, and everything else.
 
-    `concept` counts images taken for it (or answers that name it), `others` those of other
-    classes that are taken for theirs.
+    `concept` counts images recognised as the concept (or answers that name it), `others` images
+    of other classes recognised as their class.
     """
 
     concept: Share
@@ -279,29 +277,29 @@ class Effect:
 
     @property
     def unlearned(self) -> Share:
-        """What of the concept is not recognised."""
+        """The share of images of the concept that are not recognised."""
         return Share(self.concept.total - self.concept.count, self.concept.total)
 
     @property
     def ua(self) -> float | None:
-        """Return the unlearning accuracy in percent: what of the concept is not recognised."""
+        """The unlearning accuracy in percent: images of the concept that are not recognised."""
         share = self.concept.percent
         return None if share is None else 100 - share
 
     @property
     def ira(self) -> float | None:
-        """Return the retained accuracy in percent: what of the rest is recognised."""
+        """The retained accuracy in percent: images of other classes that are recognised."""
         return self.others.percent
 
 
 def meets(goal: float, concept: Share) -> bool:
-    """Return whether a goal, in percent not recognised, is met where so much still is."""
+    """Return whether the unlearning accuracy in percent reaches a goal."""
     return 100 - (concept.percent or 0.0) >= goal
 
 
 @dataclass(frozen=True, slots=True)
 class JudgeFigures:
-    """What a judge makes of what a model built on CLIP shows, without and with an edit."""
+    """The effect on a model built on CLIP, by one judge, before and after an edit."""
 
     judge: str
     before: Effect
@@ -313,8 +311,8 @@ class TargetFigures:
     """The effect of an edit on the target that it was searched on.
 
     `judge` decided in the search and gives `before` and `after`; `further` are figures by other
-    judges. With `is_test`, no layer or step was chosen by these pictures or answers. The edits
-    `beside` of other text encoders, by digest, were in place.
+    judges. With `is_test`, these images or answers did not select layer or step. `beside` has the
+    digests of the applied edits of other text encoders.
     """
 
     target: str
@@ -334,7 +332,7 @@ class TargetFigures:
 
 @dataclass(frozen=True, slots=True)
 class PassTime:
-    """How long a pass of gradients, or a search, took, and on what."""
+    """The duration of a gradient pass or a search, and the device."""
 
     seconds: float
     where: str

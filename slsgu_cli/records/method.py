@@ -258,7 +258,7 @@ class LayerScore:
     def unranked(
         cls, layer: str, tower: Tower, shape: tuple[int, ...], weight_norm: float
     ) -> "LayerScore":
-        """Return what is known of a layer that nobody ranked."""
+        """Return the score of a layer that was not ranked."""
         return cls(layer, tower, shape, 0.0, 0.0, 0.0, 0.0, weight_norm, False)
 
 

@@ -49,13 +49,12 @@ class JointTrial:
 
 @dataclass(frozen=True, slots=True)
 class JointSearch:
-    """A joint search: what it was made from, and what it found.
+    """The inputs and results of a joint search.
 
-    `gradients` maps each set to its forget gradient, `retain_data` each whose direction is
-    whitened to the retain rows that whitened it. `stages` are of the first concept, of the
-    first two, and so on, at some of the numbers where they are many; the last one has all and
-    is what was written. There are none as long as the search is not done. Utility is measured
-    without the images of any of the concepts, at every stage.
+    `gradients` maps each set to its forget gradient. `retain_data` maps each set with a whitened
+    direction to its retain rows. `stages` add one concept after another (for many concepts, some
+    numbers are skipped); the last stage has all concepts and is the written edit. They are empty
+    until the search is complete. No stage measures utility on images of any of the concepts.
     """
 
     names: tuple[str, ...]
@@ -75,7 +74,7 @@ class JointSearch:
     version: str
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return a summary in words."""
         sets = ", ".join(self.names)
         return {"sets": sets, "criterion": self.criterion, "trials": str(len(self.trials))}
 
@@ -86,7 +85,7 @@ CLASS = "{}"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepRequest:
-    """What `sweep` is asked for. `build` is of no class: its sources may hold `{}` for one."""
+    """Options of `sweep`. In the sources of `build`, `{}` stands for the class."""
 
     name: str = option(..., metavar="NAME", help="Name of the sweep.")
     classes: tuple[str, ...] = ()
@@ -112,7 +111,7 @@ class SweepRequest:
     )
 
     def of(self, name: str) -> BuildRequest:
-        """Return what to build for one class; its fold is kept out of the retain set."""
+        """Return the request that builds one class; its retain set excludes its fold."""
         from urllib.parse import quote
 
         return replace(
@@ -124,23 +123,20 @@ class SweepRequest:
         )
 
     def fold(self, name: str) -> tuple[str, ...]:
-        """Return the classes that share a retain set with one, itself among them, in order.
+        """Return the classes of the same fold, including `name`, in order.
 
-        Classes are dealt by seed, as evenly as can be.
+        The seed splits the classes into folds of nearly equal size.
         """
         from random import Random
 
-        dealt = Random(self.build.seed).sample(self.classes, len(self.classes))
-        fold = set(dealt[dealt.index(name) % self.folds :: self.folds])
+        shuffled = Random(self.build.seed).sample(self.classes, len(self.classes))
+        fold = set(shuffled[shuffled.index(name) % self.folds :: self.folds])
         return tuple(each for each in self.classes if each in fold)
 
 
 @dataclass(frozen=True, slots=True)
 class SweepRow:
-    """One class of a sweep: the edit its search chose, and its figures before and after.
-
-    `gradient` and `retain` name the gradients it was made from.
-    """
+    """One class of a sweep: its edit, the gradients of the edit, and figures before and after."""
 
     name: str
     gradient: str
@@ -159,10 +155,9 @@ class SweepRow:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """The same job for each class of a list, as far as it is done.
+    """The completed classes of a sweep.
 
-    `recipe` is a digest of everything that was asked for; rows of another recipe are not
-    used again.
+    `recipe` is a digest of all options; rows of another recipe are not reused.
     """
 
     name: str
@@ -175,14 +170,14 @@ class Sweep:
     version: str
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return a summary in words."""
         done = f"{len(self.rows)} of {len(self.classes)}"
         return {"model": str(self.model), "classes": done, "criterion": self.criterion}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryOptions:
-    """How fine and how far. `until` is a share of the layer's norm, None for where it forgets."""
+    """Options of `trajectory`. `until` is a fraction of the layer's norm, or None."""
 
     search: SearchOptions = options(
         SearchOptions(),
@@ -214,9 +209,9 @@ class TrajectoryOptions:
 
 @dataclass(frozen=True, slots=True)
 class Rise:
-    """The largest rise of a figure along the steps, in points: 0 where it never rises.
+    """The largest rise of a figure along the steps, in points; 0 if it never rises.
 
-    `share` is the step it rises up to, as a share of the layer's norm.
+    `share` is the step at its end, as a fraction of the layer's norm.
     """
 
     points: float
@@ -231,20 +226,20 @@ class Trajectory:
     measured: int
 
     def moves(self) -> list[Move]:
-        """Return the layers and directions in the order they were followed in."""
+        """Return the layers and directions in order."""
         return list(dict.fromkeys(trial.move for trial in self.trials.trials))
 
     def of(self, move: Move) -> list[Trial]:
-        """Return the steps of one move, the shortest first."""
+        """Return the steps of one move, shortest first."""
         return [trial for trial in self.trials.trials if trial.move == move]
 
     def figures(self, trial: Trial | None = None) -> dict[str, float]:
-        """Return the accuracies at a step by their names in tables; of the original for none."""
+        """Return accuracies by name at a step, or of the original model without one."""
         trials = self.trials
         forget = trial.forget if trial else trials.baseline_forget
         utility = (trial.utility or {}) if trial else trials.baseline_utility
         forgotten = {"FA@1": forget.top1, "FA@5": forget.top5}
-        return forgotten | {f"TA@1 {name}": kept.top1 for name, kept in sorted(utility.items())}
+        return forgotten | {f"TA@1 {name}": each.top1 for name, each in sorted(utility.items())}
 
     def rises(self, move: Move) -> dict[str, Rise]:
         """Return the largest rise of each figure, from the original model on."""
@@ -255,7 +250,7 @@ class Trajectory:
 
 
 def largest_rise(values: Sequence[float], shares: Sequence[float]) -> Rise:
-    """Return by how much a later value lies above the least one before it, at most."""
+    """Return the largest difference between a value and the smallest value before it."""
     steps = zip(values, accumulate(values, min), shares, strict=True)
     rises = [Rise(value - least, share) for value, least, share in steps]
     return max(rises, key=attrgetter("points"))

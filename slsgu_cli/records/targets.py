@@ -1,4 +1,4 @@
-"""Models built on CLIP: what commands on them are asked for, and what is recorded of them."""
+"""Options and results of commands on models built on CLIP."""
 
 import re
 from collections.abc import Sequence
@@ -36,14 +36,14 @@ from slsgu_cli.records.sets import ModelSpec
 
 
 class GradientOf(StrEnum):
-    """Whose loss the forget gradient is of: CLIP's pooled one, or the target's own."""
+    """The loss of the forget gradient: that of CLIP's pooled features, or of the target."""
 
     CLIP = "clip"
     TARGET = "target"
 
 
 class Protocol(StrEnum):
-    """Which images to make: of one's own prompts, or a benchmark's answer set."""
+    """The images to generate: from prompts, or the answer set of a benchmark."""
 
     PROMPTS = "prompts"
     UNLEARNCANVAS = "unlearncanvas"
@@ -53,8 +53,8 @@ class Protocol(StrEnum):
 class DiffusionOptions:
     """How a pipeline generates: denoising steps, and classifier-free guidance.
 
-    `guidance` None is the pipeline's own. Images are made `batch` at a time, by a generator
-    seeded for each, so that one image does not depend on what else was asked for.
+    If `guidance` is None, the pipeline's default applies. A batch has `batch` images. Each
+    image has its own seeded generator, so that it does not depend on the others.
     """
 
     steps: int = option(
@@ -73,7 +73,7 @@ class DiffusionOptions:
 
 @dataclass(frozen=True, slots=True)
 class PromptResult:
-    """One prompt: the class it asks for, and images taken for that class by the judge."""
+    """A prompt, its class, and how many of its images the judge assigns to that class."""
 
     prompt: str
     label: str | None
@@ -85,7 +85,7 @@ class PromptResult:
 class Generation:
     """Images of a pipeline before and after an edit, from the same prompts and seeds.
 
-    Shares and effects are by `judge`, the first one asked; `further` has those of others.
+    Shares and effects are by `judge`, the first judge; `further` has those of the others.
     `digests` are the SHA-256 of the pictures.
     """
 
@@ -105,13 +105,13 @@ class Generation:
 
     @property
     def by_judge(self) -> tuple[JudgeFigures, ...]:
-        """The figures by each judge, in the order in which they were asked; none without one."""
+        """The figures by each judge, in order; empty without a judge."""
         if self.before is None or self.after is None:
             return ()
         return JudgeFigures(self.judge or "", self.before, self.after), *self.further
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return a summary in words."""
         images = f"2 x {len(self.prompts) * len(self.seeds)}"
         words = {"target": self.target, "edits": ", ".join(self.edits), "images": images}
         if self.before and self.after and self.after.ua is not None:
@@ -141,7 +141,7 @@ class Answers:
     version: str
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return a summary in words."""
         edits, answers = ", ".join(self.edits), f"2 x {len(self.answers)}"
         return {"target": self.target, "edits": edits, "answers": answers}
 
@@ -159,7 +159,7 @@ class GeneratedSource:
     version: str
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return a summary in words."""
         prompts = "; ".join(self.prompts)
         return {"pipeline": self.pipeline, "prompts": prompts, "images": str(self.count)}
 
@@ -203,9 +203,9 @@ class HeldOutBudget:
 
 @dataclass(frozen=True, slots=True)
 class TargetTrial:
-    """One step of one layer: what the target still shows. `others` None was not measured.
+    """One step of one layer, and what the target still shows. `others` is None if not measured.
 
-    `concept` is of fewer than the budget has where these were enough to miss the goal.
+    `concept` covers less than the budget if the trial had already missed the goal.
     """
 
     layer: str
@@ -218,9 +218,9 @@ class TargetTrial:
 
 @dataclass(frozen=True, slots=True)
 class TargetReport:
-    """What a target shows of what it was asked that nothing was chosen by, by each judge.
+    """The effects on a target by each judge, on prompts or questions that the search did not use.
 
-    `layer` None is the original. `asked` is a digest of the prompts and seeds, or of the
+    `layer` is None for the original. `asked` is a digest of the prompts and seeds, or of the
     images and questions.
     """
 
@@ -234,11 +234,10 @@ class TargetReport:
 class TargetTrials:
     """Every trial of a search on a target.
 
-    `importance` ranks the layers that it can be reached through, for the direction taken:
-    of a LLaVA's, it is their promise. `asked` is a digest of the prompts and seeds, or of the
-    images and questions, that trials are measured on; `reports` are of others.
-    `seconds` is what all of it took, loading included. `beside` are the edits of other text
-    encoders, by digest, that were in place.
+    `importance` ranks the layers of the target along the direction of the search; for a LLaVA,
+    it is their expected effect. `asked` is a digest of the prompts and seeds, or of the images
+    and questions, of the trials; `reports` cover other ones. `seconds` includes loading.
+    `beside` has the digests of the applied edits of other text encoders.
     """
 
     name: str
@@ -263,7 +262,7 @@ class TargetTrials:
     beside: dict[str, str] = field(default_factory=dict)
 
     def about(self) -> dict[str, str]:
-        """Return in words what it was made from."""
+        """Return a summary in words."""
         trials = over_layers([trial.layer for trial in self.trials])
         return {"set": self.name, "target": self.target, "trials": trials}
 
@@ -376,10 +375,9 @@ class TargetSearchOptions:
     `full` measures what every trial keeps, not only the steps that may win. `goal` is the
     unlearning accuracy to reach, in percent. A layer's step is `overshoot` times the shortest
     that reaches it, or less where others would lose more than `max_loss`, even if the goal
-    is missed by that. The first of
-    `judges` is searched by, the set's CLIP by default; figures are by each. `gradient_of` is
-    CLIP's loss or, of a LLaVA, its own. Edits `beside` are of other text encoders than the one
-    that is searched, and in place for all of the search.
+    is missed as a result. The first of `judges` (default: the set's CLIP) decides in the search;
+    every judge gives figures. `gradient_of` is CLIP's loss or, for a LLaVA, its own. The edits
+    `beside` belong to other text encoders and stay applied during the search.
     """
 
     target: Path = TARGET_FOLDER(without="CLIP itself")
@@ -492,7 +490,7 @@ STEPS = {"flags": ("--steps", "--denoise")}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """What `generate` is asked for. `judge` None leaves the images unjudged."""
+    """Options of `generate`. Without `judges`, no figures are computed."""
 
     names: Sequence[str] = NAMES()
     target: Path = TARGET_FOLDER()
@@ -538,7 +536,7 @@ CANVAS_FILE = partial(option, ..., panel=ROWS, metavar="FILE", without="none")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CanvasRequest:
-    """Which answer set to make, where, and by which CLIP to judge it."""
+    """Options of `generate --protocol unlearncanvas`."""
 
     names: Sequence[str] = NAMES()
     target: Path = TARGET_FOLDER()
@@ -553,10 +551,10 @@ class CanvasRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskRequest:
-    """What `ask` is asked for.
+    """Options of `ask`.
 
-    Without images, `samples` evaluation images of the concept are shown, and as many of
-    other classes.
+    Without `images`, the questions are about `samples` evaluation images of the concept and as
+    many of other classes.
     """
 
     names: Sequence[str] = NAMES()

@@ -216,7 +216,7 @@ def test_assertions_hold_or_end_with_exit_code_5(forgotten):
     ("words", "said", "hint"),
     [
         ("fa2<=0", "fa1, fa5, ta1.first, ta5.first, loss.first, ta1.second", "--assert 'fa1<=0'"),
-        ("ta1.frist>=3", "about none of the figures there are", "near: ta1.first"),
+        ("ta1.frist>=3", "about an unknown figure", "near: ta1.first"),
         ("fa1<=", "compares no figure with a number", "--assert 'fa1<=0'"),
         ("fa1=0", "compares no figure with a number", "--assert 'fa1<=0'"),
         ("fa1<=nan", "compares no figure with a number", "--assert 'fa1<=0'"),

@@ -103,7 +103,7 @@ def test_checks_are_those_of_the_table_and_of_the_bounds():
     assert said[2:4] == ["--checks", "typos,relearn,ring-a-bell"]
     assert said[4:] == ["--steps", "4"]
     assert options_for("verify", read(text), ["acme"]) == ["--model", written]
-    with pytest.raises(InputError, match="about none of the figures"):
+    with pytest.raises(InputError, match="about an unknown figure"):
         read(WHOLE.replace("fa1 <= 0", "attack.relearn <= 10"))
 
 
@@ -146,7 +146,11 @@ def test_errors_name_the_line(old, new, line, said, hint):
     ("old", "new", "said"),
     [
         ('name = "b b"', 'name = "acme"', "there are two requests acme"),
-        ("loss.brands", "loss.objects", "the bound of acme loss.objects<=1 is about none"),
+        (
+            "loss.brands",
+            "loss.objects",
+            "the bound of acme loss.objects<=1 is about an unknown figure",
+        ),
         ('targets = "copies"', "", "b b has targets, but there is no folder for their copies"),
         ('sources = ["pairs.parquet?concept={}"]', "", "the request acme has no sources"),
         ('["sd"]', '["a/sd", "b/sd"]', "two targets are called sd"),

@@ -185,7 +185,7 @@ def test_an_edit_that_is_left_out_again_is_told(both, world, tmp_path, listener)
         store=world.store.root,
     )
     assert done.exit_code == 0, done.stderr
-    assert "all of it with text_encoder_2 in place, the original too" in done.stderr
+    assert "all figures, also of the original, are with text_encoder_2 applied" in done.stderr
     assert "edits go into all of them" in done.stderr
     words = "searched with text_encoder_2 in place in another text encoder"
     request = {"target": folder, "overwrite": True, "out": tmp_path / "out"}
