@@ -125,7 +125,10 @@ def _front_matter(card: str) -> dict[str, Any]:
     """Return the front matter of a card; nothing if it has none, or one that cannot be read."""
     import yaml
     from huggingface_hub import ModelCard
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+    if not REGEX_YAML_BLOCK.search(card):
+        return {}  # ModelCard would log a warning.
     try:
         data: Any = ModelCard(card, ignore_metadata_errors=True).data
         return dict(data.to_dict())

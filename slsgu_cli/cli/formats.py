@@ -1,9 +1,10 @@
 """Formats of names and figures in tables."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from slsgu_cli.checkpoints.layers import known_as
+from slsgu_cli.records.directions import DirectionSpec
 from slsgu_cli.records.figures import Accuracy
 
 
@@ -17,6 +18,12 @@ def artifact_name(name: str) -> str:
 def step_size(value: float) -> str:
     """Return a step size with four digits."""
     return f"{value:.4g}"
+
+
+def direction_format(directions: Collection[DirectionSpec]) -> Callable[[DirectionSpec], str]:
+    """Return the format of directions: their kinds, with parameters where kinds do not suffice."""
+    kinds = {direction.kind for direction in directions}
+    return str if len(kinds) < len(directions) else lambda direction: str(direction.kind)
 
 
 def brief_state(state: str) -> str:

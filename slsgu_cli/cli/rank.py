@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.checkpoints.targets import prompt_note
 from slsgu_cli.cli.app import Name, Session, command
+from slsgu_cli.cli.formats import direction_format
 from slsgu_cli.records.method import Ranking
-from slsgu_cli.records.options import (
-    RankOptions,
-)
+from slsgu_cli.records.options import RankOptions
 
 if TYPE_CHECKING:
     from slsgu_cli.cli.console import Console
@@ -33,6 +32,7 @@ def show_ranking(
 
     ranked_along = ranked.by_direction()
     several = len(ranked_along) > 1
+    direction_column = Column("direction", shown=direction_format(ranked_along))
     figures = (
         Column("layer", shown=known_as),
         Column("tower"),
@@ -43,7 +43,7 @@ def show_ranking(
         Column("retain_norm", on_terminal=False),
         Column("weight_norm", on_terminal=False),
     )
-    columns = (*figures, *([Column("direction")] if several else []))
+    columns = (*figures, *([direction_column] if several else []))
     front_only = front_only or console.brief
     rows = [
         (*(getattr(score, figure.name) for figure in figures), *([direction] if several else []))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import Names, Session, command
 from slsgu_cli.cli.evaluate import Figures, recognised, show_before_after
-from slsgu_cli.cli.formats import signed, step_size
+from slsgu_cli.cli.formats import direction_format, signed, step_size
 from slsgu_cli.cli.usage import ParsedOptions
 from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.figures.numbers import percent, roughly
@@ -104,10 +104,11 @@ def show_search(
 
     trials, chosen = result.trials, result.chosen
     sets = sorted(trials.baseline_utility)
+    along = {trial.direction for trial in trials.trials}
     utility = [Column(f"TA@1 {n}", shown=roughly, label=f"TA@1\n{n}") for n in sets]
     columns = (
         Column("layer", shown=known_as),
-        Column("direction", on_terminal=len({trial.direction for trial in trials.trials}) > 1),
+        Column("direction", shown=direction_format(along), on_terminal=len(along) > 1),
         Column("step", shown=step_size),
         Column("% of norm", shown=roughly, label="move"),
         Column("FA@1", shown=roughly),
@@ -121,7 +122,7 @@ def show_search(
     rows = [
         (
             trial.layer,
-            str(trial.direction),
+            trial.direction,
             trial.step,
             100 * trial.share,
             trial.forget.top1,
@@ -140,7 +141,7 @@ def show_search(
         data=chosen,
         shown=f"\nchosen of {len(trials.trials)} trials: {chosen.layer} at step "
         f"{step_size(chosen.step)}, a move by {100 * chosen.share:.1f}% of the layer's norm "
-        f"along the direction {chosen.direction}",
+        f"along {chosen.direction.words}",
     )
     if not brief:
         show_before_after(console, chosen_figures(result))

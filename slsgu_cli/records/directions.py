@@ -52,12 +52,11 @@ class Entry:
     """What others need to know of a direction.
 
     `implementation` is MODULE:CLASS, called with the parameters, whose defaults `parameters`
-    has. `help` names it in the help of --direction, and `words` in the report. A direction that
-    `needs_inputs` gets the input covariances of layers; those without move along the gradient.
+    has. `words` names it in sentences. A direction that `needs_inputs` gets the input covariances
+    of layers; layers without them move along the gradient.
     """
 
     implementation: str
-    help: str
     words: str
     parameters: Mapping[str, float] = field(default_factory=dict)
     needs_inputs: bool = False
@@ -67,14 +66,12 @@ class Entry:
 REGISTRY: dict[Direction, Entry] = {
     Direction.GRADIENT: Entry(
         implementation="slsgu_cli.method.directions.gradient:Gradient",
-        help="the forget gradient",
         words="the forget gradient",
         by_default=True,
     ),
     Direction.WHITENED: Entry(
         implementation="slsgu_cli.method.directions.whitened:Whitened",
-        help="the whitened gradient",
-        words="the forget gradient, whitened by the layer's inputs on the retain set",
+        words="the whitened gradient",
         parameters={"damping": DAMPING},
         needs_inputs=True,
         by_default=True,

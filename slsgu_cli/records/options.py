@@ -93,7 +93,7 @@ def direction_option(usual: Direction | None, words: str) -> Any:
     return option(
         usual,
         "--direction",
-        help=f"Steps follow {', '.join(entry.help for entry in REGISTRY.values())}, or both.",
+        help=f"Steps follow {', '.join(entry.words for entry in REGISTRY.values())}, or both.",
         panel=LAYERS,
         without=words,
     )
