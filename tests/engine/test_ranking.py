@@ -175,7 +175,7 @@ def test_what_cannot_be_whitened_is_ranked_along_its_gradient_and_told(world, li
     assert ranking.by_direction() == {whitened: others, FALLBACK: [alone]}
     (told,) = listener.heard
     assert told.startswith(
-        f"1 of {len(before)} layers are ranked along their gradient, since their"
+        f"1 of {len(before)} layers are ranked along their gradient, because their"
     )
     assert "inputs cannot be captured; --exclude leaves them out: visual.conv1.weight" in told
 
