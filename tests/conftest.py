@@ -1,16 +1,15 @@
-"""Fixtures that several test files share.
+"""Fixtures shared by several test files.
 
 A world is a store with a set that is built, graded and ranked (see `worlds.py`):
 
-- `world`, of this test alone: the colour blue and a tiny model of coloured shapes (see
+- `world`, for one test alone: the colour blue and a tiny model of coloured shapes (see
   `tiny_clip.py`), with evaluation sets of 64 colours and 40 shapes;
-- `shared_world`, the same for all tests, to which nobody may write;
-- `several_world`, the same for all tests with sets for red and green beside blue, which
-  share a retain set;
+- `shared_world`, the same, shared by all tests and read-only;
+- `several_world`, shared too, with sets for blue, red and green that share a retain set;
 - `demo_world`, shared too: facebook and the embedded CLIP, with few rows.
 
-Tests run in several processes. A fixture that takes long is made by one of them and read by
-all (`made_once`); files with long tests come first, so that none is left to the end.
+Tests run in several processes. One of them makes a slow fixture and all read it (`made_once`).
+Slow files come first, so that no process waits for the last one.
 """
 
 import fcntl
@@ -28,12 +27,12 @@ from places import DEMO
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.store import Store
 
-# Before PyTorch is loaded: a process of its own for each core, none with threads that spin.
-# Sums over more threads have other last digits, and tests compare bytes.
+# Set before PyTorch is loaded: each process has one thread, and no thread spins.
+# Sums over more threads differ in the last digits, and tests compare bytes.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
-# The longest files, by what they take: one that comes late leaves the other processes idle.
+# The slowest files in order.
 LONGEST = (
     "test_target_figures.py",
     "test_demo.py",
@@ -51,24 +50,24 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-    """Let files with long tests come first; a process takes one file after another."""
+    """Run slow files first; a process takes one file after another."""
     long = {item.path for item in items if item.get_closest_marker("slow")}
     first = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: (first.get(item.path.name, len(first)), item.path not in long))
 
 
 PASSED = pytest.StashKey[bool]()
-# A disk may take longer to remove the folders of a store than the test takes that made it.
+# Removing a store's folders can take longer than the test that made it.
 REMOVAL = ThreadPoolExecutor(4)
 REMOVED = itertools.count()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Remove the folder of a test that passed, while others run.
+    """Remove the folder of a passed test in the background.
 
-    It is moved away first: what a library still knows by its path (open_clip reads every
-    configuration again when one is added) must not go while it is read.
+    It is renamed first: open_clip rereads the configurations that it knows by path, and a
+    folder must not disappear while it is read.
     """
     report = yield
     if report.when == "call":
@@ -82,9 +81,9 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory):
-    """`made_once(name, make)` is what `make(folder)` returned in whichever process came first.
+    """`made_once(name, make)` is the result of `make(folder)` in the process that came first.
 
-    All tests share it: at the end there must be the files in `folder` that were made.
+    All tests share it; nobody may add files to `folder`.
     """
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -113,7 +112,7 @@ def files_below(folder):
 
 @pytest.fixture(autouse=True)
 def silence():
-    """Let no test hear what another one listens to."""
+    """Discard messages of earlier tests' sinks."""
     from slsgu_cli import progress
 
     before = progress.set_sink(progress.Sink())
@@ -129,7 +128,7 @@ def _undrawn(figure, file, *, format, **options):
 
 @pytest.fixture(scope="session", autouse=True)
 def undrawn():
-    """Let figures be made and not drawn, which takes longer than a tiny model's search."""
+    """Create figures without drawing them: drawing takes longer than a tiny model's search."""
     from matplotlib.figure import Figure
 
     with pytest.MonkeyPatch.context() as patch:
@@ -140,7 +139,7 @@ def undrawn():
 
 @pytest.fixture
 def drawing(undrawn, monkeypatch):
-    """Let the figures of this test be drawn: it looks at them."""
+    """Draw the figures of this test, which looks at them."""
     from matplotlib.figure import Figure
 
     monkeypatch.setattr(Figure, "savefig", undrawn)
@@ -148,7 +147,7 @@ def drawing(undrawn, monkeypatch):
 
 @pytest.fixture
 def listener():
-    """What the package tells during this test, as `listener.heard`."""
+    """The package's messages during this test, as `listener.heard`."""
     from worlds import Listener
 
     return Listener()
@@ -173,7 +172,7 @@ def demo_model(vocabulary):
 
 @pytest.fixture(scope="session")
 def tiny_model(vocabulary, made_once):
-    """A `local-dir:` model that tells colours and shapes apart; do not write to it."""
+    """A read-only `local-dir:` model that recognises colours and shapes."""
     import tiny_clip
 
     def make(folder):
@@ -185,9 +184,9 @@ def tiny_model(vocabulary, made_once):
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tiny_model, made_once):
-    """`tiny_pipeline(kind)` is the folder of an untrained sdxl, sd3 or flux; do not write to it.
+    """`tiny_pipeline(kind)` is a read-only folder of an untrained sdxl, sd3 or flux.
 
-    Its first text encoder is that of the tiny model.
+    Its first text encoder is the tiny model's.
     """
     pytest.importorskip("diffusers", reason="pip install 'slsgu[targets]' brings diffusers")
     import tiny_pipelines
@@ -206,7 +205,7 @@ def tiny_pipeline(tiny_model, made_once):
 
 @pytest.fixture(scope="session")
 def state():
-    """The weights of an untrained tiny CLIP with a small vocabulary; do not change them."""
+    """The read-only weights of an untrained tiny CLIP with a small vocabulary."""
     import tiny_clip
 
     text = tiny_clip.CONFIG["text_cfg"] | {"vocab_size": 64}
@@ -215,7 +214,7 @@ def state():
 
 @pytest.fixture(scope="session")
 def trained_models():
-    """A folder with a trained CLIP in clip/, and in sd/ and llava/ models built on it."""
+    """A folder with a trained CLIP in clip/, and models built on it in sd/ and llava/."""
     folder = Path(os.environ.get("SLSGU_TEST_MODELS", ""))
     if not (folder / "sd" / "model_index.json").is_file():
         pytest.skip("SLSGU_TEST_MODELS names no folder with clip/, sd/ and llava/")
@@ -243,7 +242,7 @@ def shared_world(tiny_model, made_once):
         world.grade()
         return world
 
-    # Which rows are drawn depends on the last parts of their path.
+    # The last parts of a path determine which rows are drawn.
     return made_once("shapes0", make)
 
 
@@ -290,7 +289,7 @@ def demo_world(demo_model, made_once):
 
 
 def _write_icons(folder):
-    """Write a few of the embedded icons: pairs, labelled ones of ten classes, templates."""
+    """Write a few embedded icons: pairs, labelled icons of ten classes, templates."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq

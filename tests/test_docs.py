@@ -1,4 +1,4 @@
-"""What the documents name is there, and the script that refreshes them runs what it should."""
+"""Names, links and commands in the documents exist, and the refresh script runs what it should."""
 
 import importlib
 import importlib.util
@@ -101,7 +101,7 @@ def test_a_page_that_takes_the_trained_models_says_so(refresh, document):
 
 @pytest.fixture
 def pages(tmp_path):
-    """Three pages of a folder: two go on from the first, and one of these needs models."""
+    """Three pages of a folder: two build on the first, and one of these needs models."""
     folder = tmp_path / "pages"
     folder.mkdir()
     texts = {
@@ -149,7 +149,7 @@ def test_a_section_that_is_not_there_is_told(refresh, pages):
 
 
 def _target(document, path):
-    """Return what a link of a document leads to; a folder stands for its README.md."""
+    """Return the target of a document's link; a folder stands for its README.md."""
     target = (ROOT / document).parent / path if path else ROOT / document
     target = target.resolve()
     return target / "README.md" if target.is_dir() else target

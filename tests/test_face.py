@@ -1,4 +1,4 @@
-"""What `import slsgu_cli` gives to a program."""
+"""The public interface of `import slsgu_cli`."""
 
 import inspect
 import re
@@ -49,7 +49,7 @@ def test_the_guides_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(program, "forget.py", "exec"), {})
     out, err = capsys.readouterr()
-    # The last digits of accuracies are the machine's; who is forgotten is not.
+    # The last digits depend on the machine; whether the concept is forgotten does not.
     assert out.split()[0] == shown.split()[0] == "True"
     assert err == ""
     assert (tmp_path / "clip-without-spotify" / "open_clip_config.json").is_file()

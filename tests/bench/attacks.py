@@ -75,7 +75,7 @@ DRAWS = 20_000
 
 
 def checkpoint(store: Store, name: str, method: Method, folder: Path) -> ModelSpec:
-    """Return the model after a method; run the method if it is not there yet."""
+    """Return the model after a method; run the method if it is missing."""
     target = folder / "models" / f"{name}-{method}"
     if not (target / "open_clip_model.safetensors").exists():
         options = CompareOptions(methods=(method,), rates=None, retain_rows=RETAIN_ROWS)
@@ -107,7 +107,7 @@ def tuned(run: ClipComparisonRun, method: Method, folder: Path) -> float:
 
 
 def with_edit(folder: Path, name: str, model: ModelSpec) -> ModelSpec:
-    """Return a model with our edit of a concept; write it if it is not there yet."""
+    """Return a model with our edit of a concept; write it if it is missing."""
     target = folder / "models" / f"{name}-{BOTH}"
     file = target / "open_clip_model.safetensors"
     if not file.exists():
@@ -121,9 +121,9 @@ def with_edit(folder: Path, name: str, model: ModelSpec) -> ModelSpec:
 
 
 def hardened(store: Store, name: str, folder: Path) -> tuple[str, ...]:
-    """Return the edit of a set that also forgets the words tried on ours; make it if missing.
+    """Return an edit that also forgets the words tried on ours; make it if it is missing.
 
-    The set has its plain gradients and ranking again afterwards.
+    Afterwards the set has its plain gradients and ranking again.
     """
     records = Store(str(folder / ADVERSARIAL))
     edit = records.where(Artifact.EDIT.path(name))
@@ -167,11 +167,11 @@ def figures(original: VerifiedModel, model: VerifiedModel) -> Iterator[tuple[str
 def main() -> None:
     methods = [*OURS, ADVERSARIAL, *OTHERS, BOTH, *CLOSED_FORMS]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--concepts", default="facebook,castle", help="as of heldout.py")
+    parser.add_argument("--concepts", default="facebook,castle", help="as for heldout.py")
     parser.add_argument("--methods", nargs="+", choices=methods, default=[*OURS, *OTHERS])
     parser.add_argument("--checks", nargs="+", type=Check, choices=list(Check), default=CHECKS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--store", type=Path, help="where to keep everything, to resume later")
+    parser.add_argument("--store", type=Path, help="keep everything here, to resume later")
     options = parser.parse_args()
     folder = options.store or Path(tempfile.mkdtemp())
     concepts = heldout.draw(options.concepts, options.seed)

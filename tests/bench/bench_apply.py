@@ -1,12 +1,12 @@
-"""Time `apply` beside `cp -r` on a model of a given architecture, and its peak memory.
+"""Compare `apply` with `cp -r` in time, on a model of a given architecture; measure peak memory.
 
     python tests/bench/bench_apply.py --model ViT-L-14 --rounds 5 --dtype F16
 
-All run as processes of their own, in turn, each to a fresh target after a sync: `cp -r`,
-`slsgu apply`, and `slsgu apply --force`, which leaves out the comparison of all other layers
-with those that the edit was made for. `apply` thus pays for starting Python, reading the
-store and the model's configuration, and hashing the weights. The goal: without the
-comparison at most 1.2 times cp and half a second, and less than 300 MB.
+Three commands run in turn in their own processes, each to a new target after a sync: `cp -r`,
+`slsgu apply`, and `slsgu apply --force`, which does not compare the other layers with those
+that the edit was made for. `apply` includes the start of Python, reading the store and the
+model's configuration, and hashing the weights. The goal: `--force` takes at most 1.2 times as
+long as cp plus half a second, and less than 300 MB.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def main() -> None:
     options.add_argument("--model", default="ViT-L-14", help="an architecture of open_clip")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--dtype", choices=sorted(DTYPES), default="F16")
-    options.add_argument("--folder", type=Path, help="where to write (default: a temporary one)")
+    options.add_argument("--folder", type=Path, help="output folder (default: a temporary one)")
     chosen = options.parse_args()
     folder = Path(tempfile.mkdtemp(dir=chosen.folder))
     try:
@@ -94,7 +94,7 @@ def main() -> None:
         times: dict[str, list[float]] = {name: [] for name in runs}
         memory = 0.0
         for turn in range(chosen.rounds):
-            # In another order each time, for the disk remembers what was written before.
+            # Change the order each time: the disk cache has what was written before.
             for name in sorted(runs, reverse=turn % 2 == 1):
                 shutil.rmtree(target, ignore_errors=True)
                 subprocess.run(["sync"], check=True)

@@ -3,10 +3,10 @@
     python tests/bench/bench_build.py --images 1500
 
 Both read the same tar shards of 512 x 384 JPEG files with captions and make uint8 images of
-224 x 224 by open_clip's resize and crop. The files have the spectrum and the size (some 65 kB)
-of photographs. The plain loop, a process a core and a shard at a time, only counts them; a
-second one saves them, an array a shard. slsgu also matches captions, draws its rows by seed,
-tokenizes, and writes its blocks. Start-up of none is counted.
+224 x 224 by open_clip's resize and crop. The files have the spectrum and the size (about 65 kB)
+of photographs. The plain loop, one process a core and one shard at a time, only counts the
+images; a second loop saves them, one array a shard. slsgu also matches captions, draws rows by
+seed, tokenizes, and writes its blocks. Start-up is not counted.
 """
 
 import argparse
@@ -38,7 +38,7 @@ SIZE = 224
 
 
 def plain_decode(shard: str, keep: bool = False) -> int:
-    """Decode a shard's images, resize the shorter side to SIZE and crop the middle."""
+    """Decode a shard's images, resize the shorter side to SIZE and crop the centre."""
     kept, count = [], 0
     with tarfile.open(shard, "r|") as tar:
         for member in tar:
@@ -60,7 +60,7 @@ def plain_decode(shard: str, keep: bool = False) -> int:
 
 
 def decoding_rate(shards: list[str], decode: Callable[[bytes], np.ndarray]) -> float:
-    """Return the images a second of slsgu's decoding alone, tar shards read included."""
+    """Return the images a second of slsgu's decoding alone, reading of tar shards included."""
     start, count = time.perf_counter(), 0
     for _ in decode_in_order(encoded_images(shards), decode):
         count += 1
@@ -68,7 +68,7 @@ def decoding_rate(shards: list[str], decode: Callable[[bytes], np.ndarray]) -> f
 
 
 def encoded_images(shards: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield the images of the shards, one shard after another."""
+    """Yield the images of all shards in order."""
     for shard in shards:
         with tarfile.open(shard, "r|") as tar:
             for member in tar:
@@ -95,7 +95,7 @@ def write_shards(folder: Path, images: int) -> list[str]:
 
 
 def photo_like(seed: int, height: int = 384, width: int = 512) -> np.ndarray:
-    """Return noise, uint8 (height, width, 3), that falls off with frequency as photographs do."""
+    """Return noise, uint8 (height, width, 3), with the spectrum of photographs."""
     white = np.random.default_rng(seed).normal(size=(4, height, width))
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = 1 / max(height, width)
@@ -120,7 +120,7 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(cores) as pool:
             pool.map(plain_decode, shards[:cores], chunksize=1)
             for _ in range(args.rounds):
-                # Both sides write new files: written over, the pages of old ones cost nothing.
+                # Both write new files: overwriting would reuse cached pages.
                 for saved in folder.glob("*.npy"):
                     saved.unlink()
                 shutil.rmtree(folder / "store", ignore_errors=True)
@@ -144,7 +144,7 @@ def main() -> None:
                 rates["ours"].append(args.images / (time.perf_counter() - start))
 
     def ratio(rate: str, to: str) -> float:
-        """Return the median over the rounds, which a machine that is not quiet disturbs least."""
+        """Return the median over the rounds, which other load disturbs least."""
         pairs = zip(rates[rate], rates[to], strict=True)
         return round(statistics.median(ours / other for ours, other in pairs), 2)
 

@@ -1,13 +1,13 @@
-"""Compare filtering captions and reading tar shards with the plain ways, side by side.
+"""Compare filtering captions and reading tar shards with plain loops, side by side.
 
     python tests/bench/bench_curation.py --millions 1 50 --shards 8
 
-Captions: parquet files of made-up captions of 4 to 14 words (3 in 100 not in ASCII) are
-filtered for two names by slsgu and by a loop over pyarrow.compute, which only counts what
-a regular expression finds. Each runs in a process of its own, start-up not counted; its
-peak memory is shown. Shards: tars of 2,000 images of 20 kB, read by slsgu, which takes out
-the samples of a name, and by tarfile, which only reads the captions. The goal: at least
-0.8 times the plain way, and memory that does not grow.
+Captions: parquet files of generated captions of 4 to 14 words (3 in 100 not ASCII) are
+filtered for two names by slsgu and by a loop over pyarrow.compute, which only counts the
+matches of a regular expression. Each runs in its own process, start-up not counted; peak
+memory is shown. Shards: tars of 2,000 images of 20 kB, read by slsgu, which extracts the
+samples of a name, and by tarfile, which only reads the captions. The goal: at least 0.8 times
+the plain rate, and constant memory.
 """
 
 import argparse
@@ -98,7 +98,7 @@ OUR_SHARDS = """
 
 
 def captions(count: int, generator: np.random.Generator) -> list[str]:
-    """Make up captions; one in 50,000 mentions Elon Musk."""
+    """Generate captions; one in 50,000 mentions Elon Musk."""
     vocabulary = np.asarray(VOCABULARY.split())
     lengths = generator.integers(4, 15, count)
     words = vocabulary[generator.integers(0, len(vocabulary), lengths.sum())]
@@ -110,7 +110,7 @@ def captions(count: int, generator: np.random.Generator) -> list[str]:
 
 
 def write_metadata(folder: Path, millions: int) -> None:
-    """Make as many files of a million rows each: one, and links to it."""
+    """Make as many files of a million rows: one file, and links to it."""
     texts = captions(MILLION, np.random.default_rng(0))
     urls = [f"https://images.example.com/{number:08}/photo.jpg" for number in range(MILLION)]
     first = folder / "00000.parquet"
@@ -119,7 +119,7 @@ def write_metadata(folder: Path, millions: int) -> None:
 
 
 def write_shards(folder: Path, count: int) -> None:
-    """Make as many tar shards of 2,000 samples, laid out as img2dataset does: one, and links."""
+    """Make tar shards of 2,000 samples in img2dataset's layout: one file, and links to it."""
     generator = np.random.default_rng(0)
     image, texts = generator.bytes(20_000), captions(2000, generator)
     first = folder / "00000.tar"
@@ -158,7 +158,7 @@ def run(code: str, argument: Path) -> tuple[int, float, int, int]:
 
 
 def compare(what: str, plain: str, ours: str, argument: Path, rounds: int) -> None:
-    """Run both ways in turn and print the best of each, and their ratio."""
+    """Run both in turn and print the best of each, and the ratio."""
     results = [(run(plain, argument), run(ours, argument)) for _ in range(rounds)]
     best = [min(side, key=lambda result: result[1]) for side in zip(*results, strict=True)]
     rates = [rows / seconds for rows, seconds, _, _ in best]

@@ -3,13 +3,13 @@
     python tests/bench/bench_grad.py --model ViT-B-32 --device cuda --precision bf16 --rows 16384
     python tests/bench/bench_grad.py --model ViT-B-32 --device cuda --profile
 
-`plain` is open_clip's own forward and backward on random data that is on the device
-already, 77-token texts, at the best of several batch sizes; `sequential` is the same at
-batch 16. `slsgu` reads its rows from the store on disk. The share of the device's matrix
-products, PyTorch's or those of towers, whichever are faster, is of what each multiplies itself:
-`slsgu` leaves out what is behind a text's end.
-With --profile, what the pass of `slsgu` spends its time on follows. With --compile, the
-pass is timed once more with the halves of its blocks compiled, which `slsgu` does not do.
+`plain` is open_clip's own forward and backward on random data in the device's memory, with
+77-token texts, at the best of several batch sizes; `sequential` is the same at batch 16.
+`slsgu` reads its rows from the store on disk. The fraction of the device's peak matrix rate
+(PyTorch's products or the towers', whichever are faster) counts the operations that each one
+executes; `slsgu` skips what follows the end of a text.
+--profile prints where the pass of `slsgu` spends its time. --compile also times the pass with
+compiled half blocks, which `slsgu` does not use.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def best_plain(
 
 
 def flop_a_pair(work: Callable[[], object], pairs: int) -> float:
-    """Return the floating-point operations of matrix products that `work` does a pair."""
+    """Return the floating-point operations of matrix products of `work`, per pair."""
     known = {torch.ops.mkldnn._linear_pointwise: of_linear} if onednn.HAS_ONEDNN else {}
     with FlopCounterMode(display=False, custom_mapping=known) as counter:
         work()
@@ -105,12 +105,12 @@ def flop_a_pair(work: Callable[[], object], pairs: int) -> float:
 
 
 def of_linear(x, weight, *_others, out_shape=None, **_options) -> int:
-    """Return the operations of a product by oneDNN from the shapes of what is multiplied."""
+    """Return the operations of a oneDNN product from the shapes of its operands."""
     return 2 * prod(x) * weight[0]
 
 
 def profile(work: Callable[[], object], device: str) -> str:
-    """Return the operations on which `work` spends most time, as a table."""
+    """Return a table of the operations on which `work` spends most time."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.startswith("cuda"):
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
@@ -122,14 +122,14 @@ def profile(work: Callable[[], object], device: str) -> str:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Return the seconds that `work` takes; it ends with figures on the host."""
+    """Return the seconds that `work` takes, including the transfer of its results to the host."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def peak_rates(device: str, precision: Precision) -> tuple[float, float]:
-    """Return the device's measured matrix products, in FLOP/s: PyTorch's and those of towers."""
+    """Return the device's measured matrix rates in FLOP/s: PyTorch's and the towers'."""
     size = 8192 if device.startswith("cuda") else 2048
     kind = torch.bfloat16 if precision is Precision.BF16 else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))

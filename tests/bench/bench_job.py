@@ -1,12 +1,12 @@
-"""Time the whole job after `build-sets`: the commands as they are typed, one after another.
+"""Time the whole job after `build-sets`: the commands one after another.
 
     python tests/bench/bench_job.py --model ViT-B-32 --forget 64 --retain 64 --images 400 100
     python tests/bench/bench_job.py --model ViT-B-32 --device cuda --precision bf16
 
-Left to themselves the sizes are the paper's: 6,000 forget and 7,900 retain pairs, 50,000
-images of 1,000 classes to measure on, and 10,000 more. Weights are random and the sets made
-up (see synthetic.py). Each command is a process of its own, start-up included; peak memory
-is that of the process, and on a GPU that of its tensors as well.
+By default the sizes are the paper's: 6,000 forget and 7,900 retain pairs, and evaluation sets
+of 50,000 images of 1,000 classes and of 10,000 more. Weights are random and the sets generated
+(see synthetic.py). Each command runs in its own process, start-up included; peak memory is the
+process's, and on a GPU that of its tensors too.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from slsgu_cli.store.store import Store
 NAME = "job"
 
 
-# `rank` runs several times: along the gradient, by default, with its covariances in the store, and
-# in the end once more along gradients that carry no digests.
+# `rank` runs several times: along the gradient, with defaults, with its covariances in the
+# store, and at the end once more along gradients without digests.
 def run(store: Store, command: str, *options: str) -> dict:
-    """Run a command and return its seconds, those of digests among them, and peak memory."""
+    """Run a command and return its seconds, the seconds spent on digests, and peak memory."""
     seconds, peak, digests = apart.command(command, NAME, *options, "--store", store.root)
     told = {f"{kind}, MB": round(size / 1024) for kind, size in peak.items()}
     times = {"seconds": round(seconds, 1), "digests, s": round(digests, 2)}
@@ -35,7 +35,7 @@ def run(store: Store, command: str, *options: str) -> dict:
 
 
 def without_digests(store: Store) -> None:
-    """Write the gradients of a store as they were before artifacts carried digests."""
+    """Write the gradients of a store without digests."""
     for name in store.names("gradients", ".safetensors"):
         path = store.where(f"gradients/{name}.safetensors")
         with safe_open(path, "np") as file:
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--retain", type=int, default=7900)
     parser.add_argument("--images", type=int, nargs=2, default=[50_000, 10_000])
     parser.add_argument("--classes", type=int, nargs=2, default=[1000, 10])
-    parser.add_argument("--wrong", type=float, default=0.1, help="share the model has wrong")
+    parser.add_argument("--wrong", type=float, default=0.1, help="share of labels that are wrong")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32")
     args = parser.parse_args()

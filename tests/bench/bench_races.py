@@ -1,16 +1,16 @@
-"""Race the steps of searches under many draws of rows, and compare with the exact choice.
+"""Race the steps of searches in many random row orders, and compare with the exact choice.
 
-    python tests/bench/bench_races.py                              # figures that are made up
+    python tests/bench/bench_races.py                              # generated figures
     python tests/bench/bench_races.py --store slsgu-store --names facebook     # measured ones
 
-Figures that are made up are others in every search. Of each set in a store that was searched,
-the steps that may win are measured on all rows once, with and without the text layers; then
-the search is made many times, each with rows in another order.
+Generated figures differ in every search. For each set of a searched store, the steps that may
+win are measured once on all rows, with and without the text layers; then the search is repeated
+many times, each time with rows in another order.
 
-A row tells how often the choice was another than the exact one, and how much less it utility_of at
-most; in how many searches a step was left that keeps more than the tolerance above the best
-that was not (at most a hundredth, as the risk goes); and the images that were looked at, as a
-share of all steps on all images, by racing and by proving.
+A row of the table says how often the choice differed from the exact one, and by how much utility
+at most; in how many searches a step was stopped although its utility exceeds the chosen one's by
+more than the tolerance (at most one in a hundred, by the risk); and the fraction of images looked
+at, over all steps, by racing and by the exact rule.
 """
 
 import argparse
@@ -36,12 +36,12 @@ from slsgu_cli.store.store import Store
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from raced import GivenFigures, made_up
 
-# The bound on classes is another reason to choose: here it is as if there were none.
+# The bound on classes is another reason to choose; switch it off here.
 OPTIONS = SearchOptions(max_class_loss=NO_BOUND)
 
 
 def measured(store: Store, name: str) -> GivenFigures:
-    """Return the margins that the steps which may win leave, by a search that is on record."""
+    """Return the margins under the steps that may win, from a recorded search."""
     plan = read_plan(store, name, options=OPTIONS)
     with torch.no_grad():
         evaluation = plan.measured(share_evaluation(store, [plan]), resumed=True)
@@ -80,14 +80,14 @@ def left(evaluator: Evaluator, step: float) -> Mapping[str, torch.Tensor]:
 
 
 def vision_alone(figures: GivenFigures) -> GivenFigures:
-    """Return the steps of vision layers alone, so that no text layer sets a mark."""
+    """Return the steps of vision layers alone, so that no text layer sets the score to beat."""
     chosen = [index for index, tower in enumerate(figures.towers) if tower is Tower.VISION]
     return GivenFigures(figures.original, [figures.steps[index] for index in chosen])
 
 
 @dataclass
 class Exact:
-    """The exact choice of a search: what it keeps, what was looked at, what each step keeps."""
+    """The exact choice of a search: its utility, the rows looked at, the utility of each step."""
 
     figures: GivenFigures
     utility: UtilityMetric
@@ -99,13 +99,13 @@ class Exact:
 
     @property
     def rows(self) -> int:
-        """Return all images, once for each vision step."""
+        """Return the number of images, counted once for each vision step."""
         towers = self.figures.towers or [Tower.VISION] * len(self.keeps)
         return towers.count(Tower.VISION) * sum(map(len, self.figures.original.values()))
 
 
 def compared(figures_of: Callable[[int], GivenFigures], utility: UtilityMetric, seeds: int) -> str:
-    """Return a row of what searches with many seeds came to."""
+    """Return a row of the results of searches with many seeds."""
     exact_of = lru_cache(maxsize=1)(lambda figures: Exact(figures, utility))
     losses, wrong, looked, proven, rows = [], 0, 0, 0, 0
     for seed in range(seeds):
@@ -132,7 +132,7 @@ def compared(figures_of: Callable[[int], GivenFigures], utility: UtilityMetric, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--store", help="where sets are that have been searched")
+    parser.add_argument("--store", help="store with searched sets")
     parser.add_argument("--names", nargs="*", default=[])
     parser.add_argument("--seeds", type=int, default=200)
     args = parser.parse_args()
@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def always(figures: GivenFigures, seed: int) -> GivenFigures:
-    """Return the same figures for any seed: the rows alone come in another order."""
+    """Return the same figures for any seed: only the order of rows changes."""
     return figures
 
 

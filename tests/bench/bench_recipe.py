@@ -1,14 +1,13 @@
-"""Carry out a recipe of many requests, and once more killed on the way: are the bytes the same?
+"""Run a recipe of many requests, then kill and resume a second run: are the bytes equal?
 
     python tests/bench/bench_recipe.py --store recipe-store
     python tests/bench/bench_recipe.py --requests 6 --retain 100 --kill-at grad:4 search:1
 
 Classes of the embedded model are drawn by seed, and searched jointly on text layers along the
-whitened direction. `whole` is the run that nothing stops. `killed` gets SIGKILL a few seconds
-into a step, such as the fourth `grad` of that run, and is begun again. Printed are the seconds
-of each stage, those a request, the figures of the checkpoint on images that nothing was chosen
-by, and whether all files that were written are the same. A run that is repeated on a store goes
-on where the last one ended; its seconds are then of what was left.
+whitened direction. `whole` runs undisturbed. `killed` gets SIGKILL a few seconds into a stage,
+such as the fourth `grad`, and is started again. The script prints the seconds of each stage, the
+seconds per request, the checkpoint's figures on test images, and whether all written files are
+equal. Run again on the same store, it resumes; its seconds then cover the rest only.
 """
 
 import argparse
@@ -45,12 +44,12 @@ direction = "whitened"
 [search]
 criterion = "STEER"
 """
-# Into a step, before it is killed.
+# Seconds into a stage before it is killed.
 SECONDS = 3.0
 
 
 def write_recipe(folder: Path, options: argparse.Namespace) -> None:
-    """Write a recipe of so many requests into a folder, if there is none."""
+    """Write a recipe with so many requests into a folder, unless it has one."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "recipe.toml"
     if not path.exists():
@@ -63,7 +62,7 @@ def write_recipe(folder: Path, options: argparse.Namespace) -> None:
 
 
 def run(folder: Path, kill_at: str | None = None) -> list[dict]:
-    """Carry out the recipe of a folder; return its events, until it is killed in a step."""
+    """Run the recipe of a folder; return its events until it ends or is killed."""
     command = [sys.executable, "-m", "slsgu_cli", "run", "recipe.toml", "--json-lines", "-q"]
     events, begun = [], Counter()
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
@@ -92,13 +91,13 @@ def digests(folder: Path) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=100)
-    parser.add_argument("--retain", type=int, default=400, help="retain rows, without any request")
-    parser.add_argument("--criterion", choices=("fa1", "fa5"), default="fa1", help="as of search")
+    parser.add_argument("--retain", type=int, default=400, help="retain rows without requests")
+    parser.add_argument("--criterion", choices=("fa1", "fa5"), default="fa1", help="as for search")
     parser.add_argument(
         "--kill-at", nargs="*", default=["rank:35", "search:1"], metavar="STAGE:N", help="in turn"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--store", type=Path, help="where to keep everything, to go on later")
+    parser.add_argument("--store", type=Path, help="keep everything here, to resume later")
     options = parser.parse_args()
     folder = options.store or Path(tempfile.mkdtemp())
     for name in ("whole", "killed"):

@@ -1,20 +1,20 @@
-"""Time and peak memory against the number of samples, of layers, and the size of the model.
+"""Measure time and peak memory against the number of samples, of layers, and the size of the model.
 
     python tests/bench/bench_scaling.py                     # all tables; about 15 minutes
     python tests/bench/bench_scaling.py --tables pairs layers --most 4096
     python tests/bench/bench_scaling.py --tables models --models ViT-B-32 ViT-L-14 --pairs 64
 
-Every line is one command's work in a process of its own, from the store on disk to the
-store on disk, so that its peak memory is its own. Sets are random (see synthetic.py) and,
-but for the table of models, made for the embedded CLIP.
+Every line is the work of one command in its own process, from store to store, so that its peak
+memory is its own. Sets are random (see synthetic.py); except in the table of models, the model
+is the embedded CLIP.
 
 - pairs: `grad` against the rows of the retain set
-- images: `search` against the evaluation images, with 256 MiB for kept activations
+- images: `search` against the evaluation images, with a cache budget of 256 MiB
 - layers: `search` against the layers searched, the front first
 - models: `grad` against the size of the model
 - processes: `grad`, the covariances of `rank`, `search` and `sweep` in 1, 2 and 4 processes of
   one thread. Efficiency is computed from the core-seconds of the busiest process, without
-  start-up, so that it does not depend on what else the machine does
+  start-up, so that other load does not affect it
 """
 
 import argparse
@@ -47,7 +47,7 @@ EMBEDDED = ModelSpec(f"local-dir:{Path(slsgu_cli.__file__).parent / 'demo' / 'cl
 CACHE = 256 << 20
 FORGET = 32
 
-# What every process loads, whatever its share of the work is.
+# The memory that every process needs before it does any work.
 START_UP = "import torch.distributed, open_clip, slsgu_cli.cli.app"
 
 
@@ -60,7 +60,7 @@ def counts(most: int, least: int = 1024) -> list[int]:
 
 
 def measure(folder: str, name: str, device: str, layers: list[str] | None) -> None:
-    """Do one command's work and print its seconds and this process's peak memory."""
+    """Do the work of one command and print its seconds and this process's peak memory."""
     store = Store(folder)
     start = time.perf_counter()
     if layers is None:
@@ -78,7 +78,7 @@ def measure(folder: str, name: str, device: str, layers: list[str] | None) -> No
 
 
 def apart(store: Store, name: str, device: str, layers: list[str] | None = None) -> dict:
-    """Return what `measure` finds in a process of its own."""
+    """Run `measure` in its own process and return its results."""
     command = [sys.executable, __file__, "--measure", store.root, name, "--device", device]
     if layers is not None:
         command += ["--layers", *layers]
@@ -178,7 +178,7 @@ def swept(folder: Path, args: argparse.Namespace) -> list[str]:
 
 
 def timed_in(processes: int, store: Path, words: list[str]) -> dict[str, float]:
-    """Return the time that a command takes in some processes of one thread.
+    """Return the time that a command takes in a number of processes of one thread.
 
     `seconds` is wall time; `core` is the CPU time of all processes and their launcher, and
     `busiest` that of the process that worked longest.
@@ -193,7 +193,7 @@ def timed_in(processes: int, store: Path, words: list[str]) -> dict[str, float]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-    # A sweep that leaves a brand ends with 5, and torchrun then with 1.
+    # A sweep that misses a brand ends with 5, and torchrun then with 1.
     if done.returncode not in (0, 5) and "no step forgets" not in done.stderr:
         raise SystemExit(done.stderr)
     core_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -203,7 +203,7 @@ def timed_in(processes: int, store: Path, words: list[str]) -> dict[str, float]:
 
 
 def core_seconds_of(command: list[str]) -> float:
-    """Return what a process takes of all cores together."""
+    """Return the CPU seconds of a process over all cores."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -211,7 +211,7 @@ def core_seconds_of(command: list[str]) -> float:
 
 
 def processes_table(store: Store, args: argparse.Namespace) -> list[dict]:
-    """Time four commands, each on a copy of what came before it."""
+    """Time four commands, each on a copy of its inputs."""
     synthetic_set(
         store,
         "many",

@@ -55,19 +55,19 @@ from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 
-# At which open_clip is fastest, of those tried.
+# The batch size at which open_clip is fastest, of those tried.
 BATCH = {"cpu": 16, "cuda": 512}
 
 
 def clock(device: str) -> float:
-    """Return the seconds that the processor worked so far, or of a device those that passed."""
+    """Return the CPU seconds so far, or on another device the elapsed seconds."""
     return time.process_time() if device == "cpu" else time.perf_counter()
 
 
 def mislabelled(request: BuildRequest, share: float, folder: Path) -> BuildRequest:
-    """Return a request whose evaluation sets have a share of the labels wrong.
+    """Return a request whose evaluation sets have a share of wrong labels.
 
-    Those of the concept stay, and no other image gets its label.
+    The concept's labels stay right, and no other image gets its label.
     """
     heldout = pq.read_table(DATA / "heldout.parquet")
     labels = np.array(heldout["concept"].to_pylist())
@@ -117,18 +117,18 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=50)
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--wrong", type=float, default=0.0, help="share of labels that are wrong")
-    parser.add_argument("--tower", type=Tower, help="of which layers compete")
-    parser.add_argument("--exact", action="store_true", help="as of search")
+    parser.add_argument("--tower", type=Tower, help="search only its layers")
+    parser.add_argument("--exact", action="store_true", help="as for search")
     parser.add_argument("--further", action="store_true", help="keep the original's features")
     parser.add_argument("--criterion", type=Criterion, default=SearchOptions().criterion)
     parser.add_argument("--direction", type=Direction, default=Direction.BOTH)
     parser.add_argument("--utility", type=UtilityMetric, default=SearchOptions().utility)
     parser.add_argument("--overshoot", type=float, default=SearchOptions().overshoot)
-    parser.add_argument("--test-fraction", type=float, default=0.5, help="as of build-sets")
+    parser.add_argument("--test-fraction", type=float, default=0.5, help="as for build-sets")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", type=Precision, default=Precision.FP32)
     size = partial(bytes_of, "--cache-budget")
-    parser.add_argument("--cache-budget", type=size, help="as of search, such as 500M")
+    parser.add_argument("--cache-budget", type=size, help="as for search, such as 500M")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--store", help="keep the set here, to run again without building it")
     args = parser.parse_args()

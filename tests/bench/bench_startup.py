@@ -1,8 +1,8 @@
-"""How long commands take that need no model, beside Python itself, and what they import.
+"""Time the commands that need no model, next to Python itself, and list their heavy imports.
 
     python tests/bench/bench_startup.py [--rounds 10]
 
-The rounds of all commands are interleaved, so that a busy machine hurts all alike.
+The rounds of all commands are interleaved, so that other load affects all alike.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""Carry edits into models of real size and out again: the bytes, seconds, peak memory.
+"""Apply edits to targets of real size and revert them: bytes, seconds, peak memory.
 
     python tests/bench/bench_targets.py            # all; needs 8 GB of disk
     python tests/bench/bench_targets.py llava sdxl
 
-Random fp16 weights in the layouts of Stable Diffusion 1.5 and 2.1, SDXL's two encoders, and
-LLaVA-1.5's tower (CLIP ViT-L/14-336); a pipeline's other parts are copied like any file and
-left out here. Each is copied by `cp` too, in turn, to compare. Edited are the fused query,
-key and value of block 7 and the last matrix of its MLP. Their tensors must change and no
-others, every other byte must be the original's, and the way back must end at the original;
-else the run fails. The goal: less than 300 MB.
+The models have random fp16 weights in the layouts of Stable Diffusion 1.5 and 2.1, SDXL's two
+encoders, and LLaVA-1.5's tower (CLIP ViT-L/14-336), without a pipeline's other parts. `cp`
+copies each of them too, in turn, for comparison. The edits change the fused query, key and value
+of block 7 and the output matrix of its MLP. The run fails unless exactly their tensors change,
+every other byte is the original's, and reverting restores the original. The goal: less than
+300 MB.
 """
 
 import hashlib
@@ -28,23 +28,23 @@ from slsgu_cli.checkpoints.naming_schemes import NamingScheme, TowerPlace, names
 from slsgu_cli.records.method import Tower
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-# Width, blocks, and the width that it is projected to.
+# Width, number of blocks, and width of the projection.
 LARGE, HUGE, BIG = (768, 12, 768), (1024, 23, 1024), (1280, 32, 1280)
 VISION = (1024, 24, 768)
-# The names of tensors by the folder that they lie in.
+# The names of tensors, by folder.
 Names = set[tuple[Path, str]]
 
 
 @dataclass(frozen=True)
 class Made:
-    """The layers to edit, and where the tensors lie that hold them."""
+    """The layers to edit, and the places of their tensors."""
 
     layers: dict[str, np.ndarray]
     tensors: Names
 
 
 def shape_of(name: str, width: int, projected: int) -> tuple[int, ...]:
-    """Return the shape of a tensor that open_clip calls `name`."""
+    """Return the shape of the tensor with this name in open_clip."""
     sizes = {
         "token_embedding.weight": (49408, width),
         "positional_embedding": (77, width),
@@ -66,7 +66,7 @@ def shape_of(name: str, width: int, projected: int) -> tuple[int, ...]:
 def write(
     path: Path, place: TowerPlace, sizes: tuple[int, int, int], *, left_out: str, shards: int = 1
 ) -> Made:
-    """Write a tower's random weights in its layout, layer by layer; return what to edit."""
+    """Write a tower's random weights in its layout, layer by layer; return the layers to edit."""
     width, blocks, projected = sizes
     rng = np.random.default_rng(0)
     own = [name for name in names(place.tower, blocks) if name != left_out]
@@ -108,7 +108,7 @@ def save(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def pipeline(folder: Path, kind: str, encoders: dict[str, tuple[int, int, int]]) -> Made:
-    """Write a diffusers pipeline's text encoders; the last one is to be edited."""
+    """Write the text encoders of a diffusers pipeline; the last one is edited."""
     index: dict[str, object] = {"_class_name": kind}
     made = Made({}, set())
     for name, sizes in encoders.items():
@@ -131,7 +131,7 @@ def llava(folder: Path) -> Made:
 
 
 def ldm(path: Path) -> Made:
-    """Write the text encoder of Stable Diffusion 2.1 as it lies in a single file."""
+    """Write the text encoder of Stable Diffusion 2.1 as a single file."""
     place = TowerPlace(Tower.TEXT, NamingScheme.OPEN_CLIP, "cond_stage_model.model.")
     return write(path, place, (1024, 24, 1024), left_out="")
 
@@ -151,9 +151,9 @@ CASES = {
 
 
 def digests(path: Path) -> dict[tuple[Path, str], str]:
-    """Return digests of all bytes below a path: of every tensor, of what is between, of files.
+    """Return digests of all bytes below a path: of tensors, of the bytes between, of files.
 
-    The keys are the folder below `path`, and a tensor's or file's name.
+    The keys are the folder below `path`, and the name of a tensor or file.
     """
     from slsgu_cli.checkpoints.layouts import open_weights
 
@@ -189,7 +189,7 @@ def write_edits(store: Path, layers: dict[str, np.ndarray]) -> list[str]:
 
 
 def timed(*command: str) -> tuple[float, str]:
-    """Run a command once what was written lies on the disk; return its seconds and output."""
+    """Run a command after a sync; return its seconds and output."""
     subprocess.run(["sync"], check=True)
     start = time.perf_counter()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -197,7 +197,7 @@ def timed(*command: str) -> tuple[float, str]:
 
 
 def apply(edits: list[str], source: Path, out: Path, *flags: str) -> tuple[float, float]:
-    """Run `slsgu apply --target` in a process of its own; return seconds and peak MB."""
+    """Run `slsgu apply --target` in its own process; return seconds and peak MB."""
     words = ["apply", *edits, "--target", str(source), "--out", str(out), *flags]
     subprocess.run(["sync"], check=True)
     seconds, peak, _ = apart.command(*words)
@@ -205,7 +205,7 @@ def apply(edits: list[str], source: Path, out: Path, *flags: str) -> tuple[float
 
 
 def measure(case: str, root: Path) -> str:
-    """Make a model, edit it and take the edits out; return a row of the table."""
+    """Make a model, apply the edits and revert them; return a row of the table."""
     name, make = CASES[case]
     source, plain, out, back = (root / kind / name for kind in ("a", "cp", "b", "c"))
     for path in (source, plain):
@@ -229,7 +229,7 @@ def measure(case: str, root: Path) -> str:
 
 
 def main() -> None:
-    """Carry edits into each model named on the command line, or into all."""
+    """Measure the models named on the command line, or all."""
     print("| model | GB | changed, of tensors and files | `cp` | `apply` | `--revert` | peak MB |")
     print("|---|---|---|---|---|---|---|")
     for case in sys.argv[1:] or CASES:

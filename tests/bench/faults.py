@@ -1,22 +1,22 @@
-"""Kill, damage, starve and crowd the commands, and count what was lost and what was told.
+"""Kill, damage, starve and crowd the commands, and count losses and silent errors.
 
     python tests/bench/faults.py                             # all parts, half an hour
     python tests/bench/faults.py --parts flips --flips 30    # one part, smaller
-    python tests/bench/faults.py --folder faults             # keep what was made
+    python tests/bench/faults.py --folder faults             # keep the files
 
-A tiny CLIP of coloured shapes goes through the commands once, undisturbed. Then, from a seed:
+A tiny CLIP of coloured shapes goes through the commands once, undisturbed. Then, by seed:
 
 - `flips`, `cuts`: a bit of an artifact is flipped, or its end is cut off, kind after kind; the
-  command that reads it runs. It may refuse (exit 3) or come to the very same result.
-- `kills`: each command is killed by SIGKILL at random covariances, three times in a row, and then
-  run to its end; `slsgu check` looks after it. Covariances are drawn over what the command takes.
+  command that reads it runs. It may refuse (exit 3) or give the same result.
+- `kills`: each command is killed by SIGKILL at random times, three times in a row, and then runs
+  to its end; `slsgu check` follows. Times are drawn over the command's duration.
 - `pairs`: two processes build or grade the same set at once.
-- `full`, `readonly`: the store lies on a small tmpfs, or on one mounted read-only (needs root).
-- `s3`: the store lies on an S3 server on loopback, which answers each command once by 500 and
-  503, once by closing without a word and once by breaking off;
+- `full`, `readonly`: the store is on a small tmpfs, or on a read-only mount (needs root).
+- `s3`: the store is on an S3 server on loopback, which answers each command once with 500 and
+  503, once with a closed connection and once with a truncated answer;
 - `models`: a file of a model is damaged, in every layout that is read, and a command loads it.
 
-What was lost, silent or unexpected must be 0; the script ends with exit code 1 otherwise.
+Losses, silent errors and unexpected errors must be 0; otherwise the exit code is 1.
 """
 
 import argparse
@@ -44,8 +44,8 @@ from processes import environment, inside, start
 from safetensors import safe_open
 
 LAYER = "transformer.resblocks.2.mlp.c_proj.weight"
-# Commands in the order of use, with the folders of a store that hold what they read; in turn,
-# a flip or a cut is made in each of these, and the command that stands beside it is run.
+# Commands in the order of use, with the store folders that they read; in turn, a flip or a cut
+# is made in each folder, and the command next to it runs.
 READERS = {
     "sets": "eval",
     "data": "grad",
@@ -61,20 +61,20 @@ READERS = {
 }
 # Commands that would find their own result and compute nothing.
 AGAIN = {"grad": ("gradients", "covariances", "rankings")}
-# What may differ between two runs that come to the same.
+# Fields that may differ between two equal runs.
 TIMES = re.compile(r"seconds|took|version|created|path|files|plots|sha256")
 
 
 @dataclass
 class Count:
-    """What became of the faults of one part."""
+    """The outcomes of the faults of one part."""
 
     tried: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     bad: list[str] = field(default_factory=list)
 
     def add(self, outcome: str, what: str, *, bad: bool = False) -> None:
-        """Count one fault; a bad outcome is shown in the end."""
+        """Count one fault; bad outcomes are shown at the end."""
         self.tried += 1
         self.outcomes[outcome] += 1
         if bad:
@@ -82,7 +82,7 @@ class Count:
 
 
 class Bench:
-    """A tiny model with its rows, the words of every command, and a store of each stage."""
+    """A tiny model with its rows, the arguments of every command, and the store before each."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -115,12 +115,12 @@ class Bench:
             "apply": "apply blue --overwrite --out {out}",
             "report": "report blue --overwrite --no-examples --out {out}.html",
         }
-        # What each command found before it, and what was there in the end.
+        # The store before each command, and at the end.
         self.before: dict[str, Path] = {}
         self.whole = folder / "whole"
 
     def run_whole(self) -> None:
-        """Run every command, and keep the store as it was before each."""
+        """Run every command, and save the store before each."""
         shutil.rmtree(self.whole, ignore_errors=True)
         for name in self.words:
             self.before[name] = self.folder / "before" / name
@@ -132,7 +132,7 @@ class Bench:
                 raise SystemExit(f"{name}: {done.stderr}")
 
     def line(self, name: str, store: Path | str) -> list[str]:
-        """Return the words of a command on a store."""
+        """Return the arguments of a command on a store."""
         words = self.words[name].format(out=self.folder / "out").split()
         return [*words, "--json", "--store", str(store)]
 
@@ -142,14 +142,14 @@ class Bench:
         return inside(*self.line(name, store))
 
     def result(self, name: str, done: Any) -> Any:
-        """Return what a command came to: its exit code, its figures, the copy that it wrote."""
+        """Return the result of a command: its exit code, its figures, the copy that it wrote."""
         copy = self.folder / "out" / "open_clip_model.safetensors"
         written = copy.read_bytes() if name == "apply" and copy.exists() else b""
         return done.exit_code, without_times(json.loads(done.stdout or "{}")), written
 
     @contextmanager
     def copied(self, store: Path) -> Iterator[Path]:
-        """Yield a copy of a store that is gone in the end."""
+        """Yield a copy of a store and remove it afterwards."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             copy = Path(folder) / "store"
             if store.exists():
@@ -158,14 +158,14 @@ class Bench:
 
 
 def without_times(value: Any) -> Any:
-    """Return a JSON value without what may differ between two runs that come to the same."""
+    """Return a JSON value without the fields that may differ between two equal runs."""
     if isinstance(value, dict):
         return {k: without_times(v) for k, v in value.items() if not TIMES.search(k)}
     return [without_times(each) for each in value] if isinstance(value, list) else value
 
 
 def contents(store: Path) -> dict[str, Any]:
-    """Return what lies in a store, plots and leftovers aside, in a form that can be compared."""
+    """Return the contents of a store, without plots and leftovers, in a comparable form."""
     found: dict[str, Any] = {}
     for path in sorted(store.rglob("*")):
         place = str(path.relative_to(store))
@@ -184,7 +184,7 @@ def contents(store: Path) -> dict[str, Any]:
 
 
 def damage(bench: Bench, rng: random.Random, times: int, harm: Callable[[bytes], bytes]) -> Count:
-    """Damage artifacts of each kind in turn, and run what reads them."""
+    """Damage artifacts of each kind in turn, and run the commands that read them."""
     count, expected = Count(), dict[str, Any]()
     kinds = [kind for kind in READERS if (bench.whole / kind).exists()]
     for number in range(times):
@@ -229,10 +229,10 @@ def cuts(bench: Bench, rng: random.Random, times: int) -> Count:
 
 
 def kills(bench: Bench, rng: random.Random, times: int) -> Count:
-    """Kill each command at random covariances, three times in a row, and then let it end.
+    """Kill each command at random times, three times in a row, and then let it end.
 
-    Passes keep their sums after every mini-batch or part, so that a kill meets them. Commands
-    are forked from a process that has PyTorch loaded: a kill meets what they do themselves.
+    Passes save their sums after every mini-batch or part, so that kills hit the saving. Commands
+    are forked from a process that has PyTorch loaded, so that kills hit the work itself.
     """
     count, in_a_row = Count(), 3
     names = [name for name in bench.words if not name.endswith(" red")]
@@ -259,7 +259,7 @@ def kills(bench: Bench, rng: random.Random, times: int) -> Count:
 
 
 def forked(bench: Bench, name: str, store: Path) -> Forked:
-    """Start a command in a process of its own."""
+    """Start a command in its own process."""
     shutil.rmtree(bench.folder / "out", ignore_errors=True)
     return Forked(bench.line(name, store), environment({KEEP_ALWAYS: "1"}))
 
@@ -275,7 +275,7 @@ def killed(bench: Bench, rng: random.Random, name: str, store: Path, span: float
 
 
 def damaged(store: Path | str) -> bool:
-    """Return whether `check` finds anything damaged in a store."""
+    """Return whether `check` finds damage in a store."""
     return inside("check", "--store", store).exit_code == 3
 
 
@@ -297,7 +297,7 @@ def pairs(bench: Bench, _: random.Random, times: int) -> Count:
 
 @contextmanager
 def mounted(bench: Bench, size: int) -> Iterator[Path]:
-    """Yield a file system of so many kB in memory. Raises CalledProcessError without leave."""
+    """Yield a tmpfs of so many kB. Raises CalledProcessError without permission."""
     place = bench.folder / "mounted"
     place.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", place], check=True)
@@ -308,12 +308,12 @@ def mounted(bench: Bench, size: int) -> Iterator[Path]:
 
 
 def pages(store: Path) -> int:
-    """Return how many kB a store takes in memory, where files take whole pages."""
+    """Return the size of a store in kB, in whole pages."""
     return sum(4 * -(-p.stat().st_size // 4096) for p in store.rglob("*") if p.is_file())
 
 
 def full(bench: Bench, rng: random.Random, times: int) -> Count:
-    """Let the disk be full somewhere on the way, then free it and run the command again."""
+    """Fill the disk at a random point, then free it and run the command again."""
     count = Count()
     names = ("build", "grad", "rank", "search", "compare", "apply")
     for number in range(times):
@@ -341,9 +341,9 @@ def full(bench: Bench, rng: random.Random, times: int) -> Count:
 
 
 def readonly(bench: Bench, _: random.Random, times: int) -> Count:
-    """Run commands on a store that can only be read."""
+    """Run commands on a read-only store."""
     count = Count()
-    # What they come to is printed, or written elsewhere.
+    # Their results are printed or written elsewhere.
     elsewhere = ("eval", "apply", "report")
     for name in list(bench.words)[:times]:
         with mounted(bench, 1 << 17) as place:
@@ -361,9 +361,9 @@ def readonly(bench: Bench, _: random.Random, times: int) -> Count:
 
 
 def s3(bench: Bench, rng: random.Random, times: int) -> Count:
-    """Run commands on an S3 server, each on a fresh store, with a fault of each kind on the way.
+    """Run commands on an S3 server, each on a fresh store, with a fault of each kind.
 
-    A fault is over with the request that met it.
+    A fault affects one request.
     """
     from s3_server import BUCKET, S3Server
 
@@ -392,7 +392,7 @@ def s3(bench: Bench, rng: random.Random, times: int) -> Count:
 
 
 def models(bench: Bench, rng: random.Random, times: int) -> Count:
-    """Damage a file of a model, and run a command that loads it, layout after layout."""
+    """Damage a file of a model and run a command that loads it, layout after layout."""
     from damaged_models import Models
 
     trained = os.environ.get("SLSGU_TEST_MODELS")

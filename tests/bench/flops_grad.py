@@ -1,14 +1,13 @@
-"""Count the operations of a gradient pass, by PyTorch's counter: no machine's noise is in it.
+"""Count the operations of a gradient pass by PyTorch's counter, which no machine's load affects.
 
     python tests/bench/flops_grad.py
     python tests/bench/flops_grad.py --device cuda
 
 Models have their real sizes and no weights: tensors are on the meta device, which computes
-shapes alone. What is counted are matrix products and convolutions, a pair: sums, norms and
-look-ups are none. `backward` is told apart by what it is for: gradients that only pass on to the
-layers before, those of the candidates of a ranking, and what those of all other
-parameters (biases, embeddings) add to that. Texts run in the groups that a pass on `--device`
-makes of them, each at the length of its longest. `least` is the gradient of the candidates
+shapes only. Matrix products and convolutions count; sums, norms and look-ups do not. `backward`
+is divided by purpose: gradients that only pass to earlier layers, those of candidate layers, and
+what all other parameters (biases, embeddings) add. Texts run in the groups that a pass on
+`--device` forms, each at the length of its longest. `least` is the gradient of the candidates
 alone, with each text at its own length.
 """
 
@@ -35,13 +34,13 @@ PARTS = ("forward", "backward: inputs", "backward: candidates", "backward: other
 
 
 def shapes_of(name: str) -> nn.Module:
-    """Return a model of real size whose tensors have shapes and no values."""
+    """Return a model of real size on the meta device."""
     with torch.device("meta"):
         return open_clip.create_model(name, device="meta").eval()
 
 
 def flop(model: nn.Module, wanted: Callable[[str], bool], work: Callable[[], Tensor]) -> int:
-    """Return the operations of a forward, and of the backward that `wanted` parameters take."""
+    """Return the operations of a forward, and of the backward to the `wanted` parameters."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(wanted(name))
     with FlopCounterMode(display=False) as counter:
@@ -53,7 +52,7 @@ def flop(model: nn.Module, wanted: Callable[[str], bool], work: Callable[[], Ten
 
 
 def counts(model: nn.Module, work: Callable[[], Tensor]) -> np.ndarray:
-    """Return the operations of `work`, one for each of PARTS."""
+    """Return the operations of `work`, one number for each of PARTS."""
     names = {name for name, _ in model.named_parameters()}
     competing = {name for name in names if is_candidate(name)}
     forward = flop(model, lambda name: False, work)
@@ -64,7 +63,7 @@ def counts(model: nn.Module, work: Callable[[], Tensor]) -> np.ndarray:
 
 
 def figures(name: str, device: str, pairs: int) -> dict[str, float]:
-    """Return GFLOP a pair of a model: each part, all of them, and the least."""
+    """Return GFLOP per pair: of each part, of all, and the least."""
     model = shapes_of(name)
     vision, text = vision_tower(model), text_tower(model)
     size = open_clip.get_model_config(name)["vision_cfg"]["image_size"]
@@ -72,8 +71,8 @@ def figures(name: str, device: str, pairs: int) -> dict[str, float]:
     images = counts(model, lambda: vision.features(pixels, pixels))
     tokens = torch.from_numpy(random_tokens(pairs, model.context_length, model.vocab_size, 0))
     tokens, lengths = tokens.long(), text.lengths(tokens)
-    # A text's operations depend on the length that it runs at alone: on its square at most, for
-    # attention, so that those at three lengths tell them at all others.
+    # A text's operations are at most quadratic in its length (attention), so three lengths
+    # determine all others.
     known = lengths.unique()
     known = known[[0, len(known) // 2, -1]].unique().tolist()
     alone = [text.trim(tokens[lengths == each][:1]).to("meta") for each in known]

@@ -1,10 +1,10 @@
-"""Fuzz the parsers of what strangers made, guided by which of their lines run.
+"""Fuzz the parsers of untrusted input, guided by coverage.
 
     pip install atheris
     python tests/bench/fuzz.py records -max_total_time=60      # or tensors, tars
 
-What follows the name goes to libFuzzer. A parser may return, or raise what it says it raises;
-anything else ends the run, with the input in a file beside.
+Further arguments go to libFuzzer. A parser may return or raise its documented errors; anything
+else ends the run, with the input in a file.
 """
 
 import sys

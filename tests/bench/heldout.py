@@ -1,19 +1,18 @@
-"""Measure on images that chose nothing what searches of many concepts came to.
+"""Measure the edits of many searches on test images.
 
     python tests/bench/heldout.py                       # 16 concepts drawn by seed 0
     python tests/bench/heldout.py --concepts all --folds 8 --store heldout-store
     python tests/bench/heldout.py --ways default paper
     python tests/bench/heldout.py --ways text-gradient text-whitened vision-gradient
 
-Concepts are drawn from the embedded model's classes that have at least ten held-out images,
-as many brands as objects. Each is built, graded and ranked as the demo does it, then searched
-in several ways on the same gradients. Figures are of the half of the held-out images that
-layer and step were not chosen by, as edits record them. Ways are the defaults, other overshoots
-(`short`, `long`), TA@1 itself in place of what is expected of it (`count`), the paper's choice,
-and the fronts of one tower along one direction. With `--folds`, concepts are dealt as
-`sweep` deals classes: those of a fold share a retain set without any of them, its gradient and
-its covariances, and all share the features of the original model. A run that is repeated on a
-store goes on where the last one ended. At the end it prints what a concept took, in seconds.
+Concepts are drawn from the embedded model's classes with at least ten held-out images, as many
+brands as objects. Each is built, graded and ranked as in the demo, then searched in several ways
+on the same gradients. Figures are of the test half of the held-out images, as edits record them.
+The ways are the defaults, other overshoots (`short`, `long`), plain TA@1 as utility (`count`), the
+paper's choice, and the fronts of one tower along one direction. With `--folds`, concepts are
+split as `sweep` splits classes: those of a fold share a retain set without any of them, its
+gradient and its covariances, and all share the features of the original model. Run it again on
+the same store to resume. At the end it prints the seconds per concept.
 """
 
 import argparse
@@ -57,7 +56,7 @@ ALL_WAYS = (*WAYS, *TOWER_WAYS)
 
 @dataclass(frozen=True)
 class Row:
-    """A concept, how it was searched, and what its edit does to test images."""
+    """A concept, the way of its search, and the effect of its edit on test images."""
 
     name: str
     kind: str
@@ -77,13 +76,13 @@ class Row:
 
 
 def enough_images() -> list[str]:
-    """Return the classes with enough held-out images to choose by and report on."""
+    """Return the classes with enough held-out images for a validation and a test part."""
     column = pq.read_table(DATA / "heldout.parquet", columns=["concept"])["concept"]
     return [name for name, count in Counter(column.to_pylist()).items() if count >= LEAST_IMAGES]
 
 
 def draw(wanted: str, seed: int) -> dict[str, str]:
-    """Return concepts with their kind: some or all of them drawn by seed, or some by name."""
+    """Return concepts with their kind: all, some drawn by seed, or some by name."""
     held = enough_images()
     classes = json.loads((DATA / "classes.json").read_text())
     kinds = {name: kind for kind, names in sorted(classes.items()) for name in sorted(names)}
@@ -99,7 +98,7 @@ def draw(wanted: str, seed: int) -> dict[str, str]:
 
 
 def requested(concepts: Iterable[str], folds: int | None) -> dict[str, BuildRequest]:
-    """Return what to build of each concept as the demo does it, in folds if there are any."""
+    """Return the build request of each concept as in the demo, in folds if there are any."""
     requests = {name: demo_request(name) for name in concepts}
     if folds is None:
         return requests
@@ -111,7 +110,7 @@ def requested(concepts: Iterable[str], folds: int | None) -> dict[str, BuildRequ
 
 
 def prepared(store: Store, request: BuildRequest) -> float | None:
-    """Build, grade and rank a set unless it was; return the seconds that it took now."""
+    """Build, grade and rank a set if necessary; return the seconds that it took."""
     if store.exists(Artifact.RANKING.path(request.name)):
         return None
     start = time.perf_counter()
@@ -122,7 +121,7 @@ def prepared(store: Store, request: BuildRequest) -> float | None:
 
 
 def asked(store: Store, name: str, way: str) -> SearchOptions:
-    """Return what to search a set by in one way."""
+    """Return the search options of one way."""
     if way in WAYS:
         return WAYS[way]
     tower, direction = TOWER_WAYS[way]
@@ -133,7 +132,7 @@ def asked(store: Store, name: str, way: str) -> SearchOptions:
 
 
 def searched(store: Store, name: str, way: str, folder: Path) -> tuple[EditHeader, float]:
-    """Return the edit of a set that was searched in one way, and the seconds it took."""
+    """Return the edit of a set by one way, and the seconds of the search."""
     records = Store(str(folder / way))
     done = folder / way / f"{name}.seconds"
     if not done.exists():
@@ -151,8 +150,8 @@ def main() -> None:
     parser.add_argument("--concepts", default="16", help="how many, `all`, or names with commas")
     parser.add_argument("--ways", nargs="+", choices=ALL_WAYS, default=["default", "paper"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folds", type=int, help="retain sets that concepts are dealt to")
-    parser.add_argument("--store", type=Path, help="where to keep everything, to go on later")
+    parser.add_argument("--folds", type=int, help="number of retain sets")
+    parser.add_argument("--store", type=Path, help="keep everything here, to resume later")
     options = parser.parse_args()
     folder = options.store or Path(tempfile.mkdtemp())
     concepts = draw(options.concepts, options.seed)
@@ -192,7 +191,7 @@ def main() -> None:
 
 
 def show(row: Row) -> None:
-    """Print what one search came to."""
+    """Print the result of one search."""
     edit = row.header
     harmed = edit.harmed[0] if edit.harmed else None
     worst = f"{harmed.name} {harmed.lost:.0f} of {harmed.rows}" if harmed else ""
@@ -202,7 +201,7 @@ def show(row: Row) -> None:
 
 
 def summarise(label: str, rows: list[Row]) -> None:
-    """Print of how many images figures are, and the mean and the worst of each over concepts."""
+    """Print the number of images, and the mean and worst figures over concepts."""
     if not rows:
         return
     words = [label, str(len(rows)), str(sum(row.header.forget.rows for row in rows))]

@@ -48,16 +48,16 @@ HEADS = (
 
 
 def drawn(wanted: str, seed: int) -> list[str]:
-    """Return concepts: a number of them drawn by seed, or some by name."""
+    """Return concepts: some drawn by seed, or some by name."""
     if not wanted.isdecimal():
         return wanted.split(",")
     return random.Random(seed).sample(sorted(enough_images()), int(wanted))
 
 
 def rows(name: str, result: TargetSearchResult) -> list[list[str]]:
-    """Return by judge what is still recognised of a concept, and what others lost, in percent.
+    """Return what each judge still recognises of the concept, and others' losses, in percent.
 
-    `times` is the step over the shortest of its layer that reaches the goal.
+    `times` is the step divided by the shortest step of its layer that reaches the goal.
     """
     trials, chosen = result.trials, result.chosen
     enough = [
@@ -94,8 +94,8 @@ def main() -> None:
     parser.add_argument("--target", type=Path, required=True, help="folder of a pipeline or LLaVA")
     parser.add_argument("--concepts", default="5", help="how many, or names with commas")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--store", type=Path, help="where to keep everything, to go on later")
-    parser.add_argument("--judge", action="append", default=[], help="one more, a model's folder")
+    parser.add_argument("--store", type=Path, help="keep everything here, to resume later")
+    parser.add_argument("--judge", action="append", default=[], help="another model, by its folder")
     parser.add_argument(
         "--direction", type=Direction, default=TargetSearchOptions(target="").direction
     )

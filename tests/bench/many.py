@@ -1,21 +1,20 @@
-"""Measure on test images how many concepts one checkpoint can forget, at once or in turn.
+"""Measure on test images how many concepts one checkpoint can forget, jointly or in turn.
 
     python tests/bench/many.py --store many-store                       # 10, 50, 100 at once
     python tests/bench/many.py --store many-store --counts 10           # these only
     python tests/bench/many.py --store many-store --requests 10         # ten, one after another
 
-Concepts are drawn by seed from the embedded model's classes that have at least ten held-out
-images, brands and objects in turn; more of them are the same ones and others. At least a
-hundred are kept out of every retain set, so that all sets share one retain set, its gradient
-and its covariances. To forget many at once, each is searched by itself along the whitened
-direction of a few layers (`--layers`), all on one base pass. Then their edits go into one
-checkpoint (`sum`), and so do those that `search --joint` makes of them (`joint`). To forget
-one after another, each is searched with `--after` on top of those before, on all fronts.
+Concepts are drawn by seed from the embedded model's classes with at least ten held-out images,
+brands and objects in turn; a larger number extends a smaller one. At least a hundred are kept
+out of every retain set, so that all sets share one retain set, its gradient and its covariances.
+To forget many at once, each is searched by itself along the whitened direction of a few layers
+(`--layers`), all on one base pass. Then their edits go into one checkpoint (`sum`), and so do
+those of `search --joint` (`joint`). To forget one after another, each is searched with `--after`
+on top of those before, on all fronts.
 
-What stands in the table is measured on the checkpoint that `apply` wrote, on images that no
-layer or step was chosen by; what is kept, on classes that are never forgotten in this run. A
-run that is repeated on a store goes on where the last one ended, and prints the seconds that
-each stage took when it ran.
+Figures are measured on the checkpoint that `apply` wrote, on test images; utility is of classes
+that this run never forgets. Run it again on the same store to resume; it prints the seconds of
+each stage from when it ran.
 """
 
 import argparse
@@ -72,7 +71,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Bench:
-    """A folder that keeps everything: a store, checkpoints, and what each stage took."""
+    """A folder with a store, checkpoints, and the seconds of each stage."""
 
     folder: Path
     names: tuple[str, ...]
@@ -80,7 +79,7 @@ class Bench:
     options: SearchOptions
 
     def part(self, searched: str) -> str:
-        """Return what edits are kept as, those of each way to search apart from others."""
+        """Return the name of a group of edits, separate for each search option."""
         usual = SearchOptions()
         damping = "" if self.options.damping is None else f"-{self.options.damping:g}"
         criterion = (
@@ -93,25 +92,25 @@ class Bench:
 
     @property
     def store(self) -> Store:
-        """Where sets, gradients, rankings and the edits of the last search are."""
+        """The store with sets, gradients, rankings and the edits of the last search."""
         return Store(str(self.folder / "store"))
 
     def edits(self, part: str, names: Sequence[str]) -> list[Path]:
-        """Return where a part keeps its copies of edits, which later searches write over."""
+        """Return the folder with a group's copies of edits, which later searches overwrite."""
         return [self.folder / part / Artifact.EDIT.path(name) for name in names]
 
     def keep(self, part: str, name: str) -> None:
-        """Keep a copy of the edit of a set."""
+        """Copy the edit of a set."""
         content = self.store.read_bytes(Artifact.EDIT.path(name))
         Store(str(self.folder / part)).write_bytes(Artifact.EDIT.path(name), content)
 
     def done(self, stage: str) -> float | None:
-        """Return the seconds that a stage took; None where it is not done."""
+        """Return the seconds of a stage; None if it has not run."""
         record = self.folder / "seconds" / f"{stage}.json"
         return float(json.loads(record.read_text())) if record.exists() else None
 
     def timed(self, stage: str, run: Callable[[], object]) -> float:
-        """Run a stage unless it is done, and return the seconds that it took."""
+        """Run a stage if necessary, and return its seconds."""
         if (seconds := self.done(stage)) is None:
             start = time.perf_counter()
             run()
@@ -119,7 +118,7 @@ class Bench:
         return seconds
 
     def took(self, stage: str, seconds: float) -> float:
-        """Note that a stage is done."""
+        """Record that a stage is done."""
         record = self.folder / "seconds" / f"{stage}.json"
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(seconds))
@@ -146,7 +145,7 @@ class Bench:
         return seconds
 
     def singles(self, names: Sequence[str]) -> float:
-        """Search each concept by itself, those that are not done; return the seconds of all."""
+        """Search each concept by itself, if necessary; return the seconds of all."""
         part = self.part("single")
         waiting = [name for name in names if self.done(f"{part}-{name}") is None]
         start = time.perf_counter()
@@ -160,7 +159,7 @@ class Bench:
         return sum(self.done(f"{part}-{name}") or 0.0 for name in names)
 
     def joint(self, names: Sequence[str]) -> None:
-        """Search for edits that forget all of some concepts, and keep a copy of them."""
+        """Search jointly for edits of some concepts, and copy them."""
         result = joint_search(self.store, names, options=self.options)
         if not result.forgotten:
             print(f"# the joint search of {len(names)} does not forget all", flush=True)
@@ -168,7 +167,7 @@ class Bench:
             self.keep(self.part(f"joint-{len(names)}"), name)
 
     def after(self, name: str, earlier: Sequence[str]) -> float:
-        """Search a concept on top of earlier ones, unless that is done; return the seconds."""
+        """Search a concept on top of earlier ones, if necessary; return the seconds."""
         stage = f"after-{len(earlier) + 1}-{name}"
         if self.done(stage) is None:
             for each, edit in zip(earlier, self.edits("after", earlier), strict=True):
@@ -181,7 +180,7 @@ class Bench:
         return self.done(stage) or 0.0
 
     def measured(self, part: str, names: Sequence[str]) -> "Figures":
-        """Put the edits of a part into one checkpoint and measure it."""
+        """Write the edits of a group into one checkpoint and measure it."""
         out = self.folder / "checkpoints" / f"{part}-{len(names)}"
         words = [str(edit) for edit in self.edits(part, names)]
         model = demo_request(names[0]).model
@@ -189,7 +188,7 @@ class Bench:
         return self.figures(ModelSpec(f"local-dir:{out}"), names)
 
     def figures(self, spec: ModelSpec, names: Sequence[str]) -> "Figures":
-        """Return what a model recognises of some concepts, and of all that none is to forget."""
+        """Return a model's accuracy on some concepts, and on the classes never forgotten."""
         evaluation = self._opened(spec)
         forget = {name: UNMOVED.forget_figures(evaluation.forget[name])[0] for name in names}
         manifests = [read_manifest(self.store, name) for name in self.names]
@@ -208,13 +207,13 @@ class Bench:
 
 @dataclass(frozen=True)
 class Figures:
-    """How well concepts are recognised, and the accuracy on each evaluation set."""
+    """FA of concepts, and the accuracy on each evaluation set."""
 
     forget: dict[str, Accuracy]
     kept: dict[str, Accuracy]
 
     def row(self, original: "Figures") -> list[str]:
-        """Return mean and worst FA, the images they are of, and points of TA@1 lost."""
+        """Return mean and worst FA, the number of images, and points of TA@1 lost."""
         images = sum(accuracy.rows for accuracy in self.forget.values())
         words = []
         for top in ("top1", "top5"):
@@ -227,7 +226,7 @@ class Figures:
 
 
 def together(bench: Bench, counts: Sequence[int], *, jointly: bool) -> None:
-    """Print a row for each number of concepts that are forgotten at once, and procedure."""
+    """Print a row for each number of concepts forgotten at once, and each procedure."""
     before = bench.prepare(bench.names)
     original = begin(bench, "procedure")
     for count in counts:
@@ -270,7 +269,7 @@ def begin(bench: Bench, first: str) -> Figures:
 def show(
     bench: Bench, label: str, part: str, names: Sequence[str], original: Figures, seconds: float
 ) -> None:
-    """Print the row of some edits of a part, all in one checkpoint."""
+    """Print the row of some edits of a group, all in one checkpoint."""
     layers = {load_edit(bench.store, str(edit)).header.layer for edit in bench.edits(part, names)}
     row = [label, str(len(names)), str(len(layers)), *bench.measured(part, names).row(original)]
     print("\t".join([*row, f"{seconds:.0f}"]), flush=True)
@@ -290,14 +289,14 @@ def drawn(seed: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--counts", type=int, nargs="*", default=[10, 50, 100])
-    parser.add_argument("--requests", type=int, help="so many, one after another, instead")
+    parser.add_argument("--requests", type=int, help="forget so many one after another instead")
     parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--layers", nargs="+", default=LAYERS)
-    parser.add_argument("--damping", type=float, help="of whitening, by default that of `rank`")
+    parser.add_argument("--damping", type=float, help="damping, by default that of `rank`")
     parser.add_argument("--criterion", type=Criterion, default=SearchOptions().criterion)
     parser.add_argument("--overshoot", type=float, default=SearchOptions().overshoot)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--store", type=Path, help="where to keep everything, to go on later")
+    parser.add_argument("--store", type=Path, help="keep everything here, to resume later")
     options = parser.parse_args()
     order = drawn(options.seed)
     counts = sorted({min(count, len(order)) for count in options.counts})

@@ -1,10 +1,10 @@
-"""Say where the seconds of `slsgu demo` go, stage by stage.
+"""Print the seconds of `slsgu demo`, stage by stage.
 
     python tests/bench/profile_demo.py
     python tests/bench/profile_demo.py --concept castle
 
-The demo runs as a command does, in this process, with a stopwatch around each of its
-stages. `start` is what comes before the first: imports and the command line.
+The demo runs in this process, with a stopwatch around each of its stages. `start` covers
+imports and the command line.
 """
 
 import argparse
@@ -19,7 +19,7 @@ STARTED = time.perf_counter()
 
 from slsgu_cli.cli.app import app  # noqa: E402
 
-# Stages, and the function that each is, where the demo imports it from.
+# The stages and their functions, under the names by which the demo imports them.
 STAGES = {
     "build-sets": "slsgu_cli.sets.build.build_sets",
     "grad": "slsgu_cli.engine.gradients.compute_gradients",
@@ -31,7 +31,7 @@ STAGES = {
 
 
 def timed(call: Callable, seconds: dict[str, float], stage: str) -> Callable:
-    """Return the call with a stopwatch around it."""
+    """Return the function with a stopwatch around it."""
 
     @wraps(call)
     def wrapped(*args, **kwargs):

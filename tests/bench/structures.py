@@ -1,12 +1,12 @@
-"""Every model structure of open_clip, shrunk, through the five commands, as a table.
+"""Run every model structure of open_clip, shrunk, through the five commands; print a table.
 
     python tests/bench/structures.py            # all
-    python tests/bench/structures.py EVA coca   # those with a name that begins so
+    python tests/bench/structures.py EVA coca   # those whose names begin so
 
-Structures that differ in sizes alone are one row. The weights are random; what is measured is
-the gradients against open_clip's own backward, how towers are split, which layers are whitened,
-which go along their gradient and which have no score, and whether open_clip loads what `apply`
-writes. A layer that competes and is neither scored nor told of counts as a silent drop.
+Structures that differ only in size share a row. The weights are random; the table compares the
+gradients with open_clip's own backward, and says how towers are split, which layers can be
+whitened, which have only the gradient and which no score, and whether open_clip loads the result
+of `apply`. A candidate that is neither scored nor mentioned counts as silent.
 """
 
 import json
@@ -61,7 +61,7 @@ COLUMNS = (
     "search",
     "loads",
 )
-# What says how large a model is, or how it was trained or begun, and not how it is built.
+# Keys that describe size, training or initial weights, not structure.
 SIZES = {
     "embed_dim",
     "image_size",
@@ -89,9 +89,9 @@ SCALE = r"_(tiny|small|base|medium|xxlarge|xlarge|large2?|giantopt|giant|enormou
 TIMM = re.compile(SCALE + r"|_patch\d+|_window\d+|_\d{3}$|_\d{3}(?=_)|(?<=mci)\d")
 TEXT = {"context_length": 16, "width": 32, "heads": 2, "layers": 3}
 WORDS, LARGEST = 64, 100.0
-# What a structure that does not work may end with: it is told in its row.
+# Errors that a structure may end with; its row shows the error.
 FAILURES = (SlsguError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
-# Text towers of Hugging Face, by how they are called.
+# Text towers of Hugging Face, by name.
 HUGGING_FACE = {
     "roberta": ("RobertaConfig", {}),
     "xlm-roberta": ("XLMRobertaConfig", {}),
@@ -129,7 +129,7 @@ BERT = {
 
 
 def structure_of(config):
-    """Return what a model_cfg says of how a model is built, whatever its sizes."""
+    """Return the structure of a model_cfg, without its sizes."""
     told = {}
     for part in ("", "vision_cfg", "text_cfg", "multimodal_cfg"):
         values = config.get(part, {}) if part else config
@@ -149,7 +149,7 @@ def structure_of(config):
 
 
 def _modules_of(name):
-    """Return a digest of the kinds of modules that a model of timm's has where, without numbers."""
+    """Return a digest of the types of modules of a timm model by name, without numbers."""
     with torch.device("meta"):
         built = timm.create_model(name)
     kinds = {(re.sub(r"\d+", "", at), type(each).__name__) for at, each in built.named_modules()}
@@ -161,7 +161,7 @@ def _hugging_face(name):
 
 
 def shrunk(config, folder):
-    """Return a model_cfg of the same structure and tiny sizes; what it names lies in `folder`."""
+    """Return a model_cfg of the same structure and tiny sizes; its files go to `folder`."""
     config = json.loads(json.dumps(config)) | {"embed_dim": WIDTH}
     vision, text = config["vision_cfg"], config["text_cfg"]
     if "timm_model_name" in vision:
@@ -223,37 +223,37 @@ def _write_tokenizer(folder):
 
 
 def write_model(config, folder):
-    """Write random weights of a configuration; return the model that they are."""
+    """Write random weights of a configuration; return the model."""
     from safetensors.torch import save_file
 
-    # A name of its own: tokenizers are kept by the names of their models.
+    # Use a new name: tokenizers are cached by the names of their models.
     path, weights = folder / f"shrunk-{folder.name}.json", folder / "weights.safetensors"
     path.write_text(json.dumps(config))
     open_clip.add_model_config(path)
     torch.manual_seed(0)
     built = open_clip.create_model(path.stem, pretrained_text=False).eval()
     for name, parameter in built.named_parameters():
-        # Fresh norms, biases and scales are zeros and ones in places, which would hide errors.
+        # Fresh norms, biases and scales have zeros and ones, which would hide errors.
         if parameter.ndim < 2 and not name.startswith("logit"):
             parameter.data += 0.1 * torch.randn_like(parameter)
         if not parameter.isfinite().all() or parameter.abs().max() > LARGEST:
-            # What open_clip leaves as the memory was.
+            # Buffers that open_clip leaves uninitialised.
             parameter.data.normal_(std=0.02)
     save_file({k: v.contiguous() for k, v in built.state_dict().items()}, weights)
     return ModelSpec(str(path), str(weights))
 
 
 def gradient_error(world):
-    """Return by how much the stored gradients differ from open_clip's own backward.
+    """Return the relative difference between the stored gradients and open_clip's own backward.
 
-    It is the largest over both losses of |found - plain| / |plain|, of all parameters together.
+    It is the larger of both losses' |stored - plain| / |plain|, over all parameters.
     """
     module, spec = load(resolve(world.model)), world.manifest.input
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
     errors = []
     for which in ("forget", "retain"):
         block = DataBlock.open(world.store, getattr(world.manifest, which))
-        # Channels that lie last end the process in the backward of some convolutions.
+        # In some convolutions, the backward of channels-last tensors crashes the process.
         images = torch.from_numpy(block.images(0, block.rows)).permute(0, 3, 1, 2).contiguous()
         tokens = torch.from_numpy(block.tokens).long()
         module.zero_grad()
@@ -278,7 +278,7 @@ def gradient_error(world):
 
 
 def split_of(tower):
-    """Return how a tower is split, in words."""
+    """Return a description of a tower's split."""
     if isinstance(tower, WholeTower):
         return "whole"
     what = "half blocks" if tower.halves else "blocks"
@@ -286,7 +286,7 @@ def split_of(tower):
 
 
 def measured(config, sources, folder):
-    """Return the cells of a structure's row, behind its name."""
+    """Return the cells of a structure's row after its name."""
     listener = Listener()
     model = write_model(shrunk(config, folder), folder)
     world = World(Store(str(folder / "store")), "blue", model, sources)
@@ -318,14 +318,14 @@ def measured(config, sources, folder):
 
 
 def _named(layers):
-    """Return how many layers there are, and what the first are called without their numbers."""
+    """Return the number of layers, and the names of the first ones without numbers."""
     kinds = sorted({re.sub(r"\.\d+", "", layer).removesuffix(".weight") for layer in layers})
     named = ", ".join(f"`{kind}`" for kind in kinds[:3]) + (", ..." if len(kinds) > 3 else "")
     return f"{len(layers)}: {named}" if layers else "0"
 
 
 def searched_and_written(world, folder):
-    """Return what a short search came to, and whether open_clip loads what is written of it."""
+    """Return the result of a short search, and whether open_clip loads the written folder."""
     options = SearchOptions(steps=4)
     try:
         result = search(world.store, "blue", options=options)
@@ -346,7 +346,7 @@ def searched_and_written(world, folder):
 
 
 def sources_in(folder):
-    """Write the pairs and images that all structures are run on; return where they are."""
+    """Write the pairs and images for all structures; return their paths."""
     labelled = tiny_clip.write_labelled(
         folder / "labelled.parquet", {"colour": range(1000, 1040), "shape": range(2000, 2020)}
     )
@@ -361,7 +361,7 @@ def sources_in(folder):
 
 
 def main(starts):
-    """Print a row for each structure that has a name which begins with one of `starts`."""
+    """Print a row for each structure whose name begins with one of `starts`."""
     timm.create_model = shrinking(timm.create_model)
     warnings.simplefilter("ignore")
     logging.disable()

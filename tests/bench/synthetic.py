@@ -47,7 +47,7 @@ def random_model(folder: Path, name: str) -> ModelSpec:
 
 @torch.no_grad()
 def _centre(model: torch.nn.Module) -> None:
-    """Take the mean of what leaves the last norm of each tower off that norm's bias."""
+    """Subtract the mean output of each tower's last norm from that norm's bias."""
     size, context = model.visual.image_size, model.context_length
     height = size[0] if isinstance(size, tuple) else size
     images = torch.from_numpy(random_images(48, height, 7)).permute(0, 3, 1, 2) / 127.5 - 1
@@ -88,7 +88,7 @@ def random_tokens(rows: int, context: int, vocabulary: int, seed: int) -> np.nda
 
 
 def captions(names: Sequence[str], rows: int, seed: int, concept: str = "") -> list[str]:
-    """Return captions that name one to three of `names`, and `concept` before them."""
+    """Return captions that name one to three of `names`, after `concept`."""
     rng = np.random.default_rng(seed)
     picked = [
         [names[i] for i in rng.integers(0, len(names), rng.integers(1, 4))] for _ in range(rows)
@@ -97,7 +97,7 @@ def captions(names: Sequence[str], rows: int, seed: int, concept: str = "") -> l
 
 
 def pairs_block(store: Store, name: str, *, tokens: np.ndarray, size: int) -> DataRef:
-    """Write image-text pairs to the store, a made-up image for each row of `tokens`."""
+    """Write image-text pairs to the store, a generated image for each row of `tokens`."""
     rows = len(tokens)
     path = f"data/{name}.zarr"
     with block_writer(store, path, height=size, width=size, rows=rows) as writer:
@@ -125,7 +125,7 @@ def labelled_block(
 
 
 def class_names(count: int, seed: int) -> list[str]:
-    """Return distinct made-up names of one to three short words."""
+    """Return distinct generated names of one to three short words."""
     rng = np.random.default_rng(seed)
     words = ["red", "stone", "river", "lamp", "cat", "tower", "wheel", "leaf", "iron", "cloud"]
     found: dict[str, None] = {}
@@ -138,7 +138,7 @@ def class_names(count: int, seed: int) -> list[str]:
 def own_labels(
     model: ModelSpec, names: Sequence[str], *, rows: int, wrong: float, seed: int, device: str
 ) -> np.ndarray:
-    """Return what the model takes the images of `labelled_block` for, a share of them altered."""
+    """Return the model's predictions for a block's images, a share of them altered."""
     resolved = resolve(model)
     module, spec = load(resolved, device), input_spec(resolved)
     normalize = pixel_normalizer(spec, device)
@@ -161,9 +161,9 @@ def own_labels(
 
 
 def _concept(labels: np.ndarray, classes: int) -> int:
-    """Return the class with nearest to a hundredth of the images, and to eight at least.
+    """Return the class whose number of images is nearest to 1%, at least eight.
 
-    That is a usual share: 1% in the embedded evaluation sets, 0.1% in ImageNet's.
+    The share is 1% in the embedded evaluation sets, 0.1% in ImageNet's.
     """
     usual = max(8, len(labels) // 100)
     return int(np.abs(np.bincount(labels, minlength=classes) - usual).argmin())
@@ -183,10 +183,9 @@ def synthetic_set(
 ) -> SetManifest:
     """Build a set; `evals` maps a name to its (images, classes).
 
-    Of the evaluation images a share `wrong` is labelled otherwise than the model would, and of
-    each class a `test_fraction` is not chosen by.
-    Captions name the classes, so that what is retained is what the evaluation measures;
-    without evaluation sets they are random tokens.
+    A share `wrong` of the evaluation images gets other labels than the model's predictions, and
+    `test_fraction` of each class is test rows. Captions name the classes, so that the retain set
+    matches what the evaluation measures; without evaluation sets they are random tokens.
     """
     resolved = resolve(model)
     spec = input_spec(resolved)

@@ -1,4 +1,4 @@
-"""A method to compare with, on the data of a world, and the losses it trains by."""
+"""A baseline with the data of a world, and its training losses."""
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ def open_bench(world, plan=PLAN):
 
 
 def loss(world, model, role, rows):
-    """Return one mini-batch's loss by open_clip's own forward."""
+    """Return the loss of one mini-batch, by open_clip's own forward."""
     manifest = world.manifest
     block = DataBlock.open(world.store, getattr(manifest, role))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (manifest.input.mean, manifest.input.std))

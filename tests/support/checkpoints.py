@@ -1,4 +1,4 @@
-"""Small checkpoints for the tests, in every container and precision."""
+"""Small checkpoints in every container and precision."""
 
 import json
 import struct
@@ -54,15 +54,15 @@ def load(path: Path) -> dict[str, torch.Tensor]:
 
 
 def write_patched(source: Path, out: Path, patches: dict[str, np.ndarray]) -> None:
-    """Write a copy of a file as apply does, with other values for some of its tensors."""
+    """Write a copy of a file as `apply` does, with new values for some of its tensors."""
     plan = FilePlan(open_weights(source).prepared(patches), ())
     write_copy(CopyPlan(out, {"": source}, {"": plan}), ApplyOptions())
 
 
 def content(path: Path) -> object:
-    """Return the bytes of a file; of one of PyTorch's, the names, formats and bits of its tensors.
+    """Return the bytes of a file; for a PyTorch file, its tensors' names, formats and bits.
 
-    PyTorch writes its own name into an archive, so equal contents may differ as files.
+    PyTorch writes its own name into an archive, so files with equal content may differ.
     """
     try:
         loaded = torch.load(path, weights_only=True) if path.suffix != ".safetensors" else None
@@ -84,6 +84,6 @@ def differing(one: Path, other: Path) -> list[int]:
 
 
 def header(entries: dict, body: bytes = b"", length: int | None = None) -> bytes:
-    """Return a safetensors file of a header and a body that need not fit it."""
+    """Return a safetensors file made of a header and a body that may not match."""
     content = json.dumps(entries).encode()
     return struct.pack("<Q", len(content) if length is None else length) + content + body

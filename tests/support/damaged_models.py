@@ -1,7 +1,7 @@
-"""Models in every layout with one of their files damaged, and what the commands make of them.
+"""Models in every layout with one damaged file, and what the commands make of them.
 
-A command may come to the very result that it has of the whole model, to a result of what is now
-another model, or to one refusal with an exit code. NaN in a tensor that it reads is refused.
+A command may print the result of the undamaged model, the result of what is now another model,
+or one error with an exit code. NaN in a tensor that it reads must be an error.
 """
 
 import json
@@ -26,7 +26,7 @@ LAYER = "transformer.resblocks.2.mlp.c_proj.weight"
 State = dict[str, torch.Tensor]
 Harm = Callable[[random.Random, Path], None]
 
-# Values of other types than any that a configuration has at a place.
+# Values of types that no configuration has in any place.
 STRANGE = (None, True, -1, 0, 1.5, 10**12, "x", [], [[]], {}, {"a": 1})
 RESULT_CODES, REFUSALS = (0, 5), (2, 3, 4)
 
@@ -38,7 +38,7 @@ def truncate(rng: random.Random, path: Path) -> None:
 
 
 def empty(rng: random.Random, path: Path) -> None:
-    """Leave a file of no bytes."""
+    """Empty the file."""
     path.write_bytes(b"")
 
 
@@ -52,7 +52,7 @@ def flip(path: Path, place: int, bit: int) -> None:
 
 
 def header_length(path: Path) -> int:
-    """Return how many bytes of a file come before its tensors, where it has any."""
+    """Return the number of bytes before the tensors, if the file has a header."""
     data = path.read_bytes()
     if path.suffix != ".safetensors":
         return min(len(data), 2048)
@@ -60,12 +60,12 @@ def header_length(path: Path) -> int:
 
 
 def flip_header(rng: random.Random, path: Path) -> None:
-    """Flip a bit of what tells where the tensors lie."""
+    """Flip a bit of the header."""
     flip(path, rng.randrange(header_length(path)), rng.randrange(8))
 
 
 def flip_data(rng: random.Random, path: Path) -> None:
-    """Flip a bit anywhere behind that."""
+    """Flip a bit behind the header."""
     size, start = path.stat().st_size, header_length(path)
     flip(path, rng.randrange(start if start < size else 0, size), rng.randrange(8))
 
@@ -75,7 +75,7 @@ def tensors(path: Path) -> State:
 
 
 def rewritten(change: Callable[[random.Random, State], None]) -> Harm:
-    """Return what writes a file of weights again after a change to them."""
+    """Return a function that changes the tensors of a file and writes it again."""
 
     def harm(rng: random.Random, path: Path) -> None:
         state = tensors(path)
@@ -88,25 +88,25 @@ def rewritten(change: Callable[[random.Random, State], None]) -> Harm:
 
 @rewritten
 def no_tensor(rng: random.Random, state: State) -> None:
-    """Leave a tensor out."""
+    """Remove a tensor."""
     del state[rng.choice(sorted(state))]
 
 
 @rewritten
 def no_tensors(rng: random.Random, state: State) -> None:
-    """Leave all tensors out."""
+    """Remove all tensors."""
     state.clear()
 
 
 @rewritten
 def another_tensor(rng: random.Random, state: State) -> None:
-    """Put one there that nothing asks for."""
+    """Add a tensor that nothing reads."""
     state["surplus.weight"] = torch.ones(3)
 
 
 @rewritten
 def other_shape(rng: random.Random, state: State) -> None:
-    """Give a tensor one more row, or none."""
+    """Append a row to a tensor, or remove all rows."""
     name = rng.choice(sorted(state))
     value = torch.atleast_1d(state[name])
     state[name] = value[:0] if rng.random() < 0.3 else torch.cat([value, value[:1]])
@@ -114,13 +114,13 @@ def other_shape(rng: random.Random, state: State) -> None:
 
 @rewritten
 def other_type(rng: random.Random, state: State) -> None:
-    """Store a tensor as whole numbers."""
+    """Store a tensor as integers."""
     name = rng.choice(sorted(state))
     state[name] = state[name].to(torch.int64)
 
 
 def nan(rng: random.Random, path: Path) -> None:
-    """Put a NaN or an infinity into a tensor of fractions."""
+    """Put a NaN or an infinity into a floating-point tensor."""
     state = tensors(path)
     name = rng.choice(sorted(name for name, value in state.items() if value.is_floating_point()))
     flat = state[name].clone().reshape(-1)
@@ -138,7 +138,7 @@ def _entries(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def rewritten_json(change: Callable[[random.Random, Any], Any]) -> Harm:
-    """Return what writes a JSON file again after a change to it."""
+    """Return a function that changes a JSON file and writes it again."""
 
     def harm(rng: random.Random, path: Path) -> None:
         path.write_text(json.dumps(change(rng, json.loads(path.read_text()))))
@@ -148,14 +148,14 @@ def rewritten_json(change: Callable[[random.Random, Any], Any]) -> Harm:
 
 
 def _some_entry(rng: random.Random, content: Any) -> tuple[Any, Any]:
-    # Vocabularies are long; what is near the top is what a configuration says.
+    # Skip the long vocabularies: configurations are near the top.
     some = [entry for entry, _ in zip(_entries(content), range(400), strict=False)]
     return rng.choice(some)
 
 
 @rewritten_json
 def other_value(rng: random.Random, content: Any) -> Any:
-    """Put a value of another type somewhere."""
+    """Replace a value by one of another type."""
     holder, key = _some_entry(rng, content)
     holder[key] = rng.choice(STRANGE)
     return content
@@ -163,7 +163,7 @@ def other_value(rng: random.Random, content: Any) -> Any:
 
 @rewritten_json
 def no_key(rng: random.Random, content: Any) -> Any:
-    """Leave out what stands somewhere."""
+    """Remove a key."""
     holder, key = _some_entry(rng, content)
     del holder[key]
     return content
@@ -171,13 +171,13 @@ def no_key(rng: random.Random, content: Any) -> Any:
 
 @rewritten_json
 def another_key(rng: random.Random, content: Any) -> Any:
-    """Put a key there that nobody asked for."""
+    """Add an unknown key."""
     return {**content, "surplus": [1]} if isinstance(content, dict) else [*content, 1]
 
 
 @rewritten_json
 def other_kind(rng: random.Random, content: Any) -> Any:
-    """Put another value in the place of all."""
+    """Replace the whole document."""
     return rng.choice(STRANGE)
 
 
@@ -195,7 +195,7 @@ def harms(path: Path) -> tuple[Harm, ...]:
 
 @dataclass(frozen=True)
 class Layout:
-    """A model in files, and the commands that load it; `reads_all` of what is in them."""
+    """A model in files and the commands that load it. `reads_all`: they read every file."""
 
     name: str
     folder: Path
@@ -206,7 +206,7 @@ class Layout:
         return sorted(path for path in self.folder.rglob("*") if path.is_file())
 
 
-# What is asked of a model in words of their own, of the set's model, and of what is built on it.
+# Commands that name a model, commands that use the set's model, and commands on targets.
 OF_MODEL = (
     "build-sets red --source PAIRS --label-column label --retain-samples 20 --model MODEL",
     "apply blue --model MODEL --out OUT",
@@ -256,10 +256,10 @@ class Models:
         own: bool,
         trained: Path | None = None,
     ) -> "Models":
-        """Write the models beside a store whose set is of the model in `clip`.
+        """Write the models next to a store whose set uses the model in `clip`.
 
-        With `own`, that model is damaged too, for the commands that take no other one. In
-        `trained` lie a small Stable Diffusion and a LLaVA, which are run where they are there.
+        With `own`, that model is damaged too, for commands that accept no other. `trained` is a
+        folder with a small Stable Diffusion and a LLaVA.
         """
         made = cls(folder, store, {})
         folder.mkdir()
@@ -291,7 +291,7 @@ class Models:
         return made
 
     def _add_trained(self, clip: Path, trained: Path) -> None:
-        """Add a model with a tokenizer of its own, and models that generate and answer."""
+        """Add a model with its own tokenizer, and models that generate and answer."""
         words = Path(shutil.copytree(clip, self.folder / "tokenizer"))
         config = json.loads((words / "open_clip_config.json").read_text())
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "local"
@@ -305,7 +305,7 @@ class Models:
             self.add(f"trained {name}", copy, (command,))
 
     def add(self, name: str, folder: Path, commands: tuple[str, ...], model: str = "") -> None:
-        """Add a layout; its commands are called by their first word and a number."""
+        """Add a layout. Its commands are named by their first word and a number."""
         filled = {
             f"{command.split()[0]} {number}": command.replace("MODEL", model)
             .replace("FOLDER", str(folder))
@@ -316,7 +316,7 @@ class Models:
 
     @contextmanager
     def copied(self) -> Iterator[Path]:
-        """Yield a copy of the store that is gone in the end."""
+        """Yield a copy of the store and remove it afterwards."""
         copy = self.folder / "copy"
         shutil.copytree(self.store, copy)
         try:
@@ -325,7 +325,7 @@ class Models:
             shutil.rmtree(copy)
 
     def run(self, layout: Layout, command: str) -> Any:
-        """Run a command on a copy of the store, with nothing kept in memory of earlier ones."""
+        """Run a command on a copy of the store, with empty caches."""
         tokenizers._tokenizer.cache_clear()
         shutil.rmtree(self.folder / "out", ignore_errors=True)
         (self.folder / "out.html").unlink(missing_ok=True)
@@ -333,9 +333,9 @@ class Models:
             return inside(*layout.commands[command].split(), "--json", store=store)
 
     def outcome(self, rng: random.Random, layout: Layout, command: str) -> tuple[str, str, bool]:
-        """Damage a file of a model and run a command; return what became of it, and where.
+        """Damage a file of a model and run a command.
 
-        The last value says whether it is one of those that may be.
+        Return the outcome, a description, and whether the outcome is acceptable.
         """
         path = rng.choice(layout.files())
         harm = rng.choice(harms(path))
@@ -350,7 +350,7 @@ class Models:
         errors = done.stderr.count("error: ")
         if done.exit_code in REFUSALS and errors == 1 and "error: unexpected" not in done.stderr:
             return "refused", about, True
-        # What `rank` runs reads neither the logit scale nor the rows of words that no caption has.
+        # `rank` reads neither the logit scale nor embeddings of words that no caption has.
         measured = layout.reads_all and command.split()[0] in ("grad", "eval", "search")
         counted = harm is nan and (measured or "NaN" in done.stdout)
         if done.exit_code in RESULT_CODES and not counted:

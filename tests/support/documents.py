@@ -1,4 +1,4 @@
-"""What commands print with `--json`, held to the schema in docs/artifacts."""
+"""Validation of `--json` output against the schema in docs/artifacts."""
 
 import functools
 import json
@@ -9,7 +9,7 @@ FILE = Path(__file__).parents[2] / "docs" / "artifacts" / "documents.schema.json
 
 @functools.cache
 def _validators():
-    """Return what validates the documents of each command, and one that ended with an error."""
+    """Return the validators of the documents of each command, and of errors."""
     from jsonschema import Draft202012Validator
 
     whole = json.loads(FILE.read_text())
@@ -25,7 +25,7 @@ def _validators():
 
 
 def validated(text):
-    """Return the one document that `text` is. Raises AssertionError unless it fits the schema."""
+    """Return the one document in `text`. Raises AssertionError unless it fits the schema."""
     document = json.loads(text)
     validator = _validators()[document["command"]]
     told = [_deepest(error) for error in validator.iter_errors(document)]
@@ -34,7 +34,7 @@ def validated(text):
 
 
 def _deepest(error):
-    """Return the error of the form that the document nearly has."""
+    """Return the error for the variant of the schema that matches best."""
     while error.context:
         error = max(error.context, key=lambda each: len(each.absolute_path))
     return f"{'/'.join(map(str, error.absolute_path))}: {error.message[:300]}"

@@ -1,4 +1,4 @@
-"""Edits for the tests, without a search."""
+"""Edits made without a search."""
 
 import numpy as np
 

@@ -1,8 +1,8 @@
 """A stand-in for img2dataset: the same command line and files, for file:// URLs only.
 
-It fetches in reverse, as downloads come in any order. Three environment variables make it
-misbehave: FAKE_DIES (a number of shards after which it ends, with code 0 as the real one
-may), FAKE_HANGS, and FAKE_LOG, a file to which it adds a line for every run.
+It fetches in reverse order, as downloads arrive in any order. Three environment variables
+make it misbehave: FAKE_DIES (the number of shards after which it ends, with code 0 as the real
+one may), FAKE_HANGS, and FAKE_LOG, a file that gets a line for every run.
 """
 
 import ast

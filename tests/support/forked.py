@@ -1,9 +1,9 @@
-"""Commands as processes of their own, forked from one that has everything imported.
+"""Commands in their own processes, forked from one that has imported everything.
 
-Importing PyTorch and open_clip takes seconds, which tests of signals, kills, leases and ranks
-do not look at. `forked.py FD` imports all of the package once and then forks a process for each
-request that comes over the socket FD; what is true of imports and the interpreter's start is
-tested with `slsgu` in processes.py.
+Importing PyTorch and open_clip takes seconds, which tests of signals, kills, locks and ranks
+can do without. `forked.py FD` imports the whole package once and then forks a process for each
+request that arrives on the socket FD. Tests of imports and of start-up use `slsgu` in
+processes.py.
 """
 
 import contextlib
@@ -21,18 +21,18 @@ import threading
 from importlib import import_module
 from pathlib import Path
 
-# A variable that lets a gradient pass keep its sums after every mini-batch.
+# If set, a gradient pass saves its sums after every mini-batch.
 KEEP_ALWAYS = "KEEP_ALWAYS"
-# A variable that lets so many rows be run at once for covariances.
+# The number of rows per forward pass when covariances are computed.
 ROWS_AT_ONCE = "ROWS_AT_ONCE"
 
 
 class Forked:
-    """A command that runs, with what tests use of `subprocess.Popen`; its outputs are text.
+    """A running command with the parts of `subprocess.Popen` that tests use; outputs are text.
 
-    With `at`, "module:name" of a function, it waits at the `call`th call of it until its stdin
-    is closed, as `communicate` does, and this returns when it waits. Where several servers
-    forked them, processes hash strings differently.
+    With `at`, the "module:name" of a function, the command waits at the `call`th call of it until
+    its stdin is closed, as `communicate` does; the constructor returns when it waits. Processes of
+    different servers hash strings differently.
     """
 
     def __init__(self, words, env, *, at=None, call=1, ignore=None, server=0):
@@ -60,14 +60,14 @@ class Forked:
                 raise AssertionError((f"ended before call {call} of {at}", *self.communicate()))
 
     def wait(self, timeout=None):
-        """Return the exit code, negative for a signal, as soon as the command has ended."""
+        """Wait for the end; return the exit code, negative for a signal."""
         if self.returncode is None:
             self._channel.settimeout(timeout)
             self.returncode = int(self._answers.readline())
         return self.returncode
 
     def communicate(self, timeout=None):
-        """Close stdin and return what was printed and told until the end."""
+        """Close stdin and return stdout and stderr."""
         with contextlib.suppress(BrokenPipeError):
             self.stdin.close()
         told = []
@@ -87,7 +87,7 @@ class Forked:
 
 @functools.cache
 def _server(number):
-    """Start what forks; it ends when this process does, since its socket is closed then."""
+    """Start a fork server. It ends with this process, which holds the other end of its socket."""
     ours, theirs = socket.socketpair()
     command = [sys.executable, __file__, str(theirs.fileno())]
     env = os.environ | {"PYTHONHASHSEED": str(number)}
@@ -99,10 +99,10 @@ def _server(number):
 
 
 def interruptible(ignore=None):
-    """Let signals do what they do by default, also where the tests run in the background.
+    """Restore the default handling of signals, even if the tests run in the background.
 
-    A shell without job control starts what it puts there with SIGINT ignored, and who ignores
-    a signal starts children that do.
+    A shell without job control starts background jobs with SIGINT ignored, and children inherit
+    that.
     """
     for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(sign, signal.SIG_IGN if sign == ignore else signal.SIG_DFL)
@@ -111,9 +111,9 @@ def interruptible(ignore=None):
 
 
 def hold(place, call, reached):
-    """Let the `call`th call of a function, named by its module and name, wait.
+    """Make the `call`th call of a function wait.
 
-    A byte is written to the file descriptor `reached`, and it goes on when stdin has one, or ends.
+    It writes a byte to the file descriptor `reached` and continues when stdin has a byte or ends.
     """
     module, _, name = place.partition(":")
     *outer, name = name.split(".")
@@ -131,15 +131,15 @@ def hold(place, call, reached):
 
 
 def _serve(requests):
-    """Fork for each request one that looks after the command, and the command itself."""
+    """Fork a supervisor for each request."""
     import slsgu_cli
 
     modules = [m.name for m in pkgutil.walk_packages(slsgu_cli.__path__, "slsgu_cli.")]
-    # What the package imports only where it is used.
+    # Modules that the package imports lazily.
     for name in (*modules, "open_clip"):
         if not name.endswith("__main__"):
             import_module(name)
-    # Collecting garbage would have each of them copy all that was imported.
+    # A garbage collection would make every child copy all imported modules.
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -153,7 +153,7 @@ def _serve(requests):
 
 
 def _look_after(channel, *fds):
-    """Fork the command; tell its process id, and its exit code when it has ended."""
+    """Fork the command; send its process id, then its exit code."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with socket.socket(fileno=channel) as telling:
         with telling.makefile() as asked:
@@ -171,7 +171,7 @@ def _look_after(channel, *fds):
 
 
 def _become(request, fds):
-    """Run the command as a process that was started with its words, environment and streams."""
+    """Run the command with the request's arguments, environment and streams."""
     from slsgu_cli.__main__ import main
     from slsgu_cli.engine import covariance, resumable
 
@@ -199,6 +199,6 @@ if __name__ == "__main__":
     with socket.socket(fileno=int(sys.argv[1])) as asking:
         came = _serve(asking)
     if came is None:
-        # Without leaving a measure of the lines that ran: those that were forked left theirs.
+        # Exit without writing coverage data: the forked processes have written theirs.
         os._exit(0)
     _become(*came)

@@ -1,4 +1,4 @@
-"""A tiny Chinese CLIP as transformers saves it: CLIP's vision tower beside a BERT."""
+"""A tiny Chinese CLIP as transformers saves it: CLIP's vision tower and a BERT."""
 
 import json
 from pathlib import Path
@@ -26,12 +26,12 @@ VISION = {
     "image_size": tiny_clip.SIZE,
     "patch_size": 8,
 }
-# The comma of Chinese, and that of English.
+# The Chinese comma and the English one.
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "，", ",", "一", "只", "蓝", "红", "环"]
 
 
 def model(**text):
-    """Return transformers' ChineseCLIPModel, untrained; biases and norms are not 0 and 1."""
+    """Return an untrained ChineseCLIPModel whose biases and norms are not 0 and 1."""
     from transformers import ChineseCLIPConfig, ChineseCLIPModel
 
     with torch.random.fork_rng():
@@ -47,7 +47,7 @@ def model(**text):
 
 
 def write_folder(folder: Path, **text) -> Path:
-    """Write a ChineseCLIPModel folder as its authors do: of the tokenizer, its words alone."""
+    """Write a ChineseCLIPModel folder as its authors do, with a vocabulary as its tokenizer."""
     model(**text).save_pretrained(folder)
     side = {"height": tiny_clip.SIZE, "width": tiny_clip.SIZE}
     told = {
@@ -64,7 +64,7 @@ def write_folder(folder: Path, **text) -> Path:
 
 
 def in_transformers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return tensors of open_clip's module, or gradients of them, by transformers' names."""
+    """Return tensors or gradients of open_clip's module under transformers' names."""
     plain = {name: value for name, value in state.items() if not name.startswith("text.")}
     found = tiny_targets.transformers_weights(plain)
     for name in state.keys() - plain.keys():

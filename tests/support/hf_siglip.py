@@ -1,4 +1,4 @@
-"""A tiny SigLIP as transformers saves it, and the same in open_clip's words, by hand."""
+"""A tiny SigLIP as transformers saves it, and the same model under open_clip's names."""
 
 import json
 from pathlib import Path
@@ -42,12 +42,12 @@ IN_VISION = {
     "mlp.fc2": "mlp.fc2",
 }
 
-# Of captions and prompts, beside colours and shapes.
+# Words of captions and prompts, besides colours and shapes.
 WORDS = ["a", "picture", "photo", "drawing", "of", "the", "itap"]
 
 
 def model():
-    """Return transformers' SiglipModel, untrained, with biases and norms that are not 0 and 1."""
+    """Return an untrained SiglipModel whose biases and norms are not 0 and 1."""
     from transformers import SiglipConfig, SiglipModel
 
     with torch.random.fork_rng():
@@ -76,7 +76,7 @@ def write_folder(folder: Path) -> Path:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write a tokenizer of the words of the tiny CLIP's captions, which ends texts with 1."""
+    """Write a tokenizer for the words of the tiny CLIP's captions; it ends texts with 1."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -93,7 +93,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def in_open_clip(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return tensors of a SiglipModel, or gradients of them, by open_clip's and timm's names."""
+    """Return tensors or gradients of a SiglipModel under open_clip's and timm's names."""
     found = {name: theirs[name].reshape(()) for name in ("logit_scale", "logit_bias")}
     text, vision = "text_model.", "vision_model."
     found["text.token_embedding.weight"] = theirs[f"{text}embeddings.token_embedding.weight"]
@@ -131,7 +131,7 @@ def in_open_clip(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def open_clips(state: dict[str, torch.Tensor]):
-    """Return open_clip's module with weights by its names, its vision tower built by hand."""
+    """Return open_clip's module with the given weights; its vision tower is built by hand."""
     from timm.models.vision_transformer import VisionTransformer
 
     width, heads = VISION["hidden_size"], VISION["num_attention_heads"]

@@ -1,11 +1,11 @@
-"""Few of the embedded icons, laid out as all of them are."""
+"""A few of the embedded icons, in the layout of all of them."""
 
 import pyarrow.parquet as pq
 from places import DEMO
 
 
 def write_few(folder, concept, *, one_in=24):
-    """Make `folder` a `slsgu_cli/demo` with all icons of a concept and a share of the others."""
+    """Write a small `slsgu_cli/demo` folder: all icons of a concept and some of the others."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("clip", "classes.json", "templates.txt"):
         (folder / name).symlink_to(DEMO / name)

@@ -1,4 +1,4 @@
-"""Where things lie that many tests take, and things that lie where a file should."""
+"""Paths that many tests use, and special files."""
 
 import os
 import socket
@@ -10,12 +10,12 @@ import slsgu_cli
 
 ROOT = Path(__file__).parents[2]
 DEMO = Path(slsgu_cli.__file__).parent / "demo"
-# A command that does as img2dataset does, without a network.
+# A command that behaves like img2dataset, without a network.
 FAKE_IMG2DATASET = f"{sys.executable} {Path(__file__).with_name('fake_img2dataset.py')}"
 
 
 def special_files(folder):
-    """Make a pipe, a socket and a link to the pipe; return them, and a test that all are there."""
+    """Create a pipe, a socket and a link; return them, and a check that all still exist."""
     pipe, listening, link = (folder / name for name in ("pipe", "socket", "link"))
     os.mkfifo(pipe)
     link.symlink_to(pipe)

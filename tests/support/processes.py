@@ -1,4 +1,4 @@
-"""The command line: in this process; and as others, piped, on a terminal, in the background."""
+"""Commands run in this process, in another one, on a terminal, or held at a function."""
 
 import fcntl
 import os
@@ -22,7 +22,7 @@ SLSGU = (sys.executable, "-m", "slsgu_cli")
 def inside(*arguments, store=None, env=None):
     """Run a command in this process, where PyTorch is loaded already.
 
-    What it prints with `--json` is held to the schema of the documents.
+    Output of `--json` is validated against the schema.
     """
     options = [] if store is None else ["--store", str(store)]
     done = CliRunner().invoke(app, [*map(str, arguments), *options], env=env)
@@ -44,7 +44,7 @@ def environment(extra=None):
 
 
 def slsgu(*arguments, env=None, timeout=120, **options):
-    """Run a command to its end; its outputs are text."""
+    """Run a command to its end; outputs are text."""
     outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.run(
         [*SLSGU, *map(str, arguments)],
@@ -56,7 +56,7 @@ def slsgu(*arguments, env=None, timeout=120, **options):
 
 
 def start(*arguments, env=None, program=SLSGU, ignore=None, **options):
-    """Start a command that Ctrl-C ends, with the signal `ignore` ignored; its outputs are text."""
+    """Start a command that Ctrl-C ends; it ignores the signal `ignore`. Outputs are text."""
     outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.Popen(
         [*program, *map(str, arguments)],
@@ -68,18 +68,18 @@ def start(*arguments, env=None, program=SLSGU, ignore=None, **options):
 
 
 def start_held(*arguments, at, call=1, ignore=None, env=None):
-    """Start a command and return it where it waits, at the `call`th call of a function.
+    """Start a command and return it when it waits at the `call`th call of a function.
 
-    `at` names the function as "module:name". The command goes on when its stdin is closed,
-    as `communicate` does. It is started with the signal `ignore` ignored.
+    `at` names the function as "module:name". The command continues when its stdin is closed, as
+    `communicate` does. It ignores the signal `ignore`.
     """
     return Forked(arguments, environment(env), at=at, call=call, ignore=ignore)
 
 
 def on_terminal(*arguments, columns=80, env=None, both=False):
-    """Run a command with its stdout on a terminal; return exit code, what is seen, stderr.
+    """Run a command with stdout on a terminal; return exit code, the terminal's text, stderr.
 
-    With `both`, stderr is on the terminal too and colours are left in.
+    With `both`, stderr goes to the terminal too, and colours stay in.
     """
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
@@ -91,7 +91,7 @@ def on_terminal(*arguments, columns=80, env=None, both=False):
         while True:
             try:
                 chunk = os.read(master, 1 << 16)
-            except OSError:  # how Linux tells that the other side is closed
+            except OSError:  # Linux reports a closed terminal this way
                 break
             if not chunk:
                 break

@@ -1,7 +1,7 @@
-"""Searches of steps whose figures are given: nothing runs, and what is looked at is counted.
+"""Searches over steps with given margins: nothing runs, and the rows looked at are counted.
 
-Each step says what margins it leaves, of all images of some sets. One class is the true one of
-all of them, so a margin is the cosine with it.
+Each step gives the margins of all images of some sets. All images have the same true class, so
+a margin is their cosine with it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ Margins = Mapping[str, torch.Tensor]
 
 @dataclass
 class Images:
-    """Images of a set, by the margins that the step in place leaves them."""
+    """Images of a set, with the margins under the current step."""
 
     world: "GivenFigures"
     name: str
@@ -51,9 +51,9 @@ class Images:
 
 @dataclass(eq=False)
 class GivenFigures:
-    """An evaluation with the margins of the original model, and steps with theirs.
+    """An evaluation with the margins of the original model and of each step.
 
-    `rows` are what the images of a set are called, by its name; `seen` those looked at.
+    `rows` numbers the images of a set; `seen` has those that were looked at.
     """
 
     original: Margins
@@ -64,7 +64,7 @@ class GivenFigures:
     seen: set[tuple[str, int]] = field(default_factory=set)
     placed: Margins | None = None
     utility: dict[str, EvaluationSet] = field(init=False)
-    # The concept is none of the classes.
+    # The concept is not among the classes.
     forget: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(prompts=None))
 
     def __post_init__(self):
@@ -84,9 +84,9 @@ class GivenFigures:
         return GivenFigures(parts[0], parts[1:], self.towers, kept)
 
     def searched(self, *, seed=0, trials=(), **options) -> tuple[Trial, LayerSearch]:
-        """Return the step that is chosen, and the search, which goes on with `trials` on file.
+        """Return the chosen step, and the search, which starts with the recorded `trials`.
 
-        One draw of rows is that of `seed`.
+        `seed` determines the order of rows.
         """
         self.looked = 0
         search = LayerSearch(trials, self, SearchOptions(**options))
@@ -99,7 +99,7 @@ class GivenFigures:
         return search.choose(), search
 
     def keeps(self, utility=UtilityMetric.EXPECTED) -> list[float]:
-        """Return what each step keeps, in percent."""
+        """Return the utility of each step, in percent."""
         meter = UtilityMeter(self, utility)
         every = [(evaluator, meter.measure(evaluator, 1.0)) for evaluator in self.evaluators()]
         return [
@@ -113,7 +113,7 @@ class GivenFigures:
 
 @dataclass
 class Given:
-    """A step of those given, which forgets."""
+    """One of the given steps; it forgets."""
 
     world: GivenFigures
     index: int
@@ -147,7 +147,7 @@ class Given:
 
 
 def made_up(seed: int, *, steps=8, sizes=(300, 900)) -> GivenFigures:
-    """Return steps that harm images of many kinds: few or many, certain or uncertain ones."""
+    """Return steps that harm different images: few or many, certain or uncertain ones."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(count):
@@ -167,7 +167,7 @@ def made_up(seed: int, *, steps=8, sizes=(300, 900)) -> GivenFigures:
             moved = margins - shift + spread * normal(len(margins))
             rows = torch.rand(len(margins), generator=draw) < hurt
             if index % 3 == 0:
-                # Those that the original model was most certain of.
+                # Those that the original model is most certain of.
                 rows = margins >= margins.quantile(1 - hurt)
             left[name] = torch.where(rows, -margins.abs(), moved)
         after.append(left)

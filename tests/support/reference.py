@@ -1,4 +1,4 @@
-"""What the plain core says of a world: figures by whole forwards, and the search of the paper."""
+"""The plain core on the data of a world: figures by whole forwards, and the paper's search."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -21,9 +21,9 @@ from slsgu_cli.store.blocks import DataBlock
 
 @dataclass(frozen=True)
 class Figures:
-    """Accuracies in percent as (top-1, top-5): of the concept, and of each evaluation set.
+    """Accuracies in percent as (top-1, top-5), of the concept and of each evaluation set.
 
-    `margins` are those of the true class of each set's images, `labels` say which that is.
+    `margins` has the margin of the true class for each set's images, `labels` the true class.
     """
 
     forget: tuple[float, float]
@@ -38,12 +38,12 @@ class Figures:
         return sum(top1 for top1, _ in self.utility.values()) / len(self.utility)
 
     def expected(self, original: "Figures") -> float:
-        """Return the TA@1 expected of like images, each with a normal error of its margin."""
+        """Return the expected TA@1 of images whose margins have a normal error."""
         means = [100 * np.mean(hits) for hits in self._hits(original).values()]
         return float(np.mean(means))
 
     def largest_loss(self, original: "Figures") -> float:
-        """Return what the class lost that lost most of it, of classes with enough images."""
+        """Return the largest loss of a class with enough images."""
         before, after = original._hits(original), self._hits(original)
         return max(
             100 * (np.mean(before[name][labels == each]) - np.mean(after[name][labels == each]))
@@ -92,7 +92,7 @@ class Reference:
         return self.world.store.read_tensors(Artifact.GRADIENT.path(self.world.pointer.forget))
 
     def figures(self) -> Figures:
-        """Classify every image as the model is now."""
+        """Classify every image with the current weights."""
         concept = self.manifest.concept
         utility, margins, others, forget = {}, {}, {}, None
         for name, block in self.blocks.items():
@@ -115,11 +115,11 @@ class Reference:
 
     @cached_property
     def original(self) -> Figures:
-        """The figures of the model as it is at first."""
+        """The figures of the original model."""
         return self.figures()
 
     def after(self, layer: str, step: float) -> Figures:
-        """Return the figures after a step of ascent along the forget gradient."""
+        """Return the figures after a step along the forget gradient."""
         _ = self.original
         if (layer, step) not in self.known:
             weight = self.model.get_parameter(layer).detach().clone()
@@ -130,7 +130,7 @@ class Reference:
         return self.known[layer, step]
 
     def algorithm3(self, layer: str, steps: int, criterion: Criterion) -> list[Tried]:
-        """Return the steps tried on one layer, in order, with all figures."""
+        """Return the trials of one layer in order."""
 
         def measure(step: float) -> Tried:
             return Tried(layer, step, self.after(layer, step))
@@ -147,7 +147,7 @@ class Reference:
         criterion: Criterion,
         utility: UtilityMetric = UtilityMetric.TA1,
     ) -> tuple[list[Tried], Tried]:
-        """Return every step that was tried, and the best of them."""
+        """Return all trials, and the best."""
         trials = [tried for layer in layers for tried in self.algorithm3(layer, steps, criterion)]
         if utility is UtilityMetric.TA1:
             figure = Figures.mean
@@ -157,14 +157,14 @@ class Reference:
         return trials, trials[best(figures)]
 
     def _classified(self, block, names, prompts, labels) -> tuple[torch.Tensor, np.ndarray]:
-        """Return the rank and the margin of the true class of a block's images."""
+        """Return the rank and the margin of the true class for a block's images."""
         images = labelled(self, block, names, prompts, labels)
         cosines = images.cosines(self.model)
         return images.ranks(cosines), margins_of(cosines.numpy(), labels)
 
 
 def labelled(reference, block, names, prompts, labels) -> LabelledImages:
-    """Return the images of a block as the model takes them, with prompts of some names."""
+    """Return the preprocessed images of a block, and prompts for some names."""
     spec = reference.manifest.input
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (spec.mean, spec.std))
     pixels = torch.from_numpy(block.images(0, block.rows)).permute(0, 3, 1, 2) / 255
@@ -189,7 +189,7 @@ def figures_without(world, model, names):
 
 
 def margins_of(cosines: np.ndarray, labels) -> np.ndarray:
-    """Return for each row by how much the true class leads the best other one."""
+    """Return the lead of the true class over the best other one, for each row."""
     rows = np.arange(len(cosines))
     others = cosines.copy()
     others[rows, labels] = -np.inf

@@ -1,4 +1,4 @@
-"""A store that knows all there is to know of a concept with a hostile name, and no model."""
+"""A store with every record of a concept with a hostile name, and no model."""
 
 import json
 from dataclasses import replace
@@ -94,7 +94,7 @@ BEFORE, KEPT = Accuracy(96.97, 100.0, 33), Accuracy(94.73, 97.63, 1138)
 
 
 def fill(store: Store, concept: str = HOSTILE, name: str = NAME) -> None:
-    """Write every record of one concept, all of them good."""
+    """Write every record of one concept, all consistent."""
     evals = {
         "brands": _block(store, "all", "brands"),
         "objects <b>": _block(store, "all", "others"),
@@ -149,7 +149,7 @@ def fill(store: Store, concept: str = HOSTILE, name: str = NAME) -> None:
 
 
 def fill_several(store: Store, *names: str) -> None:
-    """Write a joint search and a sweep of concepts that the store knows."""
+    """Write a joint search and a sweep over concepts of the store."""
     first = store.read_record(f"trials/{names[0]}.json", Trials)
     gone = next(trial for trial in first.trials if trial.utility)
     move = (gone.layer, gone.tower, FALLBACK, gone.step, gone.share)
@@ -204,7 +204,7 @@ def fill_several(store: Store, *names: str) -> None:
 
 
 def fill_verification(store: Store, name: str = NAME) -> None:
-    """Write what a verification of a concept's edit might have found."""
+    """Write a verification of a concept's edit."""
     edit = store.read_header(f"edits/{name}.safetensors", EditHeader)
     manifest = store.read_record(f"sets/{name}.json", SetManifest)
     subjects = []
@@ -248,12 +248,12 @@ def fill_verification(store: Store, name: str = NAME) -> None:
 
 
 def kept_figures() -> dict[str, Accuracy]:
-    """Return what is kept, by evaluation set."""
+    """Return utility figures by evaluation set."""
     return {"brands": KEPT, "objects <b>": KEPT}
 
 
 def fill_comparison(store: Store, name: str = NAME) -> None:
-    """Write what other methods might have done to a concept."""
+    """Write a comparison with other methods."""
     trials = store.read_record(f"trials/{name}.json", Trials)
     outcomes = [
         ClipOutcome(
@@ -290,7 +290,7 @@ def fill_comparison(store: Store, name: str = NAME) -> None:
 
 
 def guesses(concept: str = HOSTILE, names: int = 10) -> BeforeAfter:
-    """Return what a model might make of some images."""
+    """Return guesses of a model for some images."""
     rng = np.random.default_rng(0)
     others = ["castle", "a very long name of a class, indeed", *(f"name {n}" for n in range(8))]
     called = (concept, *others[: names - 1])
@@ -364,13 +364,13 @@ def _write_edit(store: Store, name: str, concept: str, chosen: Trial) -> None:
 
 
 def sections(store: Store, name: str = NAME) -> tuple[SetRecords, list[Section]]:
-    """Return what is known of a name and every section of the page on it."""
+    """Return the gathered records of a name, and every section of its page."""
     records = gather(Catalog(store), name)
     images = [examples(guesses()), cosines(guesses())]
     return records, all_sections(records, images, store.url)
 
 
 def html(store: Store, *names: str) -> str:
-    """Return the page on some names."""
+    """Return the page of some names."""
     found = [sections(store, name) for name in names or (NAME,)]
     return page([records for records, _ in found], {d.name: parts for d, parts in found})

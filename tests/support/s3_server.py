@@ -1,4 +1,4 @@
-"""An S3 server on loopback (moto's), with faults on demand in front of it."""
+"""An S3 server on loopback (moto's) that can fail on demand."""
 
 import threading
 from xml.sax.saxutils import escape
@@ -12,19 +12,18 @@ WORDS = {403: "AccessDenied", 500: "InternalError", 503: "SlowDown"}
 
 
 class Quiet(WSGIRequestHandler):
-    """Writes no line for each request."""
+    """Logs no requests."""
 
     def log(self, *_):
         pass
 
 
 class S3Server:
-    """Serves S3 from memory. `faults` are met by the next requests, one each, in order:
+    """Serves S3 from memory; the next requests meet the `faults`, one each, in order.
 
-    a status, "drop" (the connection is closed without an answer), "hang" (no answer while the
-    client waits), "cut" (closed in the middle of the answer), or None for none. `requests` has
-    the method and path of each, `asked_first` counts those that ask whether their content may
-    come.
+    A fault is a status, "drop" (close the connection without an answer), "hang" (no answer while
+    the client waits), "cut" (close in the middle of the answer), or None. `requests` has the method
+    and path of each request, `asked_first` the number of requests with an Expect header.
     """
 
     def __init__(self):
@@ -77,7 +76,7 @@ class S3Server:
         return [each["Key"] for each in listed]
 
     def stop(self):
-        """End the server, and what hangs in it."""
+        """Stop the server and release hanging requests."""
         self._ended.set()
         self._server.shutdown()
 

@@ -1,7 +1,7 @@
-"""A tiny CLIP and the coloured shapes it knows, both made on the spot.
+"""A tiny CLIP and the coloured shapes it recognises, both generated.
 
-The model tells eight colours and five shapes apart, neither perfectly, so that accuracies
-change step by step under an edit, as those of a large model do.
+The model recognises eight colours and five shapes, neither perfectly, so accuracies change
+gradually under an edit, as they do in a large model.
 """
 
 import io
@@ -55,7 +55,7 @@ PREPROCESS = {
 
 
 def picture(shape: str, colour: str, rng: np.random.Generator) -> Image.Image:
-    """Draw one shape of one colour somewhere on a dark background."""
+    """Draw a shape in a colour at a random place on a dark background."""
     image = Image.new("RGB", (SIZE, SIZE), tuple(int(v) for v in rng.integers(0, 60, 3)))
     draw = ImageDraw.Draw(image)
     r = int(rng.integers(7, 12))
@@ -76,7 +76,7 @@ def picture(shape: str, colour: str, rng: np.random.Generator) -> Image.Image:
 
 
 def row(number: int) -> dict:
-    """Return a sample that looks like no other number's, labelled by shape and colour."""
+    """Return a sample that looks different for every number, labelled by shape and colour."""
     rng = np.random.default_rng(number)
     colour, shape = list(COLOURS)[number % len(COLOURS)], str(rng.choice(SHAPES))
     buffer = io.BytesIO()
@@ -109,7 +109,7 @@ def write_labelled(path: Path, numbers: dict[str, range]) -> str:
 
 
 def write_folder(folder: Path, model: torch.nn.Module | None = None, **changes) -> Path:
-    """Write a model folder as open_clip lays it out; a random model where none is given."""
+    """Write a model folder in open_clip's layout; without a model, a random one."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_cfg": CONFIG | changes, "preprocess_cfg": PREPROCESS}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
@@ -121,7 +121,7 @@ def write_folder(folder: Path, model: torch.nn.Module | None = None, **changes) 
 
 
 def fresh_model(config: dict = CONFIG, seed: int = 0) -> torch.nn.Module:
-    """Return an untrained model of a configuration, the same for a seed."""
+    """Return an untrained model of a configuration; the same seed gives the same model."""
     custom = config.get("custom_text") or config.get("init_logit_bias") is not None
     kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
     arguments = {key: value for key, value in config.items() if key != "custom_text"}
@@ -131,10 +131,10 @@ def fresh_model(config: dict = CONFIG, seed: int = 0) -> torch.nn.Module:
 
 
 def fitted_model() -> torch.nn.Module:
-    """Return a model that knows colours well and shapes a little.
+    """Return a model that recognises colours well and shapes a little.
 
     The blocks are random; the two projections are fitted by least squares, so that images
-    and captions meet at the sum of a code for their colour and one for their shape.
+    and captions meet at the sum of a code for the colour and a code for the shape.
     """
     model = fresh_model()
     model.token_embedding.weight.data *= 30
@@ -162,14 +162,14 @@ def fitted_model() -> torch.nn.Module:
 
 
 def pixels(rows: list[dict]) -> torch.Tensor:
-    """Return the images of some rows as the model takes them."""
+    """Return the preprocessed images of some rows."""
     images = np.stack([np.array(Image.open(io.BytesIO(row["image"]))) for row in rows])
     mean, std = (torch.tensor(PREPROCESS[name]).view(3, 1, 1) for name in ("mean", "std"))
     return (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
 
 
 def _fit(projection: torch.nn.Parameter, encode, targets: torch.Tensor) -> None:
-    """Set a projection to the damping regression of what it projects on `targets`."""
+    """Set a projection to the ridge regression of `targets` on its inputs."""
     width, out = projection.shape
     parts = []
     for start in range(0, width, out):

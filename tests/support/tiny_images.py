@@ -1,4 +1,4 @@
-"""Tiny encoded images and sources made of them, for the tests of `build-sets`."""
+"""Tiny encoded images and sources of them, for tests of `build-sets`."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from PIL import Image
 
 
 def encoded(seed: int, size: tuple[int, int] = (20, 16), *, mode: str = "RGB", kind="PNG") -> bytes:
-    """Return an image that looks like no other seed's."""
+    """Return an image that looks different for every seed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(buffer, kind)

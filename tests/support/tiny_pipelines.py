@@ -1,6 +1,6 @@
-"""Tiny diffusers pipelines of several text encoders, untrained, each as diffusers saves it.
+"""Tiny untrained diffusers pipelines with several text encoders, each as diffusers saves it.
 
-The first CLIP has given weights of open_clip's, the second is wider (`SECOND`).
+The first CLIP has the given open_clip weights; the second is wider (`SECOND`).
 """
 
 from pathlib import Path
@@ -18,12 +18,12 @@ SECOND = tiny_clip.CONFIG | {
 
 
 def second_clip():
-    """Return the CLIP of open_clip's whose text tower is the second encoder."""
+    """Return open_clip's model whose text tower is the second encoder."""
     return tiny_clip.fresh_model(SECOND, seed=1)
 
 
 def text_encoder(name, config, state):
-    """Return one of transformers' text encoders with the weights of an open_clip state dict."""
+    """Return a text encoder of transformers with the weights of an open_clip state dict."""
     import transformers
 
     text = config["text_cfg"]
@@ -51,7 +51,7 @@ def text_encoder(name, config, state):
 
 
 def clip_tokenizer():
-    """Return CLIP's tokenizer without its merges, which take long to read: letter by letter."""
+    """Return CLIP's tokenizer without its merges, which are slow to read: one token per letter."""
     from open_clip.tokenizer import bytes_to_unicode
     from transformers import CLIPTokenizer
 

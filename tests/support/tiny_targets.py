@@ -1,7 +1,7 @@
-"""Models built on the tiny CLIP: in every layout that people have them in, and as they run.
+"""Models built on the tiny CLIP, in every layout in use, and models that run.
 
-All layouts hold the weights of one open_clip state dict. The layouts are written from a table of
-names of their own, so that the package's mapping is tested against something else.
+All layouts have the weights of one open_clip state dict. Names come from a separate table, so
+that the package's mapping is tested against something else.
 """
 
 import io
@@ -45,7 +45,7 @@ PLAIN = {
 
 
 def transformers_weights(state: Weights) -> Weights:
-    """Return an open_clip state dict as transformers' CLIPModel keeps it."""
+    """Return an open_clip state dict under the names of transformers' CLIPModel."""
     found = {}
     for name, value in state.items():
         if name in PLAIN:
@@ -68,7 +68,7 @@ def transformers_weights(state: Weights) -> Weights:
 
 
 def cache_of_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Callable[[Path, str], Path]:
-    """Let the hub's own cache be `cache`, without a connection; return what puts a folder there."""
+    """Point the hub's cache to `cache`, offline; return a function that adds a folder to it."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
@@ -84,9 +84,9 @@ def cache_of_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Callable[[Path
 
 
 def tower(state: Weights, name: str, *, inner: bool = True) -> Weights:
-    """Return one tower (`text` or `vision`) in transformers' names, its projection left out.
+    """Return one tower (`text` or `vision`) under transformers' names, without its projection.
 
-    With `inner`, names begin with `text_model.` or `vision_model.`, as transformers 4 wrote.
+    With `inner`, names begin with `text_model.` or `vision_model.`, as in transformers 4.
     """
     prefix = f"{name}_model."
     return {
@@ -102,7 +102,7 @@ def under(prefix: str, weights: Weights) -> Weights:
 
 
 def save(weights: Weights, path: Path) -> Path:
-    """Write weights as safetensors, or by torch.save where the name asks for it."""
+    """Write weights as safetensors, or by torch.save if the name asks for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         save_file({k: v.contiguous() for k, v in weights.items()}, path, {"format": "pt"})
@@ -112,7 +112,7 @@ def save(weights: Weights, path: Path) -> Path:
 
 
 def save_shards(weights: Weights, folder: Path, count: int, variant: str = "") -> None:
-    """Write weights cut into shards so that neighbours in name lie apart, with their index."""
+    """Write weights in shards that separate neighbouring names, with their index."""
     names = sorted(weights)
     where = {}
     for number in range(count):
@@ -157,7 +157,7 @@ def llava(folder: Path, state: Weights, prefix: str, *, shards: int = 0, **confi
 
 
 class Moving:
-    """A model built on the tiny CLIP that tells how far its layers have moved."""
+    """A model built on the tiny CLIP that measures how far its layers have moved."""
 
     def __init__(self, folder: Path, model: torch.nn.Module) -> None:
         self.encoder = LiveEncoder.find(model, read_target(folder).encoders[0])
@@ -165,7 +165,7 @@ class Moving:
 
     @property
     def moved(self) -> float:
-        """The share of its norm by which a layer has moved; an edit gives it other data."""
+        """The largest relative change of a layer. An edit replaces a layer's data."""
         return max(
             (
                 float((value.data - before).norm() / before.norm())
@@ -177,10 +177,10 @@ class Moving:
 
 
 class Painter(Moving):
-    """A pipeline that draws the class which a prompt names, in one pixel, or else the next one.
+    """A pipeline that draws the class named in a prompt as one pixel, or the next class.
 
-    `lasts(job, name)` says by which share a layer may move before it no longer draws that. A
-    judge that is strict sees a class up to twice that share. `jobs` has all that was generated.
+    It draws the named class while no layer has moved by more than `lasts(job, name)`. A strict
+    judge still sees it up to twice that. `jobs` has everything that was generated.
     """
 
     device = "cpu"
@@ -191,15 +191,15 @@ class Painter(Moving):
         self.jobs = []
 
     def put(self, edits, *, beside):
-        """Have one encoder, which is searched, and no edits of others."""
+        """Accept the one encoder, and no edits of others."""
         assert not edits
         return []
 
     def warn_of_readers(self, edited):
-        """Tell nothing where one encoder reads prompts."""
+        """Do nothing: one encoder reads the prompts."""
 
     def generate(self, jobs, options):
-        """Draw in red what is seen, and in green what a strict judge sees."""
+        """Draw the class in red, and the one that a strict judge sees in green."""
         for job in jobs:
             self.jobs.append(job)
             name = class_in(job.prompt, self.names)
@@ -209,7 +209,7 @@ class Painter(Moving):
 
 
 def pixel_judge(spec, classes, *, device="auto"):
-    """Return a judge of what a Painter draws; one that is named `strict` looks at the green."""
+    """Return a judge of a Painter's pictures; the judge named `strict` reads the green channel."""
     names = tuple(classes)
     channel = int(spec.name == "strict")
 
@@ -224,8 +224,8 @@ def pixel_judge(spec, classes, *, device="auto"):
 class Answerer(Moving):
     """A LLaVA that names what images show: `labels` by their pixels' bytes.
 
-    `lasts(label)` says by which share a layer may move before it no longer does. `questions`
-    has the image and the text of all it was asked.
+    It answers correctly while no layer has moved by more than `lasts(label)`. `questions` has the
+    image and the text of every question.
     """
 
     def __init__(self, folder, model, labels, lasts) -> None:

@@ -1,4 +1,4 @@
-"""Tiny vision-language models, untrained, each as transformers saves it with its processor.
+"""Tiny untrained vision-language models, each as transformers saves it with its processor.
 
 The vision tower is that of the tiny CLIP, or of a tiny SigLIP without its attention pool.
 """
@@ -63,7 +63,7 @@ def tokenizer():
 
 
 def tower_of(kind: str):
-    """Return the vision tower of a kind, by transformers, and all of its CLIP's, by open_clip."""
+    """Return a kind's vision tower by transformers, and all of its CLIP's weights by open_clip."""
     if kind == "llava_next":
         state = tiny_clip.fresh_model().state_dict()
         return hf_clip.model(state).vision_model, state

@@ -1,4 +1,4 @@
-"""Untrained models of every tower family that the package knows."""
+"""Untrained models of every tower family."""
 
 import json
 
@@ -61,7 +61,7 @@ CONFIGS = {
     },
 }
 CONFIGS["coca-corrected"] = CONFIGS["coca"]
-# Text towers of Hugging Face: what pools and projects, and their own configuration.
+# Text towers of Hugging Face: pooler, projection, and configuration.
 _BERT = {
     "hidden_size": 32,
     "num_hidden_layers": 3,
@@ -102,7 +102,7 @@ CONFIGS |= {
     }
     for kind, (pooler, projection, _) in HUGGING_FACE.items()
 }
-# What makes timm's models small, by how their names begin: the first that fits.
+# Arguments that shrink timm's models; the first matching prefix of the name applies.
 WIDTH, SIDE = 48, 64
 PLAIN = {"img_size": SIDE, "patch_size": 16, "embed_dim": WIDTH, "depth": 3, "num_heads": 2}
 SMALL = {
@@ -123,7 +123,7 @@ SMALL = {
         "window_size": 4,
     },
 }
-# Towers of timm's that have no small ones.
+# timm's towers that have no small variants.
 LARGE = {
     "convnext": "convnext_tiny",
     "fastvit": "fastvit_mci0",
@@ -141,7 +141,7 @@ CONFIGS |= {
 
 
 def shrinking(create):
-    """Return timm's `create_model`, which builds small models."""
+    """Return timm's `create_model` with the arguments that shrink."""
 
     def small(name, **arguments):
         sizes = next(sizes for start, sizes in SMALL.items() if name.startswith(start))
@@ -151,7 +151,7 @@ def shrinking(create):
 
 
 def make(kind, folder):
-    """Return an untrained model of one of the configurations, by way of `folder`."""
+    """Return an untrained model of one of the configurations; its files go to `folder`."""
     path, config = folder / f"test-{kind}.json", CONFIGS[kind]
     if kind in HUGGING_FACE:
         pytest.importorskip("transformers")
@@ -168,10 +168,10 @@ def make(kind, folder):
     if kind == "coca-corrected":
         built.text.correct_cls_mask = True
     if isinstance(built.visual, open_clip.timm_model.TimmModel) and kind not in LARGE:
-        # timm's models are made for larger images, whatever the configuration says.
+        # timm's models expect larger images, whatever the configuration says.
         built.visual.trunk.set_input_size(built.visual.image_size)
     for name, parameter in built.named_parameters():
-        # Fresh projections and norms are zeros and ones in places, which would hide errors.
+        # Fresh projections and norms have zeros and ones, which would hide errors.
         if parameter.ndim < 2 and not name.startswith("logit"):
             parameter.data += 0.1 * torch.randn_like(parameter)
     return built

@@ -9,7 +9,7 @@ from slsgu_cli.verification.model import open_model
 
 
 def opened(world, *, change=None, words=None):
-    """Return the world's model; where `change` was made to it, the original beside it."""
+    """Return the world's model; with a `change`, the changed model and the original."""
     resolved = resolve(world.model)
     module = load(resolved, "cpu")
     if change:

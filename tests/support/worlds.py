@@ -1,4 +1,4 @@
-"""Whole stores for the tests: sets that are built, graded and ranked."""
+"""Whole stores: sets that are built, graded and ranked."""
 
 import shutil
 from dataclasses import dataclass, field, replace
@@ -25,7 +25,7 @@ from slsgu_cli.store.store import Store
 
 @dataclass
 class Listener(progress.Sink):
-    """Remembers what the package tells, from when it is made to the end of the test."""
+    """Records the package's messages until the end of the test."""
 
     heard: list[str] = field(default_factory=list)
 
@@ -39,7 +39,7 @@ class Listener(progress.Sink):
 
 
 def plain_options(**options) -> SearchOptions:
-    """Return how the paper searches, along the direction of the ranking."""
+    """Return the paper's search options, along the ranking's direction."""
     paper = {
         "criterion": Criterion.FA1,
         "utility": UtilityMetric.TA1,
@@ -51,7 +51,7 @@ def plain_options(**options) -> SearchOptions:
 
 @dataclass(frozen=True)
 class World:
-    """A store with one set, the model it is about and the sources it was built from."""
+    """A store with one set, its model, and the sources it was built from."""
 
     store: Store
     name: str
@@ -76,12 +76,12 @@ class World:
         return read_ranking(self.store, self.pointer)
 
     def copied(self, folder: Path) -> "World":
-        """Return the same world in a store of its own."""
+        """Return the same world in its own store."""
         shutil.copytree(self.store.root, folder)
         return replace(self, store=Store(str(folder)))
 
     def build(self, **changes) -> SetManifest:
-        """Build the set, with `changes` to the request; all rows are chosen by and reported on."""
+        """Build the set, with `changes` to the request; all rows are validation and test rows."""
         request = BuildRequest(
             name=self.name,
             concept=self.name,
@@ -96,13 +96,13 @@ class World:
         return build_sets(self.store, replace(request, **changes))
 
     def grade(self, **options) -> None:
-        """Compute the gradients and rank the layers for them."""
+        """Compute the gradients and rank the layers."""
         compute_gradients(self.store, self.name, model=None, options=PassOptions(**options))
         rank(self.store, self.name, options=RankOptions(direction=Direction.GRADIENT))
 
 
 def lose_covariance(world, layer, revision=REVISION):
-    """Let the store say that a layer's inputs were not seen by a revision of what can be."""
+    """Mark a layer's covariance as not capturable in a given revision of the code."""
     for path in map(Artifact.COVARIANCE.path, world.store.names("covariances", ".safetensors")):
         header = world.store.read_header(path, CovarianceHeader)
         arrays = world.store.read_tensors(path)
