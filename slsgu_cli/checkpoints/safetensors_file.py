@@ -15,7 +15,7 @@ from slsgu_cli.checkpoints.number_formats import CHUNK, STORAGE, Raw, itemsize
 from slsgu_cli.checkpoints.tensor_file import TensorEntry, TensorFile, damaged
 from slsgu_cli.errors import InputError
 from slsgu_cli.store.copying import copy_file, write_at
-from slsgu_cli.store.tensor_header import LENGTH, safetensors_header
+from slsgu_cli.store.tensor_format import LENGTH, safetensors_header
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,7 +151,7 @@ def _require_store(store: "Store") -> None:
 
 def show_checked(console: "Console", result: "Checked") -> None:
     """Print the findings of a check. Raises InputError if an artifact is damaged."""
-    from slsgu_cli.store.check import State
+    from slsgu_cli.store.catalog import Standing
 
     _findings(console, "check", result.findings)
     counts = Counter(str(found.state) for found in result.findings if not found.removed)
@@ -159,7 +159,7 @@ def show_checked(console: "Console", result: "Checked") -> None:
     read = f"read {result.artifacts} artifacts, {file_size(result.size)}"
     removed = sum(found.removed for found in result.findings)
     console.note(f"{read}: {summary}" + (f"; {removed} removed" if removed else ""))
-    damaged = [one for one in result.findings if one.state is State.DAMAGED and not one.removed]
+    damaged = [one for one in result.findings if one.state is Standing.DAMAGED and not one.removed]
     if not damaged:
         return
     again = any(found.removable for found in damaged)

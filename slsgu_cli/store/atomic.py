@@ -8,8 +8,6 @@ import os
 import secrets
 import shutil
 import stat
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +15,7 @@ from pathlib import Path
 from slsgu_cli.errors import InputError, SlsguError
 
 PARTIAL = ".partial-"
+UNKNOWN = "unknown"
 
 # safetensors writes under a temporary name, which a killed process leaves behind.
 UNFINISHED = (PARTIAL, ".tmp")
@@ -40,40 +39,30 @@ def remedy(error: OSError, otherwise: str) -> str:
 
 def partial_name(name: str) -> str:
     """Return a new temporary name under which this process writes the file `name`."""
-    return f"{PARTIAL}{_machine_digest()}.{os.getpid()}-{secrets.token_hex(4)}-{name}"
+    return f"{PARTIAL}{_machine()}.{os.getpid()}-{secrets.token_hex(4)}-{name}"
 
 
 def writer_lives(partial: str) -> bool | None:
     """Return whether the process that writes under a partial name runs; None if unknown."""
-    there, _, process = partial.removeprefix(PARTIAL).partition("-")[0].partition(".")
-    return process_lives(
-        machine() if there == _machine_digest() else "", int(process) if process.isdecimal() else 0
-    )
-
-
-@functools.cache
-def machine() -> str:
-    """Return an identifier of this machine since its last boot; "" if there is none."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return ""
-
-
-def process_lives(where: str, process: int) -> bool | None:
-    """Return whether a process runs; None if it is on another or an unknown machine."""
-    if not where or where != machine() or process <= 0 or sys.platform == "win32":
+    machine, _, process = partial.removeprefix(PARTIAL).partition("-")[0].partition(".")
+    if machine in ("", UNKNOWN) or machine != _machine() or not process.isdecimal():
         return None
     try:
-        os.kill(process, 0)
+        os.kill(int(process), 0)
     except OSError as error:
         return not isinstance(error, ProcessLookupError)
     return True
 
 
-def _machine_digest() -> str:
-    return hashlib.sha256(machine().encode()).hexdigest()[:8] if machine() else "unknown"
+@functools.cache
+def _machine() -> str:
+    """Return a digest of this machine's last boot and of the space of its process numbers."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        name = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return UNKNOWN
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 def move(source: Path, target: Path) -> None:
@@ -170,7 +159,6 @@ def discard(partial: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-ABANDONED_SECONDS = 60.0
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
@@ -183,13 +171,12 @@ def replacing(target: Path) -> Iterator[Path]:
     """
     target = target.resolve()
     partial = target.parent / partial_name(target.name)
-    lock = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _clear_abandoned(target)
+        for old in target.parent.glob(f"{PARTIAL}*-{target.name}"):
+            if writer_lives(old.name) is False:
+                shutil.rmtree(old, ignore_errors=True)
         partial.mkdir()
-        lock = os.open(partial, os.O_RDONLY)
-        lock_now(lock)
         yield partial / target.name
         _put(partial / target.name, target)
     except OSError as error:
@@ -200,8 +187,6 @@ def replacing(target: Path) -> Iterator[Path]:
             hint=remedy(error, "choose another --out"),
         ) from error
     finally:
-        if lock is not None:
-            os.close(lock)
         shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -231,28 +216,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _clear_abandoned(target: Path) -> None:
-    for path in target.parent.glob(f"{PARTIAL}*-{target.name}"):
-        # A recent one may have been created but not locked yet.
-        if path.is_dir() and time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                if lock_now(descriptor):
-                    shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(descriptor)
-
-
-def lock_now(descriptor: int) -> bool:
-    """Lock an open file until it is closed; return whether it was free."""
-    if sys.platform == "win32":
-        return False
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

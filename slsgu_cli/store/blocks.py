@@ -229,10 +229,10 @@ def _layout(arrays: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 def _location(store: Store, path: str) -> LocalStore | FsspecStore:
     """Return the zarr store of a block."""
+    where = store.where(path)
     if store.is_local:
-        return LocalStore(store.where(path), read_only=True)
-    fs, full = store.opened(path)
-    return FsspecStore(fs, read_only=True, path=full)
+        return LocalStore(where, read_only=True)
+    return FsspecStore.from_url(where, storage_options=store.options, read_only=True)
 
 
 @dataclass(frozen=True)

@@ -8,32 +8,44 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from slsgu_cli.errors import FormatError, InputError, MissingError, SlsguError, once
+from slsgu_cli.errors import (
+    ForeignError,
+    FormatError,
+    InputError,
+    MissingError,
+    SlsguError,
+    StaleError,
+    once,
+)
 from slsgu_cli.records.codec import digest, parse_json, require_seal
 from slsgu_cli.records.method import EditHeader, GradientPointer
 from slsgu_cli.records.sets import Collection, SetManifest
 from slsgu_cli.records.studies import Sweep
 from slsgu_cli.records.verification import Verification
-from slsgu_cli.store.artifacts import FOLDERS, SWEPT, TABLE, Artifact, changed, digests_of
+from slsgu_cli.store.artifacts import FOLDERS, SWEPT, TABLE, Artifact, changed, digests_of, set_of
 from slsgu_cli.store.store import Store
 from slsgu_cli.text import reason_of
 
 
 class Standing(StrEnum):
-    """Whether an artifact can be used as it is."""
+    """Whether an artifact can be used as it is; the worst problem first."""
 
     OK = "ok"
-    STALE = "stale"
-    UNREFERENCED = "unreferenced"
     DAMAGED = "damaged"
+    FOREIGN = "foreign"
+    STALE = "stale"
+    UNFINISHED = "unfinished"
+    UNREFERENCED = "unreferenced"
 
 
 # An artifact's standing, and the reason where it is not ok.
 Verdict = tuple[Standing, str | None]
 GOOD: Verdict = (Standing.OK, None)
-LEFT = "a write in progress, or one that a killed process left behind"
+PARTIAL = "a write in progress, or one that a killed process left behind"
+RESUMABLE = "unfinished; run the same command to resume it"
 
 
 class Catalog:
@@ -43,7 +55,6 @@ class Catalog:
         self.store = store
         self._records: dict[tuple[Artifact, str], Any] = {}
         self._names: dict[Artifact, list[str]] = {}
-        self._digests: dict[tuple[Artifact, str], str] = {}
         self._blocks: dict[str, dict[str, Any] | SlsguError] = {}
 
     def read(self, kind: Artifact, name: str) -> Any:
@@ -68,9 +79,7 @@ class Catalog:
 
     def digest(self, kind: Artifact, name: str) -> str:
         """Return the digest of a record that could be read."""
-        if (kind, name) not in self._digests:
-            self._digests[kind, name] = digest(self.get(kind, name))
-        return self._digests[kind, name]
+        return digest(self.get(kind, name))
 
     def block(self, path: str) -> dict[str, Any]:
         """Return the attributes of a block of rows. Raises SlsguError."""
@@ -87,70 +96,66 @@ class Catalog:
         """Return every record of a kind that could be read, by its name."""
         return {n: r for n, r in self.all(kind).items() if not isinstance(r, SlsguError)}
 
-    def complete(self, kind: Artifact) -> bool:
-        """Return whether every record of a kind could be read."""
-        return len(self.readable(kind)) == len(self.all(kind))
+    def unread(self) -> list[str]:
+        """Return the paths of sets and gradients that cannot be read: what they use is unknown."""
+        return [
+            kind.place(name)
+            for kind in (Artifact.SET, Artifact.POINTER)
+            for name in sorted(set(self.all(kind)) - set(self.readable(kind)))
+        ]
 
-    def is_of(self, kind: Artifact, name: str, owner: str) -> bool:
-        """Return whether rows, gradients, covariances or features are of the set `owner`.
+    def owners(self, kind: Artifact, name: str) -> list[str]:
+        """Return the sets that an artifact belongs to.
 
-        A file whose header cannot be read may be of every set that has gradients.
+        A file whose header cannot be read may belong to every set that has gradients.
         """
-        manifest, pointer = self.get(Artifact.SET, owner), self.get(Artifact.POINTER, owner)
-        match kind:
-            case Artifact.DATA:
-                blocks = manifest.blocks() if manifest else {}
-                return kind.place(name) in {ref.path for ref in blocks.values()}
-            case Artifact.GRADIENT | Artifact.SQUARES:
-                return pointer is not None and name in (pointer.forget, pointer.retain)
-            case Artifact.COVARIANCE | Artifact.FEATURES:
-                header = self.get(kind, name)
-                if pointer is None or header is None:
-                    return pointer is not None
-                if kind is Artifact.COVARIANCE:
-                    return bool(header.is_of(pointer))
-                return bool(manifest and header.is_of(pointer, manifest))
-        return False
-
-    def users(self, kind: Artifact, name: str) -> list[str]:
-        """Return the sets that rows, gradients, covariances or features are of."""
-        owners = self.readable(Artifact.SET if kind is Artifact.DATA else Artifact.POINTER)
-        return [owner for owner in owners if self.is_of(kind, name, owner)]
+        if TABLE[kind].made_with is None:
+            return [set_of(part) for part in name.split("+")]
+        manifests, pointers = self.readable(Artifact.SET), self.readable(Artifact.POINTER)
+        if kind is Artifact.DATA:
+            path = kind.place(name)
+            return [
+                n for n, m in manifests.items() if path in [r.path for r in m.blocks().values()]
+            ]
+        if kind in (Artifact.GRADIENT, Artifact.SQUARES):
+            return [n for n, p in pointers.items() if name in (p.forget, p.retain)]
+        header = self.get(kind, name)
+        if header is None:
+            return list(pointers)
+        if kind is Artifact.COVARIANCE:
+            return [n for n, p in pointers.items() if header.is_of(p)]
+        both = [n for n in pointers if n in manifests]
+        return [n for n in both if header.is_of(pointers[n], manifests[n])]
 
     def maker(self, kind: Artifact, name: str) -> str | None:
         """Return the command that makes an artifact, if it is known."""
         made_with = TABLE[kind].made_with
         if made_with is not None:
-            users = self.users(kind, name)
+            owners = self.owners(kind, name)
             squares = " --squares" if kind is Artifact.SQUARES else ""
-            return f"{made_with.command_again(users[0])}{squares}" if users else None
+            return f"{made_with.command_again(owners[0])}{squares}" if owners else None
         if kind is Artifact.SET and self.get(kind, name) is None:
             return kind.command(name)
         return kind.command_again(name)
 
     def standing(self, kind: Artifact, name: str, record: Any) -> Verdict:
         """Return whether a readable record can be used, and if not, the reason."""
-        needs = TABLE[kind].needs
-        if (
-            kind in FURTHER_CHECKS
-            and (flaw := FURTHER_CHECKS[kind](self, name, record)) is not None
-        ):
+        if kind in FURTHER_CHECKS and (flaw := FURTHER_CHECKS[kind](self, name, record)):
             return flaw
-        if kind in UNUSED and not self.users(kind, name):
-            measured = kind is Artifact.FEATURES
-            if self.complete(Artifact.POINTER) and (not measured or self.complete(Artifact.SET)):
-                return Standing.UNREFERENCED, UNUSED[kind]
+        if kind in UNUSED and not self.owners(kind, name) and not self.unread():
+            return Standing.UNREFERENCED, UNUSED[kind]
+        needs = TABLE[kind].needs
         needed = needs and self.get(needs, record.name)
         if needs and needed is None:
             verb = "is" if needs is Artifact.SET else "are"
             lacks = f"the {needs.called(record.name)} {verb} not in the store or cannot be read"
-            return _stale(lacks)
+            return Standing.STALE, lacks
         if change := kind.changed(record, self._now(kind, record)):
-            return _stale(change.reason)
+            return Standing.STALE, change.reason
         if needs is Artifact.POINTER:
             state, reason = self.standing(needs, record.name, needed)
             if state is not Standing.OK:
-                return _stale(f"its gradients are {state}: {reason}")
+                return Standing.STALE, f"its gradients are {state}: {reason}"
         return GOOD
 
     def _now(self, kind: Artifact, record: Any) -> dict[str, Any]:
@@ -199,10 +204,6 @@ def attributes(store: Store, path: str) -> dict[str, Any]:
         raise InputError(f"{store.where(path)} is damaged: {reason_of(error)}") from error
 
 
-def _stale(reason: str) -> Verdict:
-    return Standing.STALE, reason
-
-
 def _missing_shard(catalog: Catalog, name: str, collection: Collection) -> Verdict | None:
     parts = set(catalog.store.names(f"{Artifact.COLLECTION.folder_of(name)}/parts"))
     missing = [shard for shard in collection.shards() if shard not in parts]
@@ -216,7 +217,7 @@ def _other_block(catalog: Catalog, _name: str, manifest: SetManifest) -> Verdict
         except SlsguError as error:
             return Standing.DAMAGED, f"its {role} rows cannot be read: {error.message}"
         if fingerprint != ref.fingerprint:
-            return _stale(f"its {role} rows have been rebuilt since")
+            return Standing.STALE, f"its {role} rows have been rebuilt since"
     return None
 
 
@@ -241,7 +242,7 @@ def _other_gradient(catalog: Catalog, _name: str, sweep: Sweep) -> Verdict | Non
     for row in sweep.rows:
         pointer = catalog.get(Artifact.POINTER, row.name)
         if pointer is None or changed(SWEPT, row, digests_of(None, pointer)):
-            return _stale(SWEPT["gradient"].format(row.name))
+            return Standing.STALE, SWEPT["gradient"].format(row.name)
     return None
 
 
@@ -249,15 +250,8 @@ def _other_edit(catalog: Catalog, name: str, verification: Verification) -> Verd
     edit = catalog.get(Artifact.EDIT, name)
     edits = [subject.edit for subject in verification.subjects if subject.edit is not None]
     if edit and edits and edit not in edits:
-        return _stale("the edit has been remade since")
+        return Standing.STALE, "the edit has been remade since"
     return None
-
-
-def _under_way(_catalog: Catalog, _name: str, _header: Any) -> Verdict:
-    return (
-        Standing.UNREFERENCED,
-        "an unfinished pass or training; run the same command to resume it",
-    )
 
 
 # Further checks, next to the digests in the table.
@@ -265,7 +259,7 @@ FURTHER_CHECKS: dict[Artifact, Callable[[Catalog, str, Any], Verdict | None]] = 
     Artifact.COLLECTION: _missing_shard,
     Artifact.SET: _other_block,
     Artifact.POINTER: _missing_gradient,
-    Artifact.SUMS: _under_way,
+    Artifact.SUMS: lambda *_: (Standing.UNFINISHED, RESUMABLE),
     Artifact.EDIT: _foreign_layer,
     Artifact.SWEEP: _other_gradient,
     Artifact.VERIFICATION: _other_edit,
@@ -273,6 +267,7 @@ FURTHER_CHECKS: dict[Artifact, Callable[[Catalog, str, Any], Verdict | None]] = 
 
 # Why an artifact that is named by a digest is unused.
 UNUSED = {
+    Artifact.DATA: "no set refers to it",
     Artifact.GRADIENT: "no set uses it",
     Artifact.SQUARES: "no set uses it",
     Artifact.COVARIANCE: "no set has gradients of this model and these retain rows",
@@ -321,12 +316,14 @@ def _records(catalog: Catalog) -> Iterator[Entry]:
             size = _size(catalog.store, path)
             if row.has_folder:
                 size += _size(catalog.store, kind.folder_of(name))
-            called = Artifact.UNFINISHED if kind is Artifact.SUMS else kind
+            shown = Artifact.UNFINISHED if kind is Artifact.SUMS else kind
             if isinstance(record, SlsguError):
-                yield Entry(called, name, path, size, {}, Standing.DAMAGED, record.message)
+                foreign = isinstance(record, ForeignError | StaleError)
+                state = Standing.FOREIGN if foreign else Standing.DAMAGED
+                yield Entry(shown, name, path, size, {}, state, record.message)
                 continue
             verdict = catalog.standing(kind, name, record)
-            yield Entry(called, name, path, size, record.about(), *verdict)
+            yield Entry(shown, name, path, size, record.about(), *verdict)
 
 
 def _data(catalog: Catalog) -> Iterator[Entry]:
@@ -339,14 +336,13 @@ def _data(catalog: Catalog) -> Iterator[Entry]:
     for name in kind.names(store):
         path = kind.place(name)
         made_from = {"for": ", ".join(users[path])} if path in users else {}
-        unused = path not in users and catalog.complete(Artifact.SET)
-        verdict = (Standing.UNREFERENCED, "no set refers to it") if unused else GOOD
         try:
             made_from = {"rows": str(catalog.block(path)["rows"]), **made_from}
+            verdict = catalog.standing(kind, name, None)
         except SlsguError as error:
             if isinstance(error, MissingError) and not store.is_local:
                 # A remote block arrives file by file, and the missing file comes last.
-                yield _unfinished_entry(store, path, LEFT)
+                yield _unfinished_entry(store, path, PARTIAL)
                 continue
             verdict = Standing.DAMAGED, error.message
         yield Entry(kind, name, path, _size(store, path), made_from, *verdict)
@@ -355,17 +351,17 @@ def _data(catalog: Catalog) -> Iterator[Entry]:
 def _unfinished(store: Store) -> Iterator[Entry]:
     for folder in FOLDERS:
         for name in store.unfinished(folder):
-            yield _unfinished_entry(store, f"{folder}/{name}", LEFT)
-    folder, complete = TABLE[Artifact.COLLECTION].folder, Artifact.COLLECTION.names(store)
-    for name in store.names(folder):
-        if not name.endswith(".json") and name not in complete:
-            going_on = "an unfinished collection; run the same build-sets to resume it"
-            yield _unfinished_entry(store, f"{folder}/{name}", going_on)
+            yield _unfinished_entry(store, f"{folder}/{name}", PARTIAL)
+    for kind, row in TABLE.items():
+        complete = kind.names(store) if row.has_folder else []
+        for name in store.names(row.folder) if row.has_folder else ():
+            if name not in complete and not Path(name).suffix:
+                yield _unfinished_entry(store, f"{row.folder}/{name}", RESUMABLE)
 
 
 def _unfinished_entry(store: Store, path: str, reason: str) -> Entry:
     name, size = path.partition("/")[2], _size(store, path)
-    return Entry(Artifact.UNFINISHED, name, path, size, {}, Standing.UNREFERENCED, reason)
+    return Entry(Artifact.UNFINISHED, name, path, size, {}, Standing.UNFINISHED, reason)
 
 
 def _size(store: Store, path: str) -> int:

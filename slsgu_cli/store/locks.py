@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
 
 from slsgu_cli import progress
 from slsgu_cli.errors import InputError
-from slsgu_cli.store.atomic import lock_now, remedy
+from slsgu_cli.store.atomic import remedy
+from slsgu_cli.store.store import Store
 
 FOLDER = "locks"
 
@@ -23,16 +23,8 @@ FOLDER = "locks"
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-class _LockingStore(Protocol):
-    """The part of a `Store` that locks need."""
-
-    @property
-    def has_locks(self) -> bool: ...
-    def where(self, path: str) -> str: ...
-
-
 @contextmanager
-def held(store: _LockingStore, path: str, *, what: str) -> Iterator[None]:
+def held(store: Store, path: str, *, what: str) -> Iterator[None]:
     """Hold the lock of the artifact at `path` for the length of a block.
 
     If another process holds it, wait, and log who that is. The artifact may be there by then, so
@@ -68,7 +60,7 @@ def _acquired(file: Path, what: str) -> int:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if not lock_now(descriptor):
+            if not _lock(descriptor):
                 progress.note(
                     f"{what}: {_text(descriptor)} is computing it; "
                     "waiting for it (--no-wait computes it anyway)"
@@ -93,9 +85,20 @@ def holder(file: Path) -> str | None:
     except OSError:
         return None
     try:
-        return None if lock_now(descriptor) else _text(descriptor)
+        return None if _lock(descriptor) else _text(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file until it is closed; return whether it was free."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _is_open(descriptor: int, file: Path) -> bool:

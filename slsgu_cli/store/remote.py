@@ -18,8 +18,8 @@ from slsgu_cli.store.cache import cached
 # Object stores: a file appears whole or not at all, and a folder is no more than a name.
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "memory"}
 
-# Seconds to wait for a connection and for an answer, and how often s3fs sends a request.
-CONNECT, READ, TRIES = 5, 8, 5
+# Seconds to wait for a connection and for an answer.
+CONNECT, READ = 5, 8
 
 
 @dataclass(slots=True)
@@ -41,7 +41,6 @@ class Remote:
             hint = "pip install 'slsgu[s3]'" if "s3fs" in str(error) else None
             raise InputError(f"cannot open the store {url}: {error}", hint=hint) from error
         if options:
-            fs.retries = TRIES
             _look_into(url, fs, str(root))
         return cls(fs, str(root).rstrip("/"), options)
 
@@ -50,17 +49,6 @@ class Remote:
         """The names of the file system in URLs."""
         protocol = self.fs.protocol
         return protocol if isinstance(protocol, tuple) else (protocol,)
-
-    def asynchronous(self) -> Any:
-        """Return the same file system for the event loop of another library, such as zarr."""
-        if not self.fs.async_impl:
-            from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
-
-            return AsyncFileSystemWrapper(self.fs, asynchronous=True)
-        fs = fsspec.filesystem(self.protocols[0], asynchronous=True, **self.options)
-        if self.options:
-            fs.retries = TRIES
-        return fs
 
     def put(self, built: Path, target: str) -> None:
         """Upload a file, or the files of a folder: those at its top last, because they complete it.
@@ -150,7 +138,8 @@ class _Answers:
         self._retry(reason)
 
     def _retry(self, reason: str) -> None:
-        progress.note(f"{self.url}: {reason}; a request is sent up to {TRIES} times")
+        # The number of tries is that of s3fs.
+        progress.note(f"{self.url}: {reason}; a request is sent up to 5 times")
         raise _TransientError(reason)
 
 

@@ -38,9 +38,8 @@ from slsgu_cli.store.atomic import (
     remove,
 )
 from slsgu_cli.store.copying import BUFFER
-from slsgu_cli.store.digests import content_digest
 from slsgu_cli.store.remote import Remote
-from slsgu_cli.store.tensor_header import safetensors_header
+from slsgu_cli.store.tensor_format import content_digest, safetensors_header
 
 T = TypeVar("T")
 HEADER, TENSORS = "slsgu", "tensors"
@@ -53,9 +52,6 @@ ELSEWHERE = "choose another store with --store"
 REMEDY = (
     "`slsgu check` says how to fix it; `slsgu check --repair` removes what a command can make again"
 )
-
-# The keys under which file systems return the time of the last write.
-WRITTEN = ("mtime", "LastModified", "last_modified", "updated", "created")
 
 SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -79,8 +75,6 @@ class Store:
         self.is_local = "file" in self._remote.protocols
         # A store in memory ends with the process.
         self.is_lasting = "memory" not in self._remote.protocols
-        # By file, the digests that have not been compared with their tensors yet.
-        self._uncompared: dict[tuple[Any, ...], dict[str, str]] = {}
         if self.is_local and Path(self.root).exists():
             self._require_folder()
 
@@ -94,9 +88,10 @@ class Store:
                 hint=f"give the user permission, or {ELSEWHERE}",
             )
 
-    def opened(self, path: str) -> tuple[Any, str]:
-        """Return a file system for asynchronous use, and the full path of `path` on it."""
-        return self._remote.asynchronous(), self._full(path)
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options with which fsspec opens the store."""
+        return self._remote.options
 
     def where(self, path: str) -> str:
         """Return the full path or URL of `path`, for messages and for opening."""
@@ -126,15 +121,10 @@ class Store:
 
     def changed(self, path: str) -> float:
         """Return when `path`, or any file below it, was last written, in seconds since 1970."""
+        full = self._full(path)
         with self._reading(path):
-            below = self._fs.find(self._full(path), detail=True).values()
-        known = [
-            next((about[key] for key in WRITTEN if about.get(key)), 0.0)
-            for about in below or [self._fs.info(self._full(path))]
-        ]
-        return max(
-            float(time.timestamp()) if hasattr(time, "timestamp") else float(time) for time in known
-        )
+            files = self._fs.find(full) or [full]
+            return max(float(self._fs.modified(file).timestamp()) for file in files)
 
     def remove(self, path: str) -> None:
         """Remove the artifact at `path` if it is there."""
@@ -246,16 +236,13 @@ class Store:
             value = parse_json(data)
         except ValueError as error:
             raise InputError(f"{self.where(path)} is not JSON: {error}", hint=REMEDY) from error
-        self._require_seal(path, value)
-        return value
-
-    def _require_seal(self, path: str, content: Any) -> None:
         try:
-            require_seal(content)
+            require_seal(value)
         except FormatError:
             raise
         except ValueError as error:
             raise self._damaged(path, error) from error
+        return value
 
     def write_tensors(
         self, path: str, arrays: Arrays, header: Any, *, keep_first: bool = False
@@ -329,36 +316,28 @@ class Store:
         Raises MissingError, and InputError where one does not match its digest.
         """
         try:
-            return self._tensors(path, names)
+            return dict(self._tensors(path, names))
         except InputError:
             if self.is_local:
                 raise
             # Perhaps only the copy in the cache was damaged; it has been removed.
-            return self._tensors(path, names)
-
-    def _tensors(self, path: str, names: list[str] | None) -> Arrays:
-        with self._tensor_file(path) as (place, file):
-            wanted = sorted(file.keys()) if names is None else names
-            return {name: self._tensor(place, file, name) for name in wanted}
+            return dict(self._tensors(path, names))
 
     def verify(self, path: str) -> None:
-        """Read all of a record or safetensors file.
+        """Read all of a record or safetensors file, bypassing the cache.
 
         Raises MissingError, and InputError where it is damaged.
         """
         if not path.endswith(".safetensors"):
             self._json(path)
             return
-        with self._tensor_file(path, fresh=True) as (place, file):
-            for name in sorted(file.keys()):
-                self._tensor(place, file, name)
+        for _ in self._tensors(path, fresh=True):
+            pass
 
-    @contextmanager
-    def _tensor_file(self, path: str, *, fresh: bool = False) -> Iterator[tuple[Path, Any]]:
-        """Yield an open safetensors file, and the local path of it or of its copy.
-
-        `fresh` bypasses the cache. A damaged copy is removed.
-        """
+    def _tensors(
+        self, path: str, names: list[str] | None = None, *, fresh: bool = False
+    ) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        """Yield tensors, compared with their digests. Remove a damaged copy from the cache."""
         from safetensors import SafetensorError, safe_open
 
         full = self._full(path)
@@ -366,29 +345,19 @@ class Store:
         with self._reading(path), local as place:
             try:
                 with safe_open(str(place), "np") as file:
-                    yield place, file
+                    header = parse_json((file.metadata() or {}).get(HEADER, "null"))
+                    digests = _digests_in(header, file.keys())
+                    for name in sorted(digests) if names is None else names:
+                        array = file.get_tensor(name)
+                        if content_digest(*_content(array)) != digests[name]:
+                            raise ValueError(f"{name} does not match its digest")
+                        yield name, array
             except (SafetensorError, ValueError, KeyError, TypeError) as error:
                 if isinstance(error, SlsguError):
                     raise
                 if not self.is_local:
                     place.unlink(missing_ok=True)
                 raise self._damaged(path, error) from error
-
-    def _tensor(self, place: Path, file: Any, name: str) -> npt.NDArray[Any]:
-        """Return a tensor of an open file. Raises ValueError if it does not match its digest.
-
-        Each digest is compared once, as long as the file stays the same.
-        """
-        status = place.stat()
-        state = (place, status.st_ino, status.st_size, status.st_mtime_ns)
-        digests = self._uncompared.get(state)
-        if digests is None:
-            digests = self._uncompared[state] = _digests_in(_header_of(file), file.keys())
-        array: npt.NDArray[Any] = file.get_tensor(name)
-        if name in digests and content_digest(*_content(array)) != digests[name]:
-            raise ValueError(f"{name} does not match its digest")
-        digests.pop(name, None)
-        return array
 
     @contextmanager
     def _reading(self, path: str) -> Iterator[None]:
@@ -448,11 +417,6 @@ class Store:
         return f"{self.root}/{path}" if path else self.root
 
 
-def _header_of(file: Any) -> Any:
-    """Return the header that slsgu wrote into an open safetensors file, or None."""
-    return parse_json((file.metadata() or {}).get(HEADER, "null"))
-
-
 def _content(array: npt.NDArray[Any]) -> tuple[str, memoryview]:
     """Return what the digest of an array covers: its number format and shape, and its bytes."""
     return f"{array.dtype.str} {list(array.shape)} ", array.reshape(-1).view(np.uint8).data
@@ -467,7 +431,7 @@ def _digests_in(header: Any, names: Collection[str]) -> dict[str, str]:
     digests: dict[str, str] = header[TENSORS]
     if set(digests) != set(names):
         raise ValueError("it holds other tensors than its digests are of")
-    return dict(digests)
+    return digests
 
 
 def require(store: Store, path: str, *, what: str, run: str, near: str | None = None) -> None:

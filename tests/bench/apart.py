@@ -28,9 +28,9 @@ BUSY = []
 def time_digests() -> None:
     """Measure the time spent on computing and comparing digests of artifacts."""
     from slsgu_cli.records import codec
-    from slsgu_cli.store import digests
+    from slsgu_cli.store import tensor_format
 
-    for module, name in ((digests, "content_digest"), (codec, "_seal")):
+    for module, name in ((tensor_format, "content_digest"), (codec, "_seal")):
         setattr(module, name, _timed(getattr(module, name)))
 
 

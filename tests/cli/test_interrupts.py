@@ -216,5 +216,5 @@ def test_a_killed_build_leaves_what_ls_lists_and_no_set(build, tmp_path):
     store = tmp_path / "store"
     kill(start_held(*build, at=ROW, call=FORGET // 2))
     listed = json.loads(inside("ls", "--json", store=store).stdout)["store"]
-    assert {(entry["kind"], entry["state"]) for entry in listed} == {("unfinished", "unreferenced")}
+    assert {(entry["kind"], entry["state"]) for entry in listed} == {("unfinished", "unfinished")}
     assert inside(*build).exit_code == 0

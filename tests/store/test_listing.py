@@ -158,7 +158,7 @@ def by_path(store):
     return {entry.path: entry for entry in entries(store)}
 
 
-def test_an_empty_store_holds_nothing(tmp_path):
+def test_an_empty_store_lists_nothing(tmp_path):
     assert entries(Store(str(tmp_path / "none"))) == []
     assert entries(Store(f"memory://{tmp_path.name}")) == []
 
@@ -238,19 +238,19 @@ def test_an_edit_that_was_not_measured_has_no_figures(store):
         ),
     ],
 )
-def test_what_no_longer_fits_its_inputs_is_stale(store, path, fields, stale):
+def test_an_artifact_with_other_inputs_is_stale(store, path, fields, stale):
     change(store, path, **fields)
     assert {p: state for p, (state, _) in not_ok(store).items()} == dict.fromkeys(stale, "stale")
 
 
-def test_a_block_built_anew_makes_its_set_stale(store):
+def test_a_rebuilt_block_makes_its_set_stale(store):
     write_block(store, "d2", "print2b")
     state, reason = not_ok(store)["sets/facebook.json"]
     assert state is Standing.STALE
     assert "retain rows have been rebuilt" in reason
 
 
-def test_a_new_forget_gradient_leaves_all_that_was_made_from_the_old_one_stale(store):
+def test_a_new_forget_gradient_makes_its_dependents_stale(store):
     write_gradient(store, "g9", "print1")
     change(store, "gradients/facebook.json", forget="g9")
     assert not_ok(store) == {
@@ -264,7 +264,7 @@ def test_a_new_forget_gradient_leaves_all_that_was_made_from_the_old_one_stale(s
     }
 
 
-def test_a_later_run_goes_on_with_what_was_made_from_the_same(store, listener):
+def test_a_later_run_reuses_rows_with_the_same_inputs(store, listener):
     on_file = store.read_record("trials/facebook.json", Trials)
     fresh = replace(on_file, trials=(), criterion=Criterion.FA5, version="later")
     again = resume(store, Artifact.TRIALS, "facebook", fresh)
@@ -289,19 +289,17 @@ def test_an_edit_alone_in_a_store_is_not_stale(tmp_path):
     assert (entry.kind, entry.state) == (Artifact.EDIT, Standing.OK)
 
 
-def test_what_nothing_refers_to_is_unreferenced(store):
+def test_unused_artifacts_are_unreferenced(store):
     write_block(store, "d9", "print9")
     write_gradient(store, "g9", "print9")
     left = Path(store.where("data"), ".partial-00000000-killed.zarr")
     left.mkdir()
     (left / "chunk").write_bytes(b"12345")
-    found = {entry.path: entry for entry in unreferenced(store)}
-    assert sorted(found) == [
-        "data/.partial-00000000-killed.zarr",
+    assert sorted(entry.path for entry in unreferenced(store)) == [
         "data/d9.zarr",
         "gradients/g9.safetensors",
     ]
-    unfinished = found["data/.partial-00000000-killed.zarr"]
+    (unfinished,) = (e for e in entries(store) if e.state is Standing.UNFINISHED)
     assert (unfinished.kind, unfinished.size) == (Artifact.UNFINISHED, 5)
 
 
@@ -330,7 +328,7 @@ def test_a_damaged_artifact_of_any_kind_is_listed_with_the_reason(store, content
             assert Path(path).name in entry.reason
 
 
-def test_a_block_as_it_is_really_written_is_read(tmp_path):
+def test_a_written_block_is_listed(tmp_path):
     from slsgu_cli.store.blocks import block_writer
 
     store = Store(str(tmp_path))
@@ -343,7 +341,7 @@ def test_a_block_as_it_is_really_written_is_read(tmp_path):
     assert entry.size > 0
 
 
-def test_parts_gone_missing_are_told(store):
+def test_missing_parts_are_reported(store):
     store.remove("data/d1.zarr")
     store.remove("gradients/g2.safetensors")
     found = not_ok(store)
@@ -359,7 +357,7 @@ def test_parts_gone_missing_are_told(store):
     assert "are not in the store" in not_ok(store)["rankings/facebook.json"][1]
 
 
-def test_files_of_others_are_passed_over(store):
+def test_foreign_files_are_not_listed(store):
     before = entries(store)
     for path in ("sets/notes.txt", "gradients/.DS_Store", "elsewhere/x.json", "README.md"):
         store.write_bytes(path, b"?")
@@ -386,7 +384,7 @@ def test_listing_imports_nothing_heavy(store):
     assert (done.returncode, done.stdout, done.stderr) == (0, "11\n", "")
 
 
-def test_covariances_are_of_a_model_and_retain_rows_in_use(store):
+def test_covariances_of_other_rows_are_unreferenced(store):
     layers = {"visual.proj": LayerCovariance(0, 9.0, 1.5)}
     for name, data in (("m1", "print2"), ("m2", "older")):
         header = CovarianceHeader("model", data, 9, layers, (), "0.1.0")
@@ -397,7 +395,7 @@ def test_covariances_are_of_a_model_and_retain_rows_in_use(store):
     assert set(not_ok(store)) == {"covariances/m2.safetensors"}
 
 
-def test_what_other_retain_rows_whitened_is_stale(store):
+def test_edits_whitened_by_other_retain_rows_are_stale(store):
     write_edit(store, "facebook", gradient="g1", retain="print2")
     assert not not_ok(store)
     write_edit(store, "facebook", gradient="g1", retain="older")
