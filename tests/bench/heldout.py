@@ -34,7 +34,7 @@ from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
 from slsgu_cli.errors import SlsguError
-from slsgu_cli.records.directions import Direction
+from slsgu_cli.records.directions import Direction, DirectionSpec
 from slsgu_cli.records.method import EditHeader, Tower, UtilityMetric
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.studies import SweepRequest
@@ -126,7 +126,7 @@ def asked(store: Store, name: str, way: str) -> SearchOptions:
         return WAYS[way]
     tower, direction = TOWER_WAYS[way]
     ranking = read_ranking(store, read_pointer(store, read_manifest(store, name)))
-    scores = ranking.by_direction()[direction]
+    scores = ranking.by_direction()[DirectionSpec.of(direction)]
     layers = [score.layer for score in scores if score.front and score.tower is tower]
     return SearchOptions(layers=layers, direction=direction)
 
