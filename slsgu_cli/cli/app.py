@@ -14,9 +14,8 @@ import traceback
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -24,13 +23,14 @@ from typer.core import TyperGroup
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.cli import usage
+from slsgu_cli.cli.console import Console
 from slsgu_cli.cli.usage import ParsedOptions
-from slsgu_cli.errors import Ended, ExitCode, MissingError, SlsguError, ended_by
+from slsgu_cli.errors import Ended, ExitCode, SlsguError, UsageError, ended_by
 from slsgu_cli.records.codec import without_none
-from slsgu_cli.records.option_fields import COMMON, Option, OptionField, option_fields
+from slsgu_cli.records.option_fields import CommonOptions, Option, OptionField, option_fields
+from slsgu_cli.text import near
 
 if TYPE_CHECKING:
-    from slsgu_cli.cli.console import Console
     from slsgu_cli.store.store import Store
 
 # The commands in the order of the help: the module of `slsgu_cli.cli` and a summary.
@@ -125,33 +125,30 @@ class _Group(TyperGroup):
         command = next((word for word in arguments if word in COMMANDS), None)
         try:
             sys.exit(super().main(arguments, *more, **{**extra, "standalone_mode": False}) or 0)
+        except typer.Abort as abort:
+            # An interrupt before the command begins.
+            sys.exit(Ended.code(typing.cast(KeyboardInterrupt, abort.__cause__)))
         except usage.ParserError as caught:
             if type(caught).__name__ == "NoArgsIsHelpError":
                 typer.echo(str(caught))
                 sys.exit(ExitCode.USAGE)
-            error: SlsguError = usage.usage_error(caught, command or "")
+            error: SlsguError = usage.usage_error(caught, command)
         except SlsguError as caught:
             error = caught
         from slsgu_cli import processes
-        from slsgu_cli.cli.console import Console
 
-        console = Console(command=command, as_json=usage.wants_json(arguments))
+        as_json = os.environ.get("SLSGU_JSON", "") in ("1", "true", "yes", "on")
+        console = Console(command=command, as_json="--json" in arguments or as_json)
         if processes.reports_error():
             console.error(error)
             console.flush(error)
         sys.exit(error.exit_code)
 
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command; an interrupt before it begins has the same exit code as later."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as interrupt:
-            sys.exit(Ended.code(interrupt))
-
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command. Raises UsageError if it does not exist."""
         if args[0] not in COMMANDS and not ctx.resilient_parsing:
-            raise usage.unknown_command(ctx, args[0])
+            hint = near(args[0], COMMANDS) or "slsgu --help"
+            raise UsageError(f"there is no command {args[0]}", hint=hint)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -188,45 +185,19 @@ def main(
     """Take the options before the command."""
 
 
-_COMMON = {
-    Option(
-        ("--store",),
-        "Folder or fsspec URL of the artifacts. SLSGU_STORE sets it; every other option has a "
-        "variable as well, such as SLSGU_MAX_LOSS for --max-loss.",
-        COMMON,
-        metavar="STORE",
-        without=usage.STORE,
-    ): str,
-    Option(
-        ("--no-wait",), "Do not wait for another process that computes the same artifact.", COMMON
-    ): bool,
-    Option(("--json",), "Print the results as one JSON document.", COMMON): bool,
-    Option(("--quiet", "-q"), "Print results and errors only.", COMMON): bool,
-    Option(("--verbose", "-v"), "Print details of the computation.", COMMON): bool,
-    Option(("--debug",), "Print tracebacks.", COMMON): bool,
-}
-_RECIPE = Option(
-    ("--recipe",),
-    "Recipe that provides options not given here.",
-    COMMON,
-    metavar="FILE",
-    without="none",
-)
-
-
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The store and the console of a command, and the names of the options that were typed."""
+    """The store and the console of a command, and its own options that were typed."""
 
     store: "Store"
-    console: "Console"
-    options: tuple[str, ...] = ()
+    console: Console
+    options: Sequence[str] = ()
 
 
 # Marks ParsedOptions whose required options must be given.
 NEEDED = "needed"
-Names = Annotated[Sequence[str], Option(metavar="NAME...", help="Names of sets.", completes="set")]
-Name = Annotated[str, Option(metavar="NAME", help="Name of the set.", completes="set")]
+Names = Annotated[Sequence[str], Option(metavar="NAME...", help="Names of sets.")]
+Name = Annotated[str, Option(metavar="NAME", help="Name of the set.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,19 +227,18 @@ class _Parameter:
             )
         if typing.get_origin(kind) is ParsedOptions:
             (record,) = typing.get_args(kind)
-            fields = option_fields(record)
-            return cls(fields, NEEDED in marks, functools.partial(ParsedOptions, record))
+            make = functools.partial(ParsedOptions, record)
+            return cls(option_fields(record), NEEDED in marks, make)
         record = without_none(kind)
         fields = option_fields(record)
-        keys = {field.option.key for field in fields}
         needed = {field.option.key for field in fields if field.required}
 
-        def make(values: Mapping[str, Any], typed: Collection[str]) -> Any:
+        def made(values: Mapping[str, Any], typed: Collection[str]) -> Any:
             # A variable alone does not ask for an optional record, unless it makes it complete.
-            given = keys & set(typed) or (keys & set(values) and needed <= set(values))
-            return usage.made(record, values) if given or default is not None else None
+            given = {field.option.key for field in fields} & {*typed} or needed <= values.keys()
+            return ParsedOptions(record, values, typed).record() if given else default
 
-        return cls(fields, default is not None, make)
+        return cls(fields, default is not None, made)
 
 
 def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -285,54 +255,63 @@ def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
     """Return the function that typer calls with all options of a command."""
     signature = inspect.signature(function, eval_str=True).parameters
     parameters = {key: _Parameter.of(each) for key, each in list(signature.items())[1:]}
-    options = [field.option for each in parameters.values() for field in each.fields]
+    fields = [
+        (field, field.required and each.required)
+        for each in parameters.values()
+        for field in each.fields
+    ]
+    flags = {field.option.key: field.option.name for field, _ in fields if field.option.flags}
+    for field in option_fields(CommonOptions):
+        if field.path != ("recipe",) or name in IN_RECIPE:
+            fields.append((field, False))
+    options: dict[str, inspect.Parameter] = {}
+    for field, required in fields:
+        # Records share options of the same name.
+        options.setdefault(field.option.key, _option_of(field, required=required))
 
     @functools.wraps(function)
     def run(ctx: typer.Context, **given: Any) -> None:
         # Not needed for `--help`, which would take a third longer with them.
         from slsgu_cli import processes
-        from slsgu_cli.cli.console import Console
         from slsgu_cli.store.ranks import RankStore
 
         values = {key: value for key, value in given.items() if value not in (None, [], ())}
-        typed = set(values) - set(ctx.obj) | {
-            key
-            for key in ctx.obj
-            if getattr(ctx.get_parameter_source(key), "name", "") == "COMMANDLINE"
-        }
-        verbosity = -1 if values["quiet"] else int(values["verbose"])
-        console = Console(name, verbosity=verbosity, as_json=values["json"])
-        with _ending(console, debug=values["debug"]):
-            _require_folder()
+        typed = {key for key in values if usage.source(ctx, key) == "COMMANDLINE"}
+        common = ParsedOptions(CommonOptions, values, typed).record()
+        verbosity = -1 if common.quiet else int(common.verbose)
+        console = Console(name, verbosity=verbosity, as_json=common.json)
+        with _ending(console, ctx, debug=common.debug):
             if name not in IN_SEVERAL:
                 processes.refuse_several(name)
+            heard, others = console, sys.stderr
+            if not processes.prints():
+                others = Path(os.devnull).open("w")  # noqa: SIM115
+                heard = Console.writing_to(others)
             # Only the console prints results; libraries print to stderr.
-            heard, others = _of_rank(console)
             with (
                 contextlib.redirect_stdout(others),
                 contextlib.redirect_stderr(others),
                 progress.using(heard),
                 processes.joined(),
-                usage.naming_origins(options, ctx.obj),
             ):
                 made = {key: each.make(values, typed) for key, each in parameters.items()}
-                url = values.get("store", usage.STORE)
-                store = RankStore(url, waits=not values["no_wait"])
+                store = RankStore(common.store, waits=not common.no_wait)
                 if not store.is_lasting:
                     progress.warn(f"{store.url} is discarded when this command ends")
-                names = [each.name for each in options if each.flags and each.key in typed]
-                function(Session(store, heard, tuple(dict.fromkeys(names))), **made)
+                function(
+                    Session(store, heard, [flags[key] for key in flags if key in typed]), **made
+                )
             heard.flush()
 
     context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    listed = [context, *_signature(parameters.values(), recipe=name in IN_RECIPE)]
+    listed = [context, *options.values()]
     run.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in listed}
     return run
 
 
 @contextlib.contextmanager
-def _ending(console: "Console", *, debug: bool) -> Iterator[None]:
+def _ending(console: Console, ctx: typer.Context, *, debug: bool) -> Iterator[None]:
     """Report what a command raises, and exit with its code."""
     from slsgu_cli import processes
 
@@ -347,6 +326,8 @@ def _ending(console: "Console", *, debug: bool) -> Iterator[None]:
         if debug and not interrupted:
             traceback.print_exception(error)
         ended = ended_by(error)
+        if isinstance(ended, UsageError):
+            ended.message = usage.naming_variables(ended.message, ctx)
         if processes.reports_error():
             if interrupted:
                 console.warn(ended.message)
@@ -359,72 +340,28 @@ def _ending(console: "Console", *, debug: bool) -> Iterator[None]:
         raise typer.Exit(ended.exit_code) from None
 
 
-def _require_folder() -> None:
-    """Raise MissingError if the working directory is gone: MKL would end the process."""
-    try:
-        Path.cwd()
-    except FileNotFoundError as error:
-        raise MissingError(
-            "the working directory no longer exists", hint="cd to an existing folder"
-        ) from error
-
-
-def _of_rank(console: "Console") -> "tuple[Console, TextIO]":
-    """Return the console of this rank, and the stream for other output. Only rank 0 prints."""
-    from slsgu_cli import processes
-
-    if processes.prints():
-        return console, sys.stderr
-    nowhere = Path(os.devnull).open("w")  # noqa: SIM115
-    return console.writing_to(nowhere), nowhere
-
-
-def _signature(parameters: Collection[_Parameter], *, recipe: bool) -> list[inspect.Parameter]:
-    """Return a parameter for each option. Records share options of the same name."""
-    options: dict[str, inspect.Parameter] = {}
-    for each in parameters:
-        for field in each.fields:
-            parameter = _parameter(field, required=field.required and each.required)
-            options.setdefault(field.option.key, parameter)
-    common = [OptionField((), _RECIPE, Path, None)] if recipe else []
-    common += [OptionField((), option, kind, None) for option, kind in _COMMON.items()]
-    for field in common:
-        parameter = _parameter(field)
-        default = False if field.is_flag else None
-        options[field.option.key] = parameter.replace(default=default)
-    return list(options.values())
-
-
-def _parameter(field: OptionField, *, required: bool = False) -> inspect.Parameter:
-    option = field.option
-    help_text = option.help
-    if field.repeatable and option.flags:
+def _option_of(field: OptionField, *, required: bool) -> inspect.Parameter:
+    """Return the parameter that typer makes an option of. All values are texts."""
+    declared = field.option
+    help_text = declared.help
+    if field.repeatable and declared.flags:
         help_text += " Repeatable."
     default = None if required else field.default_words()
     if default is not None:
         help_text += f"  [default: {default}]"
     settings: dict[str, Any] = {"help": help_text, "show_default": False}
-    if option.completes or issubclass(field.item, StrEnum):
-        settings["autocompletion"] = _completion(field)
     if not field.is_flag:
         settings["metavar"] = field.metavar
-    if option.flags:
-        settings["rich_help_panel"] = option.panel
-    kind: Any = bool if field.is_flag else Path if field.item is Path else str
-    kind = list[kind] if field.repeatable else kind
-    what = typer.Option(*option.flags, **settings) if option.flags else typer.Argument(**settings)
+    if declared.flags:
+        variable = "SLSGU_" + declared.name.removeprefix("--").replace("-", "_").upper()
+        settings |= {"envvar": variable, "show_envvar": False, "rich_help_panel": declared.panel}
+        what = typer.Option(*declared.flags, **settings)
+    else:
+        what = typer.Argument(**settings)
+    kind: Any = bool if field.is_flag else list[str] if field.repeatable else str
     return inspect.Parameter(
-        option.key,
+        declared.key,
         inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if required else None,
         annotation=Annotated[kind if required else kind | None, what],
     )
-
-
-def _completion(field: OptionField) -> Callable[..., list[str]]:
-    def complete(ctx: typer.Context, incomplete: str) -> list[str]:
-        if field.option.completes is None:
-            return [str(each) for each in field.item if each.startswith(incomplete)]
-        return usage.complete(field.option.completes, ctx.params, ctx.args, incomplete)
-
-    return complete

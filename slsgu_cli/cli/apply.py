@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import Session, command
+from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.cli.formats import file_size
 from slsgu_cli.records.options import ApplyRequest
 
 if TYPE_CHECKING:
     from slsgu_cli.checkpoints.model_copy import AppliedResult
-    from slsgu_cli.cli.console import Console
 
 
 @command("apply")
@@ -21,9 +21,8 @@ def apply(session: Session, request: ApplyRequest) -> None:
     show_applied(session.console, run(session.store, request))
 
 
-def show_applied(console: "Console", result: "AppliedResult") -> None:
+def show_applied(console: Console, result: "AppliedResult") -> None:
     """Print the files that were or would be written, and the changes in each."""
-    from slsgu_cli.cli.console import Column
 
     rows = [
         (file.path, change.layer, change.dtype, change.share, file.nbytes)

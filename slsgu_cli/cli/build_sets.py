@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 from slsgu_cli.cli.app import Session, command
+from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.cli.usage import ParsedOptions
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.option_fields import ROWS, Option
@@ -16,7 +17,6 @@ from slsgu_cli.records.sets import SetManifest, read_names
 from slsgu_cli.records.targets import SourceRequest
 
 if TYPE_CHECKING:
-    from slsgu_cli.cli.console import Console
     from slsgu_cli.records.sets import Concept
     from slsgu_cli.sets.build import Replayed
 
@@ -99,9 +99,8 @@ def _wanted(request: BuildRequest, names: str | None) -> tuple[BuildRequest, "li
     return replace(request, name=first, concept=request.concept or first), concepts
 
 
-def show_manifest(console: "Console", built: SetManifest) -> None:
+def show_manifest(console: Console, built: SetManifest) -> None:
     """Print the parts of a set: rows, rows read, and rows excluded by reason."""
-    from slsgu_cli.cli.console import Column
 
     parts = {"forget": built.forget, "retain": built.retain}
     parts |= {f"eval {name}": ref for name, ref in sorted(built.evals.items())}
@@ -119,7 +118,7 @@ def show_manifest(console: "Console", built: SetManifest) -> None:
     console.table("set", columns, rows, title=f"set {built.name}", data=built)
 
 
-def show_manifests(console: "Console", built: Sequence[SetManifest]) -> None:
+def show_manifests(console: Console, built: Sequence[SetManifest]) -> None:
     """Print the sets of a file of names."""
     from slsgu_cli.sets.context import counted
 
@@ -128,7 +127,7 @@ def show_manifests(console: "Console", built: Sequence[SetManifest]) -> None:
     console.table("sets", columns, cells, title="sets", data=list(built))
 
 
-def show_replayed(console: "Console", result: "Replayed") -> None:
+def show_replayed(console: Console, result: "Replayed") -> None:
     """Print whether a rebuilt set equals the original."""
     cells = [(part, "same rows" if same else "other rows") for part, same in result.same.items()]
     title = f"set {result.manifest.name}, built again"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from slsgu_cli.cli.app import Names, Session, command
+from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.cli.usage import ParsedOptions
 from slsgu_cli.errors import UsageError
 from slsgu_cli.figures.numbers import roughly
@@ -17,7 +18,6 @@ from slsgu_cli.records.comparison import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from slsgu_cli.cli.console import Console
     from slsgu_cli.compare.tables import TableRow
 
 
@@ -54,10 +54,9 @@ def compare(
 
 
 def show_comparison(
-    console: "Console", rows: "Sequence[TableRow]", names: Sequence[str], plot: str
+    console: Console, rows: "Sequence[TableRow]", names: Sequence[str], plot: str
 ) -> None:
     """Print a row for each method and setting, and warn about baselines that beat ours."""
-    from slsgu_cli.cli.console import Column
     from slsgu_cli.compare.registry import label_of
     from slsgu_cli.compare.tables import better, hyperparameter_of
 
@@ -171,11 +170,8 @@ def compare_on_pipeline(
     show_pipeline_comparison(session.console, compared, sheet)
 
 
-def show_pipeline_comparison(
-    console: "Console", comparison: PipelineComparison, sheet: str
-) -> None:
+def show_pipeline_comparison(console: Console, comparison: PipelineComparison, sheet: str) -> None:
     """Print a row for each method and learning rate."""
-    from slsgu_cli.cli.console import Column
     from slsgu_cli.compare.registry import label_of
 
     columns: list[str | Column] = [

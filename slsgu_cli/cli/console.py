@@ -6,25 +6,18 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from io import StringIO
-from typing import Any, Literal, TextIO
-
-from rich.box import SIMPLE_HEAD
-from rich.console import Console as RichConsole
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from slsgu_cli import progress
 from slsgu_cli.errors import InputError, SlsguError
 from slsgu_cli.progress import terminal_safe
 from slsgu_cli.records.codec import document, finite
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.table import Table
 
 # Version of the JSON documents: incremented when a key is removed or changes its meaning.
 SCHEMA = 1
@@ -52,11 +45,14 @@ class Column:
         return text(value if self.shown is None or value is None else self.shown(value))
 
 
-def drawn(columns: Sequence[Column], rows: Rows) -> Table:
+def drawn(columns: Sequence[Column], rows: Rows) -> "Table":
     """Return a table for a terminal, without empty columns.
 
     If it is too wide, text is folded but numbers are not.
     """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
     table = Table(
         box=SIMPLE_HEAD, header_style="", show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
     )
@@ -73,13 +69,6 @@ def drawn(columns: Sequence[Column], rows: Rows) -> Table:
     for row in rows:
         table.add_row(*(columns[index].cell(row[index]) for index in shown))
     return table
-
-
-def tab_separated(columns: Sequence[Column], rows: Rows) -> str:
-    """Return a header and rows as lines, with numbers in full precision."""
-    lines = ["\t".join(column.name for column in columns)]
-    lines += ["\t".join(map(_plain, row)) for row in rows]
-    return "".join(f"{line}\n" for line in lines)
 
 
 def text(value: Any) -> str:
@@ -108,9 +97,10 @@ def _is_empty(value: Any) -> bool:
     return value is None or value is False or value == ""
 
 
-def _stdout() -> TextIO:
-    # Python has no stdout if the shell closed it (`>&-`).
-    return sys.stdout or StringIO()
+def _rich_stderr() -> "RichConsole":
+    from rich.console import Console as RichConsole
+
+    return RichConsole(stderr=True, highlight=False, emoji=False)
 
 
 @dataclass(slots=True)
@@ -126,11 +116,9 @@ class Console(progress.Sink):
     verbosity: int = 0
     as_json: bool = False
     streams: bool = False
-    _stderr: RichConsole = field(
-        default_factory=lambda: RichConsole(stderr=True, highlight=False, emoji=False)
-    )
-    # Kept here, so that sys.stdout can be redirected for libraries.
-    _stdout: TextIO = field(default_factory=_stdout)
+    _stderr: "RichConsole" = field(default_factory=_rich_stderr)
+    # A copy, because sys.stdout is redirected for libraries. A shell can close it (`>&-`).
+    _stdout: TextIO = field(default_factory=lambda: sys.stdout or StringIO())
     _results: dict[str, Any] = field(default_factory=dict)
     _parts: int = 0
     _flushed: bool = False
@@ -138,6 +126,8 @@ class Console(progress.Sink):
     @classmethod
     def writing_to(cls, file: TextIO) -> "Console":
         """Return a console whose results and notes all go to a file."""
+        from rich.console import Console as RichConsole
+
         return cls(_stderr=RichConsole(file=file), _stdout=file)
 
     @property
@@ -171,8 +161,12 @@ class Console(progress.Sink):
         self._parts += 1
         if self.on_terminal:
             self._draw(title, drawn(heads, rows))
-        else:
-            self._write(tab_separated(heads, rows))
+            return
+        lines = [
+            [column.name for column in heads],
+            *([_plain(cell) for cell in row] for row in rows),
+        ]
+        self._write("".join("\t".join(line) + "\n" for line in lines))
 
     def value(self, key: str, text: str, data: Any = None, *, shown: str | None = None) -> None:
         """Print one result line; in JSON, `data` (default: the text) under `key`.
@@ -244,37 +238,32 @@ class Console(progress.Sink):
 
     @contextmanager
     def bar(self, label: str, total: int | None) -> Iterator[progress.Ticker]:
-        """Show a progress bar on a terminal; yield its ticker."""
-        bars = self._bars()
-        task = bars.add_task(terminal_safe(label), total=total)
-        with bars:
-            yield _Ticker(bars, task)
+        """Show a progress bar on a terminal that can move its cursor; yield its ticker."""
+        from rich import progress as bars
 
-    @property
-    def _moves(self) -> bool:
-        """Whether to show bars: on a terminal that can move its cursor, unless quiet."""
         cursor = self._stderr.file.isatty() and not self._stderr.is_dumb_terminal
-        return self.verbosity >= 0 and cursor and not (self.streams and self._stdout.isatty())
-
-    def _bars(self) -> Progress:
-        return Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._stderr,
-            transient=True,
-            disable=not self._moves,
+        shown = self.verbosity >= 0 and cursor and not (self.streams and self._stdout.isatty())
+        columns = (
+            bars.TextColumn("{task.description}", markup=False),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TimeElapsedColumn(),
+            bars.TimeRemainingColumn(),
         )
+        with bars.Progress(
+            *columns, console=self._stderr, transient=True, disable=not shown
+        ) as running:
+            task = running.add_task(terminal_safe(label), total=total)
+            yield _Ticker(partial(running.advance, task))
 
     def _say(self, text: str, style: str | None = None) -> None:
         # A full log or a closed pipe must not end hours of work.
         with suppress(OSError):
             self._stderr.print(terminal_safe(text), markup=False, soft_wrap=True, style=style)
 
-    def _draw(self, title: str | None, table: Table) -> None:
-        """Print a table on the terminal."""
+    def _draw(self, title: str | None, table: "Table") -> None:
+        from rich.console import Console as RichConsole
+
         drawing = RichConsole(file=self._stdout, highlight=False, markup=False, emoji=False)
         with drawing.capture() as lines:
             if title:
@@ -313,11 +302,8 @@ def _named(columns: Sequence[Column], row: Sequence[Any]) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class _Ticker(progress.Ticker):
-    """Advances one bar on the terminal."""
-
-    _bar: Progress
-    _task: Any
+    _advance: Callable[[int], None]
 
     def advance(self, count: int = 1) -> None:
         """Mark `count` more items as done."""
-        self._bar.advance(self._task, count)
+        self._advance(count)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from slsgu_cli.cli.app import Names, Session, command
+from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.cli.formats import signed
 from slsgu_cli.errors import (
     AssertionsError,
@@ -15,7 +16,6 @@ from slsgu_cli.records.option_fields import DEVICE_OPTION, EVALUATION, Option
 from slsgu_cli.records.sets import ModelSpec
 
 if TYPE_CHECKING:
-    from slsgu_cli.cli.console import Console
     from slsgu_cli.engine.evaluate import EvalResult
 
 
@@ -57,7 +57,7 @@ def evaluate(
     show_asserted(session.console, result, assertions)
 
 
-def show_evaluated(console: "Console", result: "EvalResult") -> None:
+def show_evaluated(console: Console, result: "EvalResult") -> None:
     """Print the accuracy of each model."""
     single = result.names[0] if len(result.names) == 1 else None
     figures: Figures = {
@@ -68,11 +68,8 @@ def show_evaluated(console: "Console", result: "EvalResult") -> None:
     console.paths("plots", [result.plot] if result.plot else [])
 
 
-def show_asserted(
-    console: "Console", result: "EvalResult", assertions: Sequence[Assertion]
-) -> None:
+def show_asserted(console: Console, result: "EvalResult", assertions: Sequence[Assertion]) -> None:
     """Print each assertion with its figure. Raises AssertionsError if one fails."""
-    from slsgu_cli.cli.console import Column
 
     if not assertions:
         return
@@ -88,9 +85,8 @@ def show_asserted(
         raise AssertionsError(f"{len(failed)} of {len(rows)} assertions fail: {'; '.join(failed)}")
 
 
-def show_before_after(console: "Console", models: Figures) -> None:
+def show_before_after(console: Console, models: Figures) -> None:
     """Print forget accuracy and utility, with a column for each model."""
-    from slsgu_cli.cli.console import Column
 
     labels = list(models)
     sets = sorted(next(iter(models.values()))[1])

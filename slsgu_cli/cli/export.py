@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING
 
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import Session, command
+from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.figures.numbers import roughly
 from slsgu_cli.records.options import ExportRequest
 
 if TYPE_CHECKING:
-    from slsgu_cli.cli.console import Console
     from slsgu_cli.engine.export import ExportResult
 
 
@@ -20,9 +20,8 @@ def export(session: Session, request: ExportRequest) -> None:
     show_exported(session.console, run(session.store, request))
 
 
-def show_exported(console: "Console", result: "ExportResult") -> None:
+def show_exported(console: Console, result: "ExportResult") -> None:
     """Print the ranks of the edits in a LoRA, and forget accuracy at each strength."""
-    from slsgu_cli.cli.console import Column
 
     edits = [(one.name, one.layer, one.rank, one.full_rank) for one in result.edits]
     columns = ("edit", Column("layer", shown=known_as), "rank", "of")

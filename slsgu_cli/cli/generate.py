@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from slsgu_cli.cli.app import NEEDED, Session, command
+from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.cli.usage import ParsedOptions
 from slsgu_cli.errors import UsageError
 from slsgu_cli.figures.numbers import interval, roughly
@@ -20,7 +21,6 @@ from slsgu_cli.records.targets import (
 )
 
 if TYPE_CHECKING:
-    from slsgu_cli.cli.console import Console
     from slsgu_cli.targets.output_folder import OutputFolder
 
 
@@ -66,9 +66,8 @@ def generate(
     show_generation(session.console, record, output)
 
 
-def show_generation(console: "Console", record: Generation, output: "OutputFolder") -> None:
+def show_generation(console: Console, record: Generation, output: "OutputFolder") -> None:
     """Print which prompts still generate their class, and the figures of each judge."""
-    from slsgu_cli.cli.console import Column
 
     rows = [
         (
@@ -96,9 +95,8 @@ def show_generation(console: "Console", record: Generation, output: "OutputFolde
     console.paths("sheets", [output.where("sheet.png"), output.where("sheet.html")])
 
 
-def show_effects(console: "Console", judged: Sequence[JudgeFigures]) -> None:
+def show_effects(console: Console, judged: Sequence[JudgeFigures]) -> None:
     """Print unlearning and retained accuracy before and after, for each judge."""
-    from slsgu_cli.cli.console import Column
 
     rows: list[tuple[str | float | None, ...]] = []
     data: list[dict[str, object]] = []
@@ -128,9 +126,8 @@ def show_effects(console: "Console", judged: Sequence[JudgeFigures]) -> None:
         console.table("effect", columns, rows, title=title, data=data)
 
 
-def show_answer_set(console: "Console", answer_set: AnswerSet) -> None:
+def show_answer_set(console: Console, answer_set: AnswerSet) -> None:
     """Print the figures of an UnlearnCanvas answer set."""
-    from slsgu_cli.cli.console import Column
 
     figures = (("UA", answer_set.ua), ("IRA", answer_set.ira), ("CRA", answer_set.cra))
     rows = [(name, share.percent, share.total) for name, share in figures if share]
@@ -148,9 +145,8 @@ def ask(session: Session, request: AskRequest) -> None:
     show_answers(session.console, record, output)
 
 
-def show_answers(console: "Console", record: Answers, output: "OutputFolder") -> None:
+def show_answers(console: Console, record: Answers, output: "OutputFolder") -> None:
     """Print the answers about each image."""
-    from slsgu_cli.cli.console import Column
 
     rows = [(a.image, a.question, a.before, a.after) for a in record.answers]
     columns = ("image", "question", Column("original"), Column("unlearned"))

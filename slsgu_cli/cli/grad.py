@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from slsgu_cli.cli.app import Name, Session, command
+from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.cli.formats import artifact_name
 from slsgu_cli.records.method import GradientHeader
 from slsgu_cli.records.option_fields import MODEL, ROWS, Option
@@ -11,7 +12,6 @@ from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import ModelSpec
 
 if TYPE_CHECKING:
-    from slsgu_cli.cli.console import Console
     from slsgu_cli.engine.gradients import GradResult
 
 
@@ -44,9 +44,8 @@ def grad(
     show_gradients(session.console, result)
 
 
-def show_gradients(console: "Console", result: "GradResult") -> None:
+def show_gradients(console: Console, result: "GradResult") -> None:
     """Print both gradients of a set, and whether each was computed or cached."""
-    from slsgu_cli.cli.console import Column
 
     pointer = result.pointer
 

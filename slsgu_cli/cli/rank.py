@@ -2,17 +2,14 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.checkpoints.targets import prompt_note
 from slsgu_cli.cli.app import Name, Session, command
+from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.cli.formats import direction_format
 from slsgu_cli.records.method import Ranking
 from slsgu_cli.records.options import RankOptions
-
-if TYPE_CHECKING:
-    from slsgu_cli.cli.console import Console
 
 
 @command("rank")
@@ -25,10 +22,9 @@ def rank(session: Session, name: Name, options: RankOptions) -> None:
 
 
 def show_ranking(
-    console: "Console", ranked: Ranking, plots: Sequence[str], *, front_only: bool = False
+    console: Console, ranked: Ranking, plots: Sequence[str], *, front_only: bool = False
 ) -> None:
     """Print all candidate layers, each front first, or only the fronts."""
-    from slsgu_cli.cli.console import Column
 
     ranked_along = ranked.by_direction()
     several = len(ranked_along) > 1

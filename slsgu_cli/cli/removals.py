@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import Session, command
+from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.cli.formats import brief_state
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.figures.numbers import percent, roughly
@@ -16,7 +17,6 @@ from slsgu_cli.records.option_fields import OUTPUT, Option
 from slsgu_cli.removals.recipe import EvidenceRequest
 
 if TYPE_CHECKING:
-    from slsgu_cli.cli.console import Console
     from slsgu_cli.records.ledger import LedgerRow
     from slsgu_cli.removals.planning import PlannedStage
     from slsgu_cli.removals.running import RunEvent, RunResult
@@ -105,7 +105,6 @@ def evidence(session: Session, request: EvidenceRequest) -> None:
 
     Example: slsgu evidence all --recipe brands.toml --out evidence
     """
-    from slsgu_cli.cli.console import Column
     from slsgu_cli.removals.evidence import write_evidence
     from slsgu_cli.removals.job import Job
 
@@ -137,9 +136,8 @@ def evidence(session: Session, request: EvidenceRequest) -> None:
     console.paths("files", [str(request.out)])
 
 
-def show_plan(console: "Console", planned: "Sequence[PlannedStage]") -> None:
+def show_plan(console: Console, planned: "Sequence[PlannedStage]") -> None:
     """Print all stages of a recipe: which are done, which have to run and why."""
-    from slsgu_cli.cli.console import Column
 
     rows = [
         (
@@ -167,9 +165,8 @@ def show_plan(console: "Console", planned: "Sequence[PlannedStage]") -> None:
         console.note(f"estimate from earlier runs in this store: {seconds:.0f} s")
 
 
-def show_run(console: "Console", result: "RunResult") -> None:
+def show_run(console: Console, result: "RunResult") -> None:
     """Print the figures, bounds and requests of a recipe after a run."""
-    from slsgu_cli.cli.console import Column
 
     original = result.ledger.original.figures if result.ledger.original else {}
     rows = [
@@ -198,9 +195,8 @@ def show_run(console: "Console", result: "RunResult") -> None:
         console.note("everything was done already")
 
 
-def show_requests(console: "Console", rows: "Sequence[LedgerRow]") -> None:
+def show_requests(console: Console, rows: "Sequence[LedgerRow]") -> None:
     """Print the requests of a ledger with their states."""
-    from slsgu_cli.cli.console import Column
 
     cells = [
         (

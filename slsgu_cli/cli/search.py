@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import Names, Session, command
+from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.cli.evaluate import Figures, recognised, show_before_after
 from slsgu_cli.cli.formats import direction_format, signed, step_size
 from slsgu_cli.cli.usage import ParsedOptions
@@ -16,7 +17,6 @@ from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.targets import TargetSearchOptions
 
 if TYPE_CHECKING:
-    from slsgu_cli.cli.console import Console
     from slsgu_cli.engine.search import SearchResult
     from slsgu_cli.store.store import Store
 
@@ -93,13 +93,12 @@ def search_sets(session: Session, names: Sequence[str], options: SearchOptions) 
 
 
 def show_search(
-    console: "Console", store: "Store", result: "SearchResult", *, brief: bool = False
+    console: Console, store: "Store", result: "SearchResult", *, brief: bool = False
 ) -> None:
     """Print the chosen trial, its accuracy on the test split, and the harmed classes.
 
     Trials are printed too, except on a terminal without -v. If `brief`, print the choice only.
     """
-    from slsgu_cli.cli.console import Column
     from slsgu_cli.store.artifacts import Artifact
 
     trials, chosen = result.trials, result.chosen
@@ -179,9 +178,8 @@ def chosen_figures(result: "SearchResult") -> Figures:
     return {label: (figures.forget, figures.utility) for label, figures in models.items()}
 
 
-def show_earlier(console: "Console", report: Report) -> None:
+def show_earlier(console: Console, report: Report) -> None:
     """Print how well the concepts of earlier edits are recognised, if there are any."""
-    from slsgu_cli.cli.console import Column
 
     if report.base_edits is None:
         return
@@ -200,9 +198,8 @@ def show_earlier(console: "Console", report: Report) -> None:
         console.note(recognised(name, edit.after))
 
 
-def show_harm(console: "Console", report: Report) -> None:
+def show_harm(console: Console, report: Report) -> None:
     """Print the most harmed classes, and the classes with the nearest names."""
-    from slsgu_cli.cli.console import Column
 
     columns = (
         Column("class"),

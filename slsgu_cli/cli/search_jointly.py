@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import Session
+from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.cli.formats import accuracies, step_size
 from slsgu_cli.figures.numbers import roughly
 from slsgu_cli.records.options import SearchOptions
 
 if TYPE_CHECKING:
-    from slsgu_cli.cli.console import Console
     from slsgu_cli.store.store import Store
     from slsgu_cli.study.joint import JointResult
 
@@ -26,9 +26,8 @@ def search_jointly(session: Session, names: Sequence[str], options: SearchOption
     require_joint(result)
 
 
-def show_joint(console: "Console", store: "Store", result: "JointResult") -> None:
+def show_joint(console: Console, store: "Store", result: "JointResult") -> None:
     """Print layer and step for each concept, and retained accuracy as concepts are added."""
-    from slsgu_cli.cli.console import Column
     from slsgu_cli.store.artifacts import Artifact, joint_label
 
     record, chosen = result.record, result.chosen

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import Session
+from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.cli.generate import show_effects
 from slsgu_cli.errors import NotForgottenError
 from slsgu_cli.figures.numbers import roughly
@@ -13,7 +14,6 @@ from slsgu_cli.records.figures import meets
 from slsgu_cli.records.targets import TargetSearchOptions, TargetTrial, TargetTrials
 
 if TYPE_CHECKING:
-    from slsgu_cli.cli.console import Console
     from slsgu_cli.store.store import Store
     from slsgu_cli.targets.search import TargetSearchResult
 
@@ -48,7 +48,7 @@ def require_reached(result: "TargetSearchResult") -> None:
     )
 
 
-def show_target_search(console: "Console", store: "Store", result: "TargetSearchResult") -> None:
+def show_target_search(console: Console, store: "Store", result: "TargetSearchResult") -> None:
     """Print the chosen trial and its figures on the test split.
 
     Trials are printed too, except on a terminal without -v.
@@ -79,9 +79,8 @@ def show_target_search(console: "Console", store: "Store", result: "TargetSearch
         console.note(f"{result.reused} recorded trials were reused")
 
 
-def _show_trials(console: "Console", result: "TargetSearchResult") -> None:
+def _show_trials(console: Console, result: "TargetSearchResult") -> None:
     """Print the best trial of each layer, or all trials if all were measured in full."""
-    from slsgu_cli.cli.console import Column
 
     trials, chosen = result.trials, result.chosen
     full = all(trial.others for trial in trials.trials)

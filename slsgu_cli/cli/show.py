@@ -5,10 +5,10 @@ from dataclasses import astuple
 from typing import TYPE_CHECKING
 
 from slsgu_cli.cli.app import Name, Session, command
+from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.records.sets import ShowOptions
 
 if TYPE_CHECKING:
-    from slsgu_cli.cli.console import Console
     from slsgu_cli.sets.inspection import InspectedRow, Inspection
     from slsgu_cli.store.store import Store
 
@@ -33,7 +33,7 @@ def show(session: Session, name: Name, options: ShowOptions) -> None:
     show_inspection(session.console, session.store, seen)
 
 
-def show_inspection(console: "Console", store: "Store", seen: "Inspection") -> None:
+def show_inspection(console: Console, store: "Store", seen: "Inspection") -> None:
     """Print the contents of a part of a set and their sources."""
     from slsgu_cli.records.codec import by_name
     from slsgu_cli.sets.context import counted
@@ -64,9 +64,8 @@ def show_inspection(console: "Console", store: "Store", seen: "Inspection") -> N
     console.paths("sheets", [store.where(seen.sheet)] if seen.sheet else [])
 
 
-def show_rows(console: "Console", shown: Sequence["InspectedRow"]) -> None:
+def show_rows(console: Console, shown: Sequence["InspectedRow"]) -> None:
     """Print rows with their captions and origins; on a terminal, only the first ones."""
-    from slsgu_cli.cli.console import Column
 
     columns = (
         Column("key"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import Session, command
+from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.cli.formats import artifact_name, file_size
 from slsgu_cli.cli.usage import ParsedOptions
 from slsgu_cli.errors import (
@@ -25,7 +26,6 @@ from slsgu_cli.records.options import (
 from slsgu_cli.records.sets import LOCAL
 
 if TYPE_CHECKING:
-    from slsgu_cli.cli.console import Console
     from slsgu_cli.engine.find_edits import FoundEdit
     from slsgu_cli.store.catalog import Entry
     from slsgu_cli.store.check import Checked, Finding
@@ -42,9 +42,8 @@ def ls(session: Session) -> None:
     show_listing(session.console, entries(session.store))
 
 
-def show_listing(console: "Console", entries: "Sequence[Entry]") -> None:
+def show_listing(console: Console, entries: "Sequence[Entry]") -> None:
     """Print the artifacts in the store."""
-    from slsgu_cli.cli.console import Column
 
     rows = [
         (entry.kind, entry.name, entry.size, entry.state, entry.reason, _origin(console, entry))
@@ -61,7 +60,7 @@ def show_listing(console: "Console", entries: "Sequence[Entry]") -> None:
     console.table("store", columns, rows, data=entries)
 
 
-def _origin(console: "Console", entry: "Entry") -> str:
+def _origin(console: Console, entry: "Entry") -> str:
     # On a terminal there is no room for the reasons in a column of their own.
     reason = f"{entry.reason}; " if entry.reason and console.on_terminal else ""
     return reason + entry.summary()
@@ -75,7 +74,6 @@ def check(
         Option(
             metavar="NAME|FILE...",
             help="Sets, edits or artifact files; with --edit, a model.",
-            completes="edit",
         ),
     ] = (),
     edit: Annotated[
@@ -149,7 +147,7 @@ def _require_store(store: "Store") -> None:
         )
 
 
-def show_checked(console: "Console", result: "Checked") -> None:
+def show_checked(console: Console, result: "Checked") -> None:
     """Print the findings of a check. Raises InputError if an artifact is damaged."""
     from slsgu_cli.store.catalog import Standing
 
@@ -172,9 +170,8 @@ def show_checked(console: "Console", result: "Checked") -> None:
     )
 
 
-def show_presence(console: "Console", found: "Sequence[FoundEdit]", model: Path) -> None:
+def show_presence(console: Console, found: "Sequence[FoundEdit]", model: Path) -> None:
     """Print which edits a model contains. Raises AbsentError or InputError if one is missing."""
-    from slsgu_cli.cli.console import Column
     from slsgu_cli.engine.find_edits import Presence
 
     rows = [(one.name, one.presence, one.layer, one.dtype, one.file) for one in found]
@@ -210,7 +207,7 @@ def gc(
     show_unused(session.console, remove(session.store, found) if yes else found)
 
 
-def show_unused(console: "Console", found: "Sequence[Finding]") -> None:
+def show_unused(console: Console, found: "Sequence[Finding]") -> None:
     """Print artifacts that nothing refers to, and whether they were removed."""
     _findings(console, "unused", found)
     size = file_size(sum(one.size for one in found))
@@ -220,8 +217,7 @@ def show_unused(console: "Console", found: "Sequence[Finding]") -> None:
         console.note(f"{size} can be freed; --yes removes them")
 
 
-def _findings(console: "Console", key: str, found: "Sequence[Finding]") -> None:
-    from slsgu_cli.cli.console import Column
+def _findings(console: Console, key: str, found: "Sequence[Finding]") -> None:
 
     rows = [
         (one.state, one.kind, one.name, one.size, one.reason, one.mend, one.removed)

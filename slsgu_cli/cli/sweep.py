@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import Session, command
+from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.cli.formats import accuracies, step_size
 from slsgu_cli.figures.numbers import roughly
 from slsgu_cli.records.option_fields import ROWS, Option
 from slsgu_cli.records.studies import SweepRequest
 
 if TYPE_CHECKING:
-    from slsgu_cli.cli.console import Console
     from slsgu_cli.store.store import Store
     from slsgu_cli.study.series import SweepResult
 
@@ -42,9 +42,8 @@ def sweep(
     require_swept(result)
 
 
-def show_sweep(console: "Console", store: "Store", result: "SweepResult") -> None:
+def show_sweep(console: Console, store: "Store", result: "SweepResult") -> None:
     """Print accuracies before and after for each class, and their means (Table 2 of the paper)."""
-    from slsgu_cli.cli.console import Column
     from slsgu_cli.store.artifacts import Artifact
 
     record = result.sweep
@@ -87,7 +86,7 @@ def show_sweep(console: "Console", store: "Store", result: "SweepResult") -> Non
         console.note(f"reused the results of {result.reused} classes")
 
 
-def _paired(console: "Console", before: Sequence[float], after: Sequence[float]) -> list[object]:
+def _paired(console: Console, before: Sequence[float], after: Sequence[float]) -> list[object]:
     """Return figures before and after: in one cell on a terminal, else in two."""
     pairs = zip(before, after, strict=True)
     if console.on_terminal:

@@ -4,12 +4,12 @@ from typing import TYPE_CHECKING
 
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import Name, Session, command
+from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.cli.formats import step_size
 from slsgu_cli.figures.numbers import roughly
 from slsgu_cli.records.studies import Trajectory, TrajectoryOptions
 
 if TYPE_CHECKING:
-    from slsgu_cli.cli.console import Console
     from slsgu_cli.store.store import Store
 
 
@@ -23,10 +23,9 @@ def trajectory(session: Session, name: Name, options: TrajectoryOptions) -> None
 
 
 def show_trajectory(
-    console: "Console", store: "Store", trajectory: "Trajectory", plots: list[str]
+    console: Console, store: "Store", trajectory: "Trajectory", plots: list[str]
 ) -> None:
     """Print the largest rise of each figure along each layer, and off a terminal every step."""
-    from slsgu_cli.cli.console import Column
     from slsgu_cli.store.artifacts import Artifact
 
     trials = trajectory.trials
@@ -58,8 +57,7 @@ def show_trajectory(
         console.note(f"{again} recorded steps were reused")
 
 
-def _steps(console: "Console", trajectory: "Trajectory") -> None:
-    from slsgu_cli.cli.console import Column
+def _steps(console: Console, trajectory: "Trajectory") -> None:
 
     columns = [
         Column("layer", shown=known_as),

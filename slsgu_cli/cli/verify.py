@@ -7,12 +7,12 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from slsgu_cli.cli.app import Name, Session, command
+from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.figures.numbers import roughly
 from slsgu_cli.records.options import ReportRequest
 from slsgu_cli.records.verification import Check, VerifiedModel, VerifyRequest
 
 if TYPE_CHECKING:
-    from slsgu_cli.cli.console import Console
     from slsgu_cli.verification.verdicts import VerdictRow
     from slsgu_cli.verification.verify import Verified
 
@@ -22,7 +22,7 @@ Cells = list[tuple[Any, ...]]
 WIDTH, SHORT = 79, 5
 
 
-def show_verified(console: "Console", result: "Verified") -> None:
+def show_verified(console: Console, result: "Verified") -> None:
     """Print the findings in tables, and the conclusion."""
     from slsgu_cli.verification.results import conclusion, verdict_rows
     from slsgu_cli.verification.verdicts import Verdict
@@ -57,16 +57,15 @@ def show_verified(console: "Console", result: "Verified") -> None:
 
 
 def _sentence(
-    console: "Console", key: str, subject: VerifiedModel, text: str, check: Check | None = None
+    console: Console, key: str, subject: VerifiedModel, text: str, check: Check | None = None
 ) -> None:
     data = {"model": subject.label, "check": check, "text": text}
     console.row(key, text, data, shown=fill(text, WIDTH))
 
 
 def _verdicts(
-    console: "Console", verdicts: "Sequence[tuple[VerifiedModel, VerdictRow]]", *, several: bool
+    console: Console, verdicts: "Sequence[tuple[VerifiedModel, VerdictRow]]", *, several: bool
 ) -> None:
-    from slsgu_cli.cli.console import Column
 
     shown = [(subject, row) for subject, row in verdicts if not (console.brief and row.detail)]
     sets = sorted({name for _, row in shown for name in row.utility_after or {}})
@@ -124,9 +123,8 @@ def _added(row: "VerdictRow") -> tuple[float | None, ...]:
     return row.original_control.top1, row.added.points, row.added.low, row.added.high
 
 
-def _neighbourhood(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
+def _neighbourhood(console: Console, subjects: Sequence[VerifiedModel]) -> None:
     """Print the nearest names and the first guesses of each model, side by side."""
-    from slsgu_cli.cli.console import Column
 
     known = [
         (subject, finding.neighbourhood)
@@ -156,9 +154,8 @@ def _neighbourhood(console: "Console", subjects: Sequence[VerifiedModel]) -> Non
         console.table("neighbourhood", columns, cells, title="what the concept became", data=data)
 
 
-def _losses(console: "Console", original: VerifiedModel, others: Sequence[VerifiedModel]) -> None:
+def _losses(console: Console, original: VerifiedModel, others: Sequence[VerifiedModel]) -> None:
     """Print the losses of the classes with the nearest names, and of those that lost most."""
-    from slsgu_cli.cli.console import Column
     from slsgu_cli.engine.utility import LEAST_ROWS
     from slsgu_cli.verification.checks.nearest import losses, most_harmed, nearest_names
 
@@ -200,10 +197,9 @@ def _losses(console: "Console", original: VerifiedModel, others: Sequence[Verifi
 
 
 def _classifiers(
-    console: "Console", original: VerifiedModel, others: Sequence[VerifiedModel]
+    console: Console, original: VerifiedModel, others: Sequence[VerifiedModel]
 ) -> None:
     """Print how well classifiers on image features find the concept."""
-    from slsgu_cli.cli.console import Column
     from slsgu_cli.verification.checks.probe import score_pairs
 
     cells: Cells = [
@@ -239,11 +235,8 @@ def _classifiers(
         console.table("classifiers", columns, cells, title=title)
 
 
-def _retrieved(
-    console: "Console", original: VerifiedModel, others: Sequence[VerifiedModel]
-) -> None:
+def _retrieved(console: Console, original: VerifiedModel, others: Sequence[VerifiedModel]) -> None:
     """Print retrieval by its images and its name, and how far an index moved."""
-    from slsgu_cli.cli.console import Column
     from slsgu_cli.verification.checks.retrieval import retrievals
 
     pairs = [(s, found) for s in others if (found := retrievals(original, s)) is not None]
@@ -306,10 +299,7 @@ def _retrieved(
     console.table("index", columns, moved, title="how far an image index moved, as 1 - cosine")
 
 
-def _membership(
-    console: "Console", original: VerifiedModel, others: Sequence[VerifiedModel]
-) -> None:
-    from slsgu_cli.cli.console import Column
+def _membership(console: Console, original: VerifiedModel, others: Sequence[VerifiedModel]) -> None:
     from slsgu_cli.verification.checks.membership import exposure
 
     before = original.finding(Check.MEMBERSHIP)
@@ -348,9 +338,8 @@ def _membership(
     console.table("membership", columns, cells, title=title)
 
 
-def _attempts(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
+def _attempts(console: Console, subjects: Sequence[VerifiedModel]) -> None:
     """Print the texts that attacks found or learnt; in a brief table, only the best of each."""
-    from slsgu_cli.cli.console import Column
 
     cells: Cells = [
         (
@@ -381,7 +370,7 @@ def _attempts(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
         console.table("attempts", columns, cells, title=title)
 
 
-def _curves(console: "Console", subjects: Sequence[VerifiedModel]) -> None:
+def _curves(console: Console, subjects: Sequence[VerifiedModel]) -> None:
     cells: Cells = [
         (finding.check, subject.label, curve.target, p.step, p.forget.top1, p.forget.top5)
         for subject in subjects
@@ -411,7 +400,6 @@ def report(session: Session, request: ReportRequest) -> None:
 
     Example: slsgu report facebook --out report.html
     """
-    from slsgu_cli.cli.console import Column
     from slsgu_cli.report.page import write_report
 
     written = write_report(session.store, request)

@@ -87,7 +87,6 @@ class CompareOptions:
         "--layer",
         metavar="LAYER",
         panel=LAYERS,
-        completes="layer",
         help="Layer that rome, memit, uce and alphaedit edit.",
         without="the middle text mlp.c_proj",
     )

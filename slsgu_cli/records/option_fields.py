@@ -55,7 +55,7 @@ class Option:
 
     `without` describes the default in the help. `read` parses the text (all texts of a
     repeatable option), and `write` is its inverse. A sequence that is not `repeatable` is
-    given as one text. `completes` names what a shell may complete: set, edit or layer.
+    given as one text.
     """
 
     flags: tuple[str, ...] = ()
@@ -68,7 +68,6 @@ class Option:
     read: Callable[[str, Any], Any] | None = None
     write: Callable[[Any], str | list[str]] | None = None
     repeatable: bool = True
-    completes: str | None = None
 
     @property
     def name(self) -> str:
@@ -401,3 +400,41 @@ DEVICE_OPTION = Option(
     read=device,
 )
 DEVICE = functools.partial(dataclasses.field, default="auto", metadata={"option": DEVICE_OPTION})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommonOptions:
+    """The options of every command; only some commands have `recipe`."""
+
+    store: str = option(
+        "./slsgu-store",
+        "--store",
+        help="Folder or fsspec URL of the artifacts. Every option has an environment variable: "
+        "SLSGU_STORE for this one, SLSGU_MAX_LOSS for --max-loss.",
+        panel=COMMON,
+        metavar="STORE",
+    )
+    recipe: Path | None = option(
+        None,
+        "--recipe",
+        help="Recipe that provides options not given here.",
+        panel=COMMON,
+        metavar="FILE",
+        without="none",
+    )
+    no_wait: bool = option(
+        False,
+        "--no-wait",
+        help="Do not wait for another process that computes the same artifact.",
+        panel=COMMON,
+    )
+    json: bool = option(
+        False, "--json", help="Print the results as one JSON document.", panel=COMMON
+    )
+    quiet: bool = option(
+        False, "--quiet", "-q", help="Print results and errors only.", panel=COMMON
+    )
+    verbose: bool = option(
+        False, "--verbose", "-v", help="Print details of the computation.", panel=COMMON
+    )
+    debug: bool = option(False, "--debug", help="Print tracebacks.", panel=COMMON)

@@ -80,9 +80,7 @@ DAMPING_OPTION = partial(
 )
 BUDGET = partial(option, None, panel=SPEED, metavar="SIZE", read=bytes_of, without="free memory")
 COLUMN = partial(option, None, panel=ROWS, metavar="COLUMN", without="detected by name")
-NAMES = partial(
-    option, ..., metavar="NAME|EDIT...", help="Names of sets, or edit files.", completes="edit"
-)
+NAMES = partial(option, ..., metavar="NAME|EDIT...", help="Names of sets, or edit files.")
 OVERWRITE = partial(
     option, False, "--overwrite", help="Replace existing files at --out.", panel=OUTPUT
 )
@@ -368,7 +366,6 @@ class SearchOptions:
         panel=LAYERS,
         metavar="LAYER",
         without="all layers on the fronts",
-        completes="layer",
     )
     direction: Direction | None = direction_option(None, OF_RANKING)
     damping: float | None = DAMPING_OPTION(without=OF_RANKING)
@@ -436,7 +433,6 @@ class SearchOptions:
         panel=SEARCH,
         metavar="EDIT",
         without="the original model",
-        completes="edit",
     )
 
     def __post_init__(self) -> None:
@@ -545,7 +541,6 @@ class ApplyRequest(ApplyOptions):
         panel=LAYERS,
         metavar="LAYER",
         without="the search result",
-        completes="layer",
     )
     step: float | None = option(
         None,
@@ -641,7 +636,7 @@ class DemoOptions:
 class ReportRequest:
     """Options of `report`. Without `examples`, no model is run."""
 
-    names: Sequence[str] = option(..., metavar="NAME...", help="Names of sets.", completes="set")
+    names: Sequence[str] = option(..., metavar="NAME...", help="Names of sets.")
     out: Path = option(..., "--out", "-o", help="Path of the HTML page.", panel=OUTPUT)
     examples: bool = option(
         True,

@@ -388,7 +388,6 @@ class TargetSearchOptions:
         panel=TARGET,
         metavar="EDIT",
         without="none",
-        completes="edit",
     )
     layers: Sequence[str] = option(
         (),
@@ -397,7 +396,6 @@ class TargetSearchOptions:
         panel=LAYERS,
         metavar="LAYER",
         without="the --top most important layers",
-        completes="layer",
     )
     top: int = option(3, "--top", min=1, help="Maximum number of layers to search.", panel=LAYERS)
     gradient_of: GradientOf | None = option(

@@ -159,7 +159,6 @@ class VerifyRequest:
         panel=MODEL,
         metavar="EDIT",
         without="the set's own",
-        completes="edit",
     )
     checks: Sequence[Check] = option(
         CHECKS,

@@ -113,9 +113,7 @@ class Outputs:
 class EvidenceRequest:
     """The arguments of `evidence`."""
 
-    names: Sequence[str] = option(
-        ..., metavar="NAME...|all", help="Names of requests, or `all`.", completes="set"
-    )
+    names: Sequence[str] = option(..., metavar="NAME...|all", help="Names of requests, or `all`.")
     out: Path = option(..., "--out", "-o", help="Folder for the evidence.", panel=OUTPUT)
     recipe: Path = option(
         ..., "--recipe", metavar="FILE", help="Recipe of these requests, once it has been run."

@@ -67,15 +67,6 @@ def test_a_server_that_cannot_be_reached_is_bad_input_wherever_it_shows(world, m
     assert "a server cannot be reached or refused the request: [Errno -2] Name or service" in told
 
 
-def test_a_folder_that_is_gone_is_told_before_anything_is_done(world, tmp_path, monkeypatch):
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    monkeypatch.chdir(gone)
-    gone.rmdir()
-    for words in ((), ("--store", world.store.root)):
-        assert "the working directory no longer exists" in refused("ls", *words)
-
-
 def test_what_the_system_refuses_is_bad_input_wherever_it_shows(world, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", "/secret/pairs")

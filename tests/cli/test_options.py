@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 from dataclasses import is_dataclass
 from pathlib import Path
 
@@ -14,8 +13,7 @@ from typer.testing import CliRunner
 
 from slsgu_cli.cli import app
 from slsgu_cli.cli.app import COMMANDS
-from slsgu_cli.cli.usage import Command, complete
-from slsgu_cli.engine.ranking import rank
+from slsgu_cli.cli.usage import Command
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.comparison import CompareOptions, Method
 from slsgu_cli.records.directions import Direction
@@ -25,7 +23,6 @@ from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions, Se
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.records.studies import TrajectoryOptions
 from slsgu_cli.records.targets import TargetSearchOptions
-from slsgu_cli.store.store import Store
 from slsgu_cli.text import near
 
 GROUP = typer.main.get_command(app)
@@ -86,11 +83,6 @@ def test_every_option_says_what_it_is_in_80_columns(name):
         (["search", "a", "--steps", "0"], "--steps 0 is out of range: it must be 1 or more"),
         (["search", "a", "--steps", "few"], "--steps few is not a whole number"),
         (["search", "a", "-t", "x", "--goal", "101"], "it must be from 0 to 100"),
-        (
-            ["search", "a", "--damping", "1", "--damping", "2"],
-            "--damping is given 2 times but takes one",
-        ),
-        (["trajectory", "a", "--damping", "1", "--damping", "2"], "--damping is given 2 times"),
         (["trajectory", "a", "--until", "-3"], "--until -3 is not a positive percentage"),
         (["search", "a", "--goal", "5"], "--goal is for a search on a model built on CLIP"),
         (["search", "a", "--top", "5", "--others", "3"], "--top, --others are for a search on"),
@@ -263,27 +255,3 @@ def test_a_share_comes_back_as_a_share():
 def test_what_is_missing_is_named():
     with pytest.raises(UsageError, match="NAME"):
         build(ApplyRequest, {})
-
-
-def test_a_shell_completes_sets_edits_and_layers(shared_world, tmp_path):
-    root = str(tmp_path / "store")
-    shutil.copytree(shared_world.store.root, root)
-    rank(Store(root), "blue", options=RankOptions(direction=Direction.GRADIENT))
-    assert shared_world.name in complete("set", {"store": root}, [], "")
-    assert shared_world.name in complete("edit", {"store": root}, [], "")
-
-    def completed(line, **env):
-        variables = {
-            "_SLSGU_COMPLETE": "complete_bash",
-            "COMP_WORDS": line,
-            "COMP_CWORD": str(len(line.split(" ")) - 1),
-            **env,
-        }
-        return CliRunner().invoke(app, [], env=variables, prog_name="slsgu").stdout.split()
-
-    assert shared_world.name in completed(f"slsgu rank --store {root} b")
-    assert shared_world.name in completed("slsgu apply b", SLSGU_STORE=root)
-    layers = completed("slsgu search blue --layer visual.p", SLSGU_STORE=root)
-    assert layers == ["visual.proj"]
-    assert completed("slsgu rank b", SLSGU_STORE="/nowhere/at/all") == []
-    assert completed("slsgu search nosuch --layer v", SLSGU_STORE=root) == []
