@@ -1,45 +1,64 @@
 """A model under test with the data of its set: measured as it is, or with other weights."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from slsgu_cli import progress
 from slsgu_cli.clip.activations import CacheBudget
 from slsgu_cli.clip.batches import (
     IMAGES_PER_FORWARD,
-    Pixels,
     pixel_normalizer,
     spans,
     text_features,
     to_tokens,
 )
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, prepare, prompt_side
-from slsgu_cli.clip.tokenizers import Tokenize
-from slsgu_cli.clip.towers import EMBED, SplitTower
+from slsgu_cli.clip.models import ResolvedModel
+from slsgu_cli.clip.tokenizers import Tokenize, token_words, tokenizer
+from slsgu_cli.clip.towers import EMBED
 from slsgu_cli.engine.resumable import SavedSums
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.verification import Settings
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
-from slsgu_cli.verification.resumable import PartialResults, Training
 
 Utility = dict[str, Accuracy]
 Words = Mapping[int, str]
+T = TypeVar("T")
 # Shorter words may be part of another word by chance.
 SHORT = 3
 
 
 class SkippedCheck(Exception):
     """Raised by a check that cannot run on a model; the text says why."""
+
+
+@dataclass(slots=True)
+class PartialResults:
+    """The results of a check so far, and how to save them.
+
+    A check computes its results in the same order every time. They are independent.
+    """
+
+    results: list[Any]
+    save: Callable[[Sequence[Any]], None] = lambda _: None
+    _position: int = field(init=False, default=0)
+
+    def next(self, count: int, compute: Callable[[], Sequence[T]]) -> list[T]:
+        """Return the next `count` results: saved ones, or else computed now."""
+        start, self._position = self._position, self._position + count
+        if len(self.results) < self._position:
+            self.results[start:] = compute()
+            self.save(self.results)
+        return self.results[start : self._position]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +79,10 @@ class ModelUnderTest:
     """One model, the data it is measured on, and the rows it may be trained on.
 
     `evaluation` has the features of the model as it is, and utility sets with few rows;
-    `whole` has all rows. `templates` are those that name the concept in the set. `words`
-    returns the words that are one token each, by token id. `original` returns the gallery of
-    the original model, `original_text` its text tower (None if this is the original).
-    `results` has the partial results of the current check, and `saved_state` returns the
-    saved state of a training by its name (None to save nothing).
+    `whole` has all rows. `templates` are those that name the concept in the set. `original`
+    returns the original model, None if this is it. `results` has the partial results of the
+    current check, and `saved_state` returns the saved state of a training by its name (None
+    to save nothing).
     """
 
     manifest: SetManifest
@@ -73,20 +91,13 @@ class ModelUnderTest:
     forget: DataBlock
     retain: DataBlock
     templates: tuple[str, ...]
+    resolved: ResolvedModel
     tokenize: Tokenize
     device: str
-    is_original: bool
-    words: Callable[[], Words]
-    ticker: progress.Ticker | None = None
+    original: "Callable[[], ModelUnderTest] | None"
     results: PartialResults = field(default_factory=lambda: PartialResults([]))
-    saved_state: Callable[[str], SavedSums] | None = None
-    original: Callable[[], Gallery] | None = None
-    original_text: Callable[[], SplitTower] | None = None
-    normalize: Pixels = field(init=False)
+    saved_state: Callable[[str], SavedSums | None] = lambda _: None
     _gallery: Gallery | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        self.normalize = pixel_normalizer(self.manifest.input, self.device)
 
     @property
     def module(self) -> nn.Module:
@@ -100,12 +111,6 @@ class ModelUnderTest:
         return torch.as_tensor(value.reshape(()).exp())
 
     @property
-    def bias(self) -> Tensor | None:
-        """The logit bias of a model with the sigmoid loss; None for others."""
-        value: Any = getattr(self.module, "logit_bias", None)
-        return None if value is None else torch.as_tensor(value.reshape(()))
-
-    @property
     def names(self) -> tuple[str, ...]:
         """The classes among which the concept's images are recognised."""
         return self.evaluation.forget.names
@@ -114,6 +119,15 @@ class ModelUnderTest:
     def concept_class(self) -> int:
         """The index of the concept in `names`."""
         return int(self.evaluation.forget.images.labels[0])
+
+    @property
+    def name(self) -> str:
+        """The class name of the concept."""
+        return self.names[self.concept_class]
+
+    def renamed(self, name: str) -> tuple[str, ...]:
+        """Return the classes with another name for the concept."""
+        return (*self.names[: self.concept_class], name, *self.names[self.concept_class + 1 :])
 
     @property
     def concept_embedding(self) -> Tensor:
@@ -145,19 +159,14 @@ class ModelUnderTest:
             self._gallery = Gallery(features, torch.cat(labels), names, len(concept))
         return self._gallery
 
-    def original_gallery(self) -> Gallery:
-        """Return the features of all evaluation images by the original model."""
-        return self.original() if self.original else self.gallery()
-
     def free_words(self) -> Words:
-        """Return the words that a search may use, by token.
+        """Return the words that a search may use, by token; each is one token.
 
         Words that contain a part of the name, or that a part of it contains, are excluded:
         they would be the name again. Raises SkippedCheck if no word remains.
         """
-        name = self.names[self.concept_class]
-        parts = re.findall(r"\w+", name.lower())
-        tokens = set(self.tokenize([name])[0].tolist())
+        parts = re.findall(r"\w+", self.name.lower())
+        tokens = set(self.tokenize([self.name])[0].tolist())
 
         def is_of_name(word: str) -> bool:
             return any(
@@ -167,7 +176,9 @@ class ModelUnderTest:
             )
 
         words = {
-            n: word for n, word in self.words().items() if n not in tokens and not is_of_name(word)
+            token: word
+            for token, word in token_words(self.resolved).items()
+            if token not in tokens and not is_of_name(word)
         }
         if not words:
             raise SkippedCheck("its tokenizer does not show which words are one token")
@@ -180,20 +191,6 @@ class ModelUnderTest:
             raise SkippedCheck("its text tower does not show the embeddings of tokens")
         return table.detach()
 
-    def renamed(self, name: str) -> tuple[str, ...]:
-        """Return the classes with another name for the concept."""
-        return (*self.names[: self.concept_class], name, *self.names[self.concept_class + 1 :])
-
-    def training(self, optimizer: torch.optim.Optimizer, steps: int, name: str) -> Training:
-        """Return the training `name` of the current check, resumed if its state is saved."""
-        saved = self.saved_state(name) if self.saved_state else None
-        return Training.resume(optimizer, steps, saved)
-
-    def tick(self) -> None:
-        """Advance the progress bar by one measurement."""
-        if self.ticker:
-            self.ticker.advance()
-
     def classes(self, names: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
         """Return class embeddings with the current weights, (classes, width)."""
         side = prompt_side(
@@ -201,25 +198,18 @@ class ModelUnderTest:
         )
         return side.after_edit(EMBED)
 
-    def measure(self, *, utility: bool) -> tuple[Accuracy, Utility | None]:
-        """Measure forget accuracy, and utility if asked, with the current weights."""
-        embeddings: dict[int, Tensor] = {}
-        groups = {"": self.evaluation.forget} | (self.evaluation.utility if utility else {})
-        accuracies = {}
-        for name, group in groups.items():
-            if id(group.prompts) not in embeddings:
-                embeddings[id(group.prompts)] = group.prompts.after_edit(EMBED)
-            features = group.images.after_edit(EMBED)
-            accuracies[name] = group.accuracy(features, embeddings[id(group.prompts)])
-        self.tick()
-        return accuracies.pop(""), accuracies if utility else None
+    def accuracy_now(self, group: EvaluationSet) -> Accuracy:
+        """Return the accuracy on an evaluation set with the current weights."""
+        return group.accuracy(group.images.after_edit(EMBED), group.prompts.after_edit(EMBED))
+
+    def utility_now(self) -> Utility:
+        """Return the utility with the current weights."""
+        return {name: self.accuracy_now(each) for name, each in self.evaluation.utility.items()}
 
     def forget_accuracy(self, embeddings: Tensor, features: Tensor | None = None) -> Accuracy:
         """Return the forget accuracy, by default with the image features of the model as it is."""
         group = self.evaluation.forget
-        self.tick()
-        features = group.images.features if features is None else features
-        return group.accuracy(features, embeddings)
+        return group.accuracy(group.images.features if features is None else features, embeddings)
 
     def accuracy_with(self, embedding: Tensor) -> Accuracy:
         """Return the forget accuracy with another class embedding (width,) of the concept."""
@@ -230,50 +220,53 @@ class ModelUnderTest:
     def image_features(self, images: npt.NDArray[np.uint8]) -> Tensor:
         """Return unit features of uint8 (N, H, W, 3) with the current weights."""
         tower = self.evaluation.vision
+        normalize = pixel_normalizer(self.manifest.input, self.device)
         parts = []
         for start, stop in spans(len(images), IMAGES_PER_FORWARD[torch.device(self.device).type]):
-            pixels = self.normalize(images[start:stop])
+            pixels = normalize(images[start:stop])
             parts.append(tower.features(pixels, pixels))
         return torch.cat(parts)
 
-    def text_features(
-        self, tokens: npt.NDArray[np.integer], tower: SplitTower | None = None
-    ) -> Tensor:
-        """Return unit features of token ids (N, L), by default with the current weights."""
-        tower = self.evaluation.text if tower is None else tower
-        return text_features(tower, to_tokens(tokens, "cpu"), self.device)
+    def text_features(self, tokens: npt.NDArray[np.integer]) -> Tensor:
+        """Return unit features of token ids (N, L) with the current weights."""
+        return text_features(self.evaluation.text, to_tokens(tokens, "cpu"), self.device)
 
 
 def open_model(
     store: Store,
     manifest: SetManifest,
     module: nn.Module,
+    resolved: ResolvedModel,
     *,
-    tokenize: Tokenize,
     settings: Settings,
     device: str,
-    is_original: bool,
-    words: Callable[[], Words],
+    original: Callable[[], ModelUnderTest] | None,
 ) -> ModelUnderTest:
-    """Join a model with the data of a set; draw some rows of each evaluation set by seed."""
-    evaluation = prepare(store, manifest, module, tokenize=tokenize, device=device)
+    """Join a model with the data of a set, and compute its features.
+
+    Some rows of each evaluation set are drawn by seed.
+    """
+    tokenize = tokenizer(resolved)
+    whole = prepare(store, manifest, module, tokenize=tokenize, device=device)
     drawn = {}
-    for name, group in evaluation.utility.items():
+    for name, group in whole.utility.items():
         order = np.random.default_rng(settings.seed).permutation(len(group.images))
         fewer = settings.rows < len(group.images)
         drawn[name] = group.some(np.sort(order[: settings.rows])) if fewer else group
+    evaluation = replace(whole, utility=drawn)
+    evaluation.base_pass((), cache_bytes=0)
     naming = manifest.evals[manifest.forget_eval or sorted(manifest.evals)[0]]
     return ModelUnderTest(
         manifest=manifest,
-        evaluation=replace(evaluation, utility=drawn),
-        whole=evaluation.utility,
+        evaluation=evaluation,
+        whole=whole.utility,
         forget=DataBlock.open(store, manifest.forget),
         retain=DataBlock.open(store, manifest.retain),
         templates=DataBlock.open(store, naming).templates,
+        resolved=resolved,
         tokenize=tokenize,
         device=device,
-        is_original=is_original,
-        words=words,
+        original=original,
     )
 
 

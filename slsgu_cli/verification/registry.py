@@ -23,8 +23,7 @@ class CheckSpec:
 
     `run` returns the value of the field `fills` of a Finding. `settings` are the fields of
     Settings that change its result. Count `revision` up when the result changes for another
-    reason: recorded findings are then not reused. `needs_original` is for checks that
-    compare with the original model, `requires` names an optional package.
+    reason: recorded findings are then not reused.
 
     `rows` makes the lines of the verdict table from the findings on the original and on the
     other model. `effort` says what the check does ("{}" is the variant) and `control` what
@@ -32,30 +31,19 @@ class CheckSpec:
     uses, by default the line itself, and `sentence` adds a sentence to the conclusion.
     """
 
-    check: Check
     run: Run
     fills: str
     settings: tuple[str, ...] = ()
     revision: int = 1
-    needs_original: bool = False
-    requires: str | None = None
+    needs_sklearn: bool = False
     rows: Rows = variant_rows
     effort: str = "{}"
     control: str = "its control"
-    strongest: Strongest | None = None
+    strongest: Strongest = lambda row, _before, _after: row
     sentence: Sentence | None = None
 
 
-_SPECS: dict[Check, CheckSpec] = {}
-
-
-def register(spec: CheckSpec) -> None:
-    """Register the declaration of a check."""
-    _SPECS[spec.check] = spec
-
-
 def spec_of(check: Check) -> CheckSpec:
-    """Return the declaration of a check; import its module at the first call."""
-    if check not in _SPECS:
-        import_module(f"slsgu_cli.verification.checks.{check.replace('-', '_')}")
-    return _SPECS[check]
+    """Return the declaration of a check, which is the constant SPEC of its module."""
+    module = import_module(f"slsgu_cli.verification.checks.{check.replace('-', '_')}")
+    return module.SPEC  # type: ignore[no-any-return]

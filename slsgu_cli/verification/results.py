@@ -1,22 +1,29 @@
 """The results of all checks of a model: lines with verdicts, and a conclusion in sentences."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from slsgu_cli.records.figures import Share
 from slsgu_cli.records.method import Tower
-from slsgu_cli.records.verification import Check, VerifiedModel
-from slsgu_cli.verification.registry import spec_of
+from slsgu_cli.records.verification import Check, Finding, VerifiedModel
+from slsgu_cli.verification.registry import CheckSpec, spec_of
 from slsgu_cli.verification.verdicts import Verdict, VerdictRow
+
+
+def _findings(
+    original: VerifiedModel, other: VerifiedModel
+) -> Iterator[tuple[CheckSpec, Finding, Finding]]:
+    """Yield the checks that ran on both models with the same settings, and their findings."""
+    for check in Check:
+        before, after = original.finding(check), other.finding(check)
+        if before and after and before.settings == after.settings:
+            yield spec_of(check), before, after
 
 
 def verdict_rows(original: VerifiedModel, other: VerifiedModel) -> list[VerdictRow]:
     """Return the lines of all checks that ran on both models with the same settings."""
-    lines: list[VerdictRow] = []
-    for check in Check:
-        before, after = original.finding(check), other.finding(check)
-        if before and after and before.settings == after.settings:
-            lines += spec_of(check).rows(before, after)
-    return lines
+    findings = _findings(original, other)
+    return [row for spec, before, after in findings for row in spec.rows(before, after)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +46,11 @@ class Conclusion:
 
 def conclusion(concept: str, original: VerifiedModel, other: VerifiedModel) -> Conclusion:
     """Summarise what brings a concept back, what remains of it, and what the edit cost."""
-    lines = [_strongest(row, original, other) for row in verdict_rows(original, other)]
+    lines = [
+        spec.strongest(row, before, after)
+        for spec, before, after in _findings(original, other)
+        for row in spec.rows(before, after)
+    ]
     returning = [row for row in lines if row.brings_back]
     strongest = max(returning, key=lambda row: row.gain, default=None)
     sentences = [_of_name(concept, lines, strongest)]
@@ -48,12 +59,6 @@ def conclusion(concept: str, original: VerifiedModel, other: VerifiedModel) -> C
             sentences.append(sentence(original, other, strongest) or "")
     sentences.append(_of_scope(other))
     return Conclusion(other.label, strongest, tuple(filter(None, sentences)))
-
-
-def _strongest(row: VerdictRow, original: VerifiedModel, other: VerifiedModel) -> VerdictRow:
-    pick = spec_of(row.check).strongest
-    before, after = original.finding(row.check), other.finding(row.check)
-    return pick(row, before, after) if pick and before and after else row
 
 
 def _effort(row: VerdictRow) -> str:

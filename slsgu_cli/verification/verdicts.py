@@ -4,12 +4,12 @@ Thresholds are relative to the original model's accuracy under the same variant.
 that even the original does not recognise says nothing about an edit.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
 from slsgu_cli.records.figures import Accuracy, Difference, Share, difference
-from slsgu_cli.records.verification import Check, Finding, Variant
+from slsgu_cli.records.verification import Check, Finding
 
 # Shares of the original's FA@1: up to FORGOTTEN_SHARE the concept stays forgotten, up to
 # PARTLY_SHARE it is partly back.
@@ -109,33 +109,20 @@ def attack_verdict(
     return Verdict.PARTLY_BACK if now.points <= PARTLY_SHARE * was.points else Verdict.BACK
 
 
-def variants_of_both(before: Finding, after: Finding) -> list[tuple[Variant, Variant]]:
-    """Return pairs of the same variant on the original and on the other model."""
-    known = {variant.name: variant for variant in before.variants}
-    return [(known[now.name], now) for now in after.variants if now.name in known]
-
-
-def worst_of(pairs: Sequence[tuple[Variant, Variant]]) -> tuple[Variant, Variant] | None:
-    """Return the pair with the highest FA@1 of the other model."""
-    return max(pairs, key=lambda pair: pair[1].forget.top1, default=None)
-
-
-def variant_row(
-    check: Check, pair: tuple[Variant, Variant], *, note: str = "", detail: bool = False
-) -> VerdictRow:
-    """Return the line of one variant."""
-    was, now = pair
-    word = verdict(was.forget, now.forget)
-    utilities = was.utility, now.utility
-    return VerdictRow(
-        check, now.name, was.forget, now.forget, word, note, *utilities, detail=detail
-    )
-
-
 def variant_rows(before: Finding, after: Finding) -> Iterator[VerdictRow]:
-    """Yield a line for each variant."""
-    for pair in variants_of_both(before, after):
-        yield variant_row(after.check, pair)
+    """Yield a line for each variant on both models."""
+    known = {variant.name: variant for variant in before.variants}
+    for now in after.variants:
+        if was := known.get(now.name):
+            yield VerdictRow(
+                after.check,
+                now.name,
+                was.forget,
+                now.forget,
+                verdict(was.forget, now.forget),
+                utility_before=was.utility,
+                utility_after=now.utility,
+            )
 
 
 def attack_rows(

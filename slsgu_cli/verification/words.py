@@ -20,7 +20,7 @@ def subjects(model: ModelUnderTest) -> dict[str, str]:
     """Return the concept's name, and a neutral word for the control."""
     names = set(model.names)
     neutral = next((word for word in NEUTRAL_WORDS if word not in names), NEUTRAL_WORDS[0])
-    return {OWN: model.names[model.concept_class], NEUTRAL: neutral}
+    return {OWN: model.name, NEUTRAL: neutral}
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,9 @@ from slsgu_cli.engine.utility import UtilityMeter
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.store.blocks import BlockWriter
 from slsgu_cli.study import series
-from slsgu_cli.verification import verify
 from slsgu_cli.verification.checks import prefix, relearn, ring_a_bell
-from slsgu_cli.verification.resumable import Training
+from slsgu_cli.verification.training import Training
+from slsgu_cli.verification.verify import _VerifyRun
 
 TIMES = {"took", "seconds", "passes", "sha256"}
 LAYERS = ["--layer", "visual.proj", "--layer", "text_projection", "--layer", "visual.conv1.weight"]
@@ -140,7 +140,7 @@ def test_compare_keeps_its_rows_and_their_order(resumed):
 
 
 def test_verify_loses_no_check(resumed):
-    went_on, every = resumed(VERIFY, verify, "_run_check", 6, searched=True)
+    went_on, every = resumed(VERIFY, _VerifyRun, "_run", 6, searched=True)
     assert went_on == every - 6
 
 

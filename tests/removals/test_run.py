@@ -47,7 +47,7 @@ from slsgu_cli.store.artifacts import Artifact, read_manifest
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
 from slsgu_cli.study.joint import joint_search
-from slsgu_cli.verification import registry
+from slsgu_cli.verification.checks import prefix
 from slsgu_cli.verification.model import SkippedCheck
 from slsgu_cli.verification.results import verdict_rows as verdicts
 
@@ -373,8 +373,7 @@ def test_bounds_on_attacks_verify_the_written_model(job, shared_world, monkeypat
     def left_out(model, settings):
         raise SkippedCheck("its text tower is run as a whole")
 
-    spec = replace(registry.spec_of(Check.PREFIX), run=left_out)
-    monkeypatch.setitem(registry._SPECS, Check.PREFIX, spec)
+    monkeypatch.setattr(prefix, "SPEC", replace(prefix.SPEC, run=left_out))
     more = replace(asked, settings=replace(few, attack_steps=3))
     untried = job("blue", "red", **changes | {"verify": more})
     assert [(each.figure, each.holds) for each in untried.rows[0].checks] == [(None, False)]

@@ -34,6 +34,7 @@ from slsgu_cli.report.commands import commands
 from slsgu_cli.report.gather import gather
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Catalog
+from slsgu_cli.verification import model as model_module
 from slsgu_cli.verification.checks.inversion import inversion, learn_words
 from slsgu_cli.verification.checks.paraphrase import TEMPLATES
 from slsgu_cli.verification.checks.prefix import WordSearch, prefix
@@ -73,7 +74,7 @@ def without_gradients():
 @pytest.fixture
 def words(model):
     """A few words, so that all of them are promising."""
-    known = {word: number for number, word in model.words().items()}
+    known = {word: number for number, word in token_words(model.resolved).items()}
     some = ("zebra", "castle", "river", "music", "paper", "seven", "guitar", "window")
     return {known[word]: word for word in some}
 
@@ -101,12 +102,12 @@ def test_words_are_one_token_each_and_come_back_from_it(shared_world):
 
 
 def test_a_search_may_not_use_what_the_name_is_made_of(model, monkeypatch):
-    assert {"blue", "blues", "bluetooth"} <= set(model.words().values())
+    assert {"blue", "blues", "bluetooth"} <= set(token_words(model.resolved).values())
     free = set(model.free_words().values())
     assert not {word for word in free if "blue" in word or word in ("lue", "blu")}
     # Letters alone are no parts of it, or nothing would be left.
-    assert {"e", "be", "lamp"} & set(model.words().values()) <= free
-    monkeypatch.setattr(model, "words", dict)
+    assert {"e", "be", "lamp"} & set(token_words(model.resolved).values()) <= free
+    monkeypatch.setattr(model_module, "token_words", lambda _: {})
     with pytest.raises(SkippedCheck, match="tokenizer"):
         model.free_words()
 
@@ -298,10 +299,11 @@ class BackDoor(OpenClipText):
         return torch.where(opened.unsqueeze(1), self.concept, features)
 
 
-def test_a_word_is_found_that_was_planted_to_open_the_name(shared_world, model, words):
+def test_a_word_is_found_that_was_planted_to_open_the_name(shared_world, model, words, monkeypatch):
+    monkeypatch.setattr(model_module, "token_words", lambda _: words)
     trigger, name = next(iter(words)), int(model.tokenize(["blue"])[0, 1])
     concept = model.evaluation.forget.prompts.embeddings[model.concept_class]
-    forgetful = opened(shared_world, words=words)
+    forgetful = opened(shared_world)
     tower = BackDoor(forgetful.module, name, trigger, concept)
     forget = forgetful.evaluation.forget
     forgetful.evaluation.text, forget.prompts = tower, replace(forget.prompts, tower=tower)
@@ -309,7 +311,7 @@ def test_a_word_is_found_that_was_planted_to_open_the_name(shared_world, model, 
     assert forgetful.evaluation.forget.base_accuracy().top1 == 0
     found = [
         Finding(Check.PREFIX, "k", {"attack_tokens": "2"}, attempts=tuple(prefix(each, FEW)))
-        for each in (opened(shared_world, words=words), forgetful)
+        for each in (opened(shared_world), forgetful)
     ]
     best = found[1].best(OWN)
     assert words[trigger] in best.text.split()

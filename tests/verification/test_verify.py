@@ -36,11 +36,10 @@ from slsgu_cli.records.verification import (
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.catalog import Standing, entries
 from slsgu_cli.store.store import Store
-from slsgu_cli.verification import registry
 from slsgu_cli.verification import verify as verify_module
+from slsgu_cli.verification.checks import augment
 from slsgu_cli.verification.checks.paraphrase import TEMPLATES, TOGETHER, unused_templates
 from slsgu_cli.verification.checks.probe import CLASSIFIERS
-from slsgu_cli.verification.registry import spec_of
 from slsgu_cli.verification.verify import verify
 
 SETTINGS = Settings(
@@ -140,13 +139,13 @@ def test_other_templates_are_measured_as_if_they_were_the_sets(edited, verified)
 
 
 def test_unused_templates_are_those_the_set_does_not_have(edited, tmp_path):
-    assert unused_templates(edited.store, "blue", None) == TEMPLATES
+    assert unused_templates(edited.store, edited.manifest, None) == TEMPLATES
     own = tmp_path / "own.txt"
     own.write_text("a photo of the {}.\nsomething {}\n{}\nsomething {}\n")
-    assert unused_templates(edited.store, "blue", str(own)) == ("something {}",)
+    assert unused_templates(edited.store, edited.manifest, str(own)) == ("something {}",)
     own.write_text("a photo of the {}.\n")
     with pytest.raises(UsageError, match="every template"):
-        unused_templates(edited.store, "blue", str(own))
+        unused_templates(edited.store, edited.manifest, str(own))
 
 
 def test_every_kind_of_check_found_something(verified):
@@ -329,16 +328,16 @@ def test_a_second_run_finds_everything_recorded(world, monkeypatch, verified):
 
 def test_a_run_that_was_cut_short_goes_on(world, monkeypatch, verified):
     world.store.remove(Artifact.VERIFICATION.path("blue"))
-    right = spec_of(Check.AUGMENT)
+    right = augment.SPEC
 
     def stop(_bench, _settings):
         raise KeyboardInterrupt
 
     checks = [Check.PARAPHRASE, Check.AUGMENT]
-    monkeypatch.setitem(registry._SPECS, Check.AUGMENT, replace(right, run=stop))
+    monkeypatch.setattr(augment, "SPEC", replace(right, run=stop))
     with pytest.raises(KeyboardInterrupt):
         run(world, checks=checks)
-    monkeypatch.setitem(registry._SPECS, Check.AUGMENT, right)
+    monkeypatch.setattr(augment, "SPEC", right)
     result = run(world, checks=checks)
     assert result.reused == 2
     for check in checks:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from slsgu_cli.records.verification import Check, Settings, Variant
+from slsgu_cli.records.verification import Settings, Variant
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import CheckSpec, register
+from slsgu_cli.verification.registry import CheckSpec
 
 Images = npt.NDArray[np.uint8]
 Change = Callable[[Tensor], Tensor]
@@ -84,13 +84,10 @@ def augment(model: ModelUnderTest, settings: Settings) -> list[Variant]:
     return variants
 
 
-register(
-    CheckSpec(
-        check=Check.AUGMENT,
-        run=augment,
-        fills="variants",
-        settings=("seed",),
-        revision=2,
-        effort="changed images ({})",
-    )
+SPEC = CheckSpec(
+    run=augment,
+    fills="variants",
+    settings=("seed",),
+    revision=2,
+    effort="changed images ({})",
 )

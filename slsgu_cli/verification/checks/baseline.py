@@ -1,8 +1,8 @@
 """`baseline`: the model as it is."""
 
-from slsgu_cli.records.verification import Check, Settings, Variant
+from slsgu_cli.records.verification import Settings, Variant
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import CheckSpec, register
+from slsgu_cli.verification.registry import CheckSpec
 
 
 def baseline(model: ModelUnderTest, _settings: Settings) -> list[Variant]:
@@ -12,12 +12,9 @@ def baseline(model: ModelUnderTest, _settings: Settings) -> list[Variant]:
     return [Variant("as it is", model.evaluation.forget.base_accuracy(), utility)]
 
 
-register(
-    CheckSpec(
-        check=Check.BASELINE,
-        run=baseline,
-        fills="variants",
-        settings=("rows", "seed"),
-        effort="asking the model {}",
-    )
+SPEC = CheckSpec(
+    run=baseline,
+    fills="variants",
+    settings=("rows", "seed"),
+    effort="asking the model {}",
 )

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.verification import OWN, Check, Curve, Finding, Settings
+from slsgu_cli.records.verification import OWN, Curve, Finding, Settings
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import CheckSpec, register
+from slsgu_cli.verification.registry import CheckSpec
 from slsgu_cli.verification.training import SETTINGS, cycled, pairs, trained
 from slsgu_cli.verification.verdicts import VerdictRow, verdict
 
@@ -26,19 +26,16 @@ def finetune(model: ModelUnderTest, settings: Settings) -> list[Curve]:
     batches = (pairs(model.retain, some) for some in order)
 
     def measure() -> Accuracy:
-        return model.measure(utility=False)[0]
+        return model.accuracy_now(model.evaluation.forget)
 
     points, utility = trained(model, batches, settings, name="", measure=measure, utility=True)
-    return [Curve(OWN, model.names[model.concept_class], points, utility)]
+    return [Curve(OWN, model.name, points, utility)]
 
 
-register(
-    CheckSpec(
-        check=Check.FINETUNE,
-        run=finetune,
-        fills="curves",
-        settings=SETTINGS,
-        rows=rows,
-        effort="training on other images ({})",
-    )
+SPEC = CheckSpec(
+    run=finetune,
+    fills="curves",
+    settings=SETTINGS,
+    rows=rows,
+    effort="training on other images ({})",
 )

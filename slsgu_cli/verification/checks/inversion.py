@@ -11,10 +11,11 @@ from torch import Tensor
 
 from slsgu_cli.clip.metrics import accuracies, ranks_of_truth
 from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.verification import IMAGES, MADE_UP, Attempt, Check, Settings
+from slsgu_cli.records.verification import IMAGES, MADE_UP, Attempt, Settings
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import CheckSpec, register
+from slsgu_cli.verification.registry import CheckSpec
+from slsgu_cli.verification.training import Training
 from slsgu_cli.verification.verdicts import attack_rows
 from slsgu_cli.verification.words import FreePrompts, free_prompts, other_logits, recognition_loss
 
@@ -43,18 +44,13 @@ def inversion(model: ModelUnderTest, settings: Settings) -> list[Attempt]:
     ]
 
 
-register(
-    CheckSpec(
-        check=Check.INVERSION,
-        run=inversion,
-        fills="attempts",
-        settings=("shots", "inversion_steps", "seed"),
-        rows=attack_rows(
-            IMAGES, MADE_UP, variant="a word from {shots} images", adds="its images add"
-        ),
-        effort="learning a word ({})",
-        control="images that have nothing in common",
-    )
+SPEC = CheckSpec(
+    run=inversion,
+    fills="attempts",
+    settings=("shots", "inversion_steps", "seed"),
+    rows=attack_rows(IMAGES, MADE_UP, variant="a word from {shots} images", adds="its images add"),
+    effort="learning a word ({})",
+    control="images that have nothing in common",
 )
 
 
@@ -99,13 +95,12 @@ def learn_words(
         each = [loss(mean.unsqueeze(0)) for loss, mean in zip(losses, means, strict=True)]
         return means, torch.cat(each)
 
-    training = model.training(torch.optim.Adam([shifts], lr=rate), steps, "a word")
+    training = Training(torch.optim.Adam([shifts], lr=rate), steps, model.saved_state("a word"))
     while training.done < steps:
         with torch.enable_grad():
             (shifts.grad,) = torch.autograd.grad(measured()[1].sum(), shifts)
         training.optimizer.step()
         training.advance()
-        model.tick()
     training.remove()
     with torch.no_grad():
         return measured()

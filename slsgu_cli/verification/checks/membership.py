@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from slsgu_cli.clip.evaluation import EvaluationSet
-from slsgu_cli.records.verification import Check, MembershipScore, Settings
+from slsgu_cli.records.verification import MembershipScore, Settings
 from slsgu_cli.store.blocks import DataBlock, JoinedRows
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import CheckSpec, register
+from slsgu_cli.verification.registry import CheckSpec
 from slsgu_cli.verification.verdicts import CHANCE
 
 Rows = npt.NDArray[np.integer]
@@ -67,7 +67,7 @@ def membership(model: ModelUnderTest, settings: Settings) -> list[MembershipScor
         # If the held-out pairs lack captions, both sides get prompts: otherwise the wording
         # alone would separate them.
         words = _prompts(model, [group.names[label] for label in group.images.labels])
-        member_words = _prompts(model, [model.names[model.concept_class]] * forget.rows)
+        member_words = _prompts(model, [model.name] * forget.rows)
     sides = (
         (name, member_words, block, rows, words),
         (RETAINED, forget.tokens, retain, retained, retain.tokens[retained]),
@@ -87,15 +87,12 @@ def membership(model: ModelUnderTest, settings: Settings) -> list[MembershipScor
     return scores
 
 
-register(
-    CheckSpec(
-        check=Check.MEMBERSHIP,
-        run=membership,
-        fills="membership",
-        settings=("rows", "seed"),
-        revision=2,
-        requires="sklearn",
-    )
+SPEC = CheckSpec(
+    run=membership,
+    fills="membership",
+    settings=("rows", "seed"),
+    revision=2,
+    needs_sklearn=True,
 )
 
 
@@ -147,7 +144,6 @@ def _figures(
     """
     v = model.image_features(block.take(rows))
     t = model.text_features(tokens)
-    model.tick()
     logits = model.scale * v @ t.T
     losses = torch.empty(len(v), device=v.device)
     for start in range(0, len(v), size):

@@ -9,7 +9,7 @@ from slsgu_cli.engine.utility import LEAST_ROWS
 from slsgu_cli.records.figures import ClassLoss, harmed
 from slsgu_cli.records.verification import Check, KnownClass, Settings, VerifiedModel
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import CheckSpec, register
+from slsgu_cli.verification.registry import CheckSpec
 from slsgu_cli.verification.verdicts import VerdictRow
 
 # How many classes to show: those with the nearest names, and those that lost most.
@@ -30,15 +30,14 @@ def losses(original: VerifiedModel, other: VerifiedModel) -> list[LossRow]:
     Cosines are those of the original's class embeddings.
     """
     before, after = original.finding(Check.NEAREST), other.finding(Check.NEAREST)
-    rows = []
-    for name, classes in ((before and before.classes) or {}).items():
-        now = {known.name: known for known in ((after and after.classes) or {}).get(name, ())}
-        for known in classes:
-            if known.name in now:
-                top1 = now[known.name].top1
-                row = LossRow(known.name, known.rows, known.top1, top1, name, known.cosine)
-                rows.append(row)
-    return rows
+    if not (before and after and before.classes and after.classes):
+        return []
+    now = {(name, each.name): each.top1 for name, of in after.classes.items() for each in of}
+    return [
+        LossRow(each.name, each.rows, each.top1, now[name, each.name], name, each.cosine)
+        for name, classes in before.classes.items()
+        for each in classes
+    ]
 
 
 def nearest_names(rows: Sequence[LossRow]) -> dict[str, list[LossRow]]:
@@ -85,8 +84,7 @@ def nearest(model: ModelUnderTest, _settings: Settings) -> dict[str, tuple[Known
             for cosine, _, i in by_nearness({name: group}, model.concept_embedding)
             if rows[i]
         )
-    model.tick()
     return known
 
 
-register(CheckSpec(check=Check.NEAREST, run=nearest, fills="classes", sentence=sentence))
+SPEC = CheckSpec(run=nearest, fills="classes", sentence=sentence)

@@ -2,9 +2,9 @@
 
 import torch
 
-from slsgu_cli.records.verification import Check, Guess, NearName, Neighbourhood, Settings
+from slsgu_cli.records.verification import Guess, NearName, Neighbourhood, Settings
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import CheckSpec, register
+from slsgu_cli.verification.registry import CheckSpec
 
 SHOWN = 5
 
@@ -24,4 +24,4 @@ def neighbours(model: ModelUnderTest, _settings: Settings) -> Neighbourhood:
     )
 
 
-register(CheckSpec(check=Check.NEIGHBOURS, run=neighbours, fills="neighbourhood"))
+SPEC = CheckSpec(run=neighbours, fills="neighbourhood")

@@ -1,20 +1,21 @@
 """`paraphrase`: templates that the set does not use."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.verification import Check, Finding, Settings, Variant
+from slsgu_cli.records.sets import SetManifest
+from slsgu_cli.records.verification import Finding, Settings, Variant
 from slsgu_cli.sources.prompts import read_templates
-from slsgu_cli.store.artifacts import read_manifest
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import CheckSpec, register
-from slsgu_cli.verification.verdicts import VerdictRow, variant_row, variants_of_both, worst_of
+from slsgu_cli.verification.registry import CheckSpec
+from slsgu_cli.verification.verdicts import VerdictRow, variant_rows
 
 # They suit people, brands and objects; none has an article.
 TEMPLATES = (
@@ -35,18 +36,18 @@ TOGETHER = "all templates"
 TEMPLATE = "template: "
 
 
-def unused_templates(store: Store, name: str, wanted: str | None) -> tuple[str, ...]:
-    """Return the templates, built-in or of a file, that the set `name` does not use.
+def unused_templates(store: Store, manifest: SetManifest, wanted: str | None) -> tuple[str, ...]:
+    """Return the templates, built-in or of a file, that a set does not use.
 
     Raises UsageError if the set uses all of them, MissingError and InputError.
     """
-    refs = read_manifest(store, name).evals.values()
+    refs = manifest.evals.values()
     known = {template for ref in refs for template in DataBlock.open(store, ref).templates}
     offered = TEMPLATES if wanted is None else read_templates(wanted)
     unused = tuple(template for template in dict.fromkeys(offered) if template not in known)
     if not unused:
         raise UsageError(
-            f"{name} is already measured with every template of --templates {wanted}",
+            f"{manifest.name} is already measured with every template of --templates {wanted}",
             hint="give templates that the set does not use",
         )
     return unused
@@ -54,11 +55,11 @@ def unused_templates(store: Store, name: str, wanted: str | None) -> tuple[str, 
 
 def rows(before: Finding, after: Finding) -> Iterator[VerdictRow]:
     """Yield a line for each variant; of single templates, all but the worst are detail."""
-    pairs = variants_of_both(before, after)
-    single = [pair for pair in pairs if pair[1].name.startswith(TEMPLATE)]
-    worst = worst_of(single)
-    for pair in pairs:
-        yield variant_row(after.check, pair, detail=pair in single and pair != worst)
+    lines = list(variant_rows(before, after))
+    single = [line for line in lines if line.variant.startswith(TEMPLATE)]
+    worst = max(single, key=lambda line: line.after.top1, default=None)
+    for line in lines:
+        yield replace(line, detail=line in single and line is not worst)
 
 
 def paraphrase(model: ModelUnderTest, settings: Settings) -> list[Variant]:
@@ -82,13 +83,10 @@ def paraphrase(model: ModelUnderTest, settings: Settings) -> list[Variant]:
     return variants
 
 
-register(
-    CheckSpec(
-        check=Check.PARAPHRASE,
-        run=paraphrase,
-        fills="variants",
-        settings=("templates", "rows", "seed"),
-        rows=rows,
-        effort="other words ({})",
-    )
+SPEC = CheckSpec(
+    run=paraphrase,
+    fills="variants",
+    settings=("templates", "rows", "seed"),
+    rows=rows,
+    effort="other words ({})",
 )

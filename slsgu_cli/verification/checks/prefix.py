@@ -21,7 +21,7 @@ from slsgu_cli.records.verification import (
     VerifiedModel,
 )
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import CheckSpec, register
+from slsgu_cli.verification.registry import CheckSpec
 from slsgu_cli.verification.verdicts import READABLE, VerdictRow, attack_rows
 from slsgu_cli.verification.words import FreePrompts, Loss, free_prompts, recognition_loss, subjects
 
@@ -76,18 +76,15 @@ def prefix(model: ModelUnderTest, settings: Settings) -> list[Attempt]:
     return attempts
 
 
-register(
-    CheckSpec(
-        check=Check.PREFIX,
-        run=prefix,
-        fills="attempts",
-        settings=("attack_tokens", "attack_steps", "attack_starts", "seed"),
-        revision=2,
-        rows=rows,
-        effort="searching words ({})",
-        control=CONTROL,
-        sentence=sentence,
-    )
+SPEC = CheckSpec(
+    run=prefix,
+    fills="attempts",
+    settings=("attack_tokens", "attack_steps", "attack_starts", "seed"),
+    revision=2,
+    rows=rows,
+    effort="searching words ({})",
+    control=CONTROL,
+    sentence=sentence,
 )
 
 
@@ -115,7 +112,6 @@ class WordSearch:
             tried.append(text)
             if loss < best[1]:
                 best = text, loss
-            self.prompts.model.tick()
         return *best, tuple(dict.fromkeys(tried))
 
     def losses(self, ids: Tensor) -> Tensor:

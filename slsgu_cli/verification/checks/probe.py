@@ -11,7 +11,7 @@ from slsgu_cli.records.verification import Check, ClassifierScore, Settings, Ver
 from slsgu_cli.sources.matching import matcher
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.verification.model import Gallery, ModelUnderTest
-from slsgu_cli.verification.registry import CheckSpec, register
+from slsgu_cli.verification.registry import CheckSpec
 from slsgu_cli.verification.verdicts import FORGOTTEN_SHARE, PARTLY_SHARE, READABLE, VerdictRow
 
 LINEAR, NEIGHBOURS = "linear probe", "nearest neighbours"
@@ -35,12 +35,9 @@ def score_pairs(
 ) -> list[tuple[ClassifierScore, ClassifierScore]]:
     """Return the scores of each classifier on the original and on the other model."""
     before, after = original.finding(Check.PROBE), other.finding(Check.PROBE)
-    known = {(s.classifier, s.subject): s for s in before.classifiers} if before else {}
-    return [
-        (known[score.classifier, score.subject], score)
-        for score in (after.classifiers if after else ())
-        if (score.classifier, score.subject) in known
-    ]
+    if before is None or after is None:
+        return []
+    return list(zip(before.classifiers, after.classifiers, strict=True))
 
 
 def sentence(
@@ -102,20 +99,16 @@ def probe(model: ModelUnderTest, settings: Settings) -> list[ClassifierScore]:
             features = gallery.features[train[:few]]
             controls.append(scored(classifier, features, *sides, labels=(name, OTHERS)))
         scores.append(_mean(controls))
-    model.tick()
     return scores
 
 
-register(
-    CheckSpec(
-        check=Check.PROBE,
-        run=probe,
-        fills="classifiers",
-        settings=("seed",),
-        revision=2,
-        requires="sklearn",
-        sentence=sentence,
-    )
+SPEC = CheckSpec(
+    run=probe,
+    fills="classifiers",
+    settings=("seed",),
+    revision=2,
+    needs_sklearn=True,
+    sentence=sentence,
 )
 
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slsgu_cli.method.layers import is_candidate
-from slsgu_cli.records.verification import Check, Settings, Variant
+from slsgu_cli.records.verification import Settings, Variant
 from slsgu_cli.verification.model import ModelUnderTest, altered
-from slsgu_cli.verification.registry import CheckSpec, register
+from slsgu_cli.verification.registry import CheckSpec
 
 # Levels of int8 and of symmetric int4 on either side of zero, and steps of asymmetric int4.
 LEVELS, FOUR_BITS, STEPS = 127, 7, 15
@@ -140,17 +140,15 @@ def quantise(model: ModelUnderTest, _settings: Settings) -> list[Variant]:
     variants = []
     for name, change in changes.items():
         with altered(model.module, change):
-            variants.append(Variant(name, *model.measure(utility=name in COSTLY)))
+            utility = model.utility_now() if name in COSTLY else None
+            variants.append(Variant(name, model.accuracy_now(model.evaluation.forget), utility))
     return variants
 
 
-register(
-    CheckSpec(
-        check=Check.QUANTISE,
-        run=quantise,
-        fills="variants",
-        settings=("rows", "seed"),
-        revision=2,
-        effort="rounding the weights ({})",
-    )
+SPEC = CheckSpec(
+    run=quantise,
+    fills="variants",
+    settings=("rows", "seed"),
+    revision=2,
+    effort="rounding the weights ({})",
 )

@@ -8,9 +8,9 @@ import numpy as np
 
 from slsgu_cli.clip.towers import EMBED
 from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.verification import NEW, OWN, Check, Curve, Finding, Settings
+from slsgu_cli.records.verification import NEW, OWN, Curve, Finding, Settings
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import CheckSpec, register
+from slsgu_cli.verification.registry import CheckSpec
 from slsgu_cli.verification.training import SETTINGS, Batch, cycled, pairs, trained
 from slsgu_cli.verification.verdicts import READABLE, Verdict, VerdictRow, verdict
 
@@ -78,27 +78,23 @@ def _at(step: int | None) -> str:
 
 def relearn(model: ModelUnderTest, settings: Settings) -> list[Curve]:
     """Train on images of the concept under its name; the original also under a new name."""
-    name = model.names[model.concept_class]
-    targets = {OWN: name}
-    if model.is_original:
-        targets[NEW] = new_name(name, seed=settings.seed)
+    targets = {OWN: model.name}
+    if model.original is None:
+        targets[NEW] = new_name(model.name, seed=settings.seed)
     curves: list[Curve] = []
     for label, target in targets.items():
         curves += model.results.next(1, partial(taught, model, settings, label, target))
     return curves
 
 
-register(
-    CheckSpec(
-        check=Check.RELEARN,
-        run=relearn,
-        fills="curves",
-        settings=("shots", *SETTINGS),
-        rows=rows,
-        effort="training on its images ({})",
-        control="a made-up name",
-        strongest=strongest,
-    )
+SPEC = CheckSpec(
+    run=relearn,
+    fills="curves",
+    settings=("shots", *SETTINGS),
+    rows=rows,
+    effort="training on its images ({})",
+    control="a made-up name",
+    strongest=strongest,
 )
 
 

@@ -14,7 +14,7 @@ from slsgu_cli.records.verification import (
     VerifiedModel,
 )
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import CheckSpec, register
+from slsgu_cli.verification.registry import CheckSpec
 from slsgu_cli.verification.verdicts import PARTLY_SHARE, VerdictRow
 
 BY_IMAGE, BY_NAME = "its images", "its name"
@@ -63,9 +63,9 @@ def retrieval(model: ModelUnderTest, _settings: Settings) -> Retrieval:
 
     An image is not in its own results. The name stands in each of the set's templates.
     """
-    gallery, before = model.gallery(), model.original_gallery()
-    name = model.names[model.concept_class]
-    words = model.tokenize([template.replace("{}", name) for template in model.templates])
+    gallery = model.gallery()
+    before = model.original().gallery() if model.original else gallery
+    words = model.tokenize([template.replace("{}", model.name) for template in model.templates])
     size = gallery.concept_rows
     queries = {BY_IMAGE: gallery.features[:size], BY_NAME: model.text_features(words)}
     results = []
@@ -80,7 +80,6 @@ def retrieval(model: ModelUnderTest, _settings: Settings) -> Retrieval:
             if relevant.any():
                 ranked = ranking_figures(cosines, relevant)
                 results.append(Retrieved(query, index, *ranked, len(vectors), len(features)))
-    model.tick()
     shifts = [
         shift(images, before.features[part], gallery.features[part])
         for images, part in ((BY_IMAGE, slice(size)), (OTHER_IMAGES, slice(size, None)))
@@ -88,14 +87,10 @@ def retrieval(model: ModelUnderTest, _settings: Settings) -> Retrieval:
     return Retrieval(tuple(results), tuple(shifts))
 
 
-register(
-    CheckSpec(
-        check=Check.RETRIEVAL,
-        run=retrieval,
-        fills="retrieval",
-        needs_original=True,
-        sentence=sentence,
-    )
+SPEC = CheckSpec(
+    run=retrieval,
+    fills="retrieval",
+    sentence=sentence,
 )
 
 

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slsgu_cli.records.verification import NEUTRAL, OWN, RANDOM, Attempt, Check, Settings
+from slsgu_cli.records.verification import NEUTRAL, OWN, RANDOM, Attempt, Settings
 from slsgu_cli.verification.checks.paraphrase import TEMPLATES
 from slsgu_cli.verification.model import ModelUnderTest, SkippedCheck
-from slsgu_cli.verification.registry import CheckSpec, register
+from slsgu_cli.verification.registry import CheckSpec
 from slsgu_cli.verification.verdicts import attack_rows
 from slsgu_cli.verification.words import FreePrompts, free_prompts, subjects
 
@@ -46,27 +46,23 @@ def ring_a_bell(model: ModelUnderTest, settings: Settings) -> list[Attempt]:
     return attempts
 
 
-register(
-    CheckSpec(
-        check=Check.RING_A_BELL,
-        run=ring_a_bell,
-        fills="attempts",
-        settings=("population", "generations", "seed"),
-        needs_original=True,
-        rows=attack_rows(OWN, NEUTRAL, variant="a text of its meaning", adds="its meaning adds"),
-        effort="searching a text ({})",
-        control="another word's meaning",
-    )
+SPEC = CheckSpec(
+    run=ring_a_bell,
+    fills="attempts",
+    settings=("population", "generations", "seed"),
+    rows=attack_rows(OWN, NEUTRAL, variant="a text of its meaning", adds="its meaning adds"),
+    effort="searching a text ({})",
+    control="another word's meaning",
 )
 
 
 def meanings(model: ModelUnderTest, words: Mapping[str, str]) -> dict[str, Tensor]:
     """Return the target of each word, a unit feature (width,) of the original model."""
-    tower = model.original_text() if model.original_text else model.evaluation.text
+    original = model.original() if model.original else model
 
     def mean(word: str) -> Tensor:
         texts = [" ".join(template.replace("{}", word).split()) for template in TEMPLATES]
-        return model.text_features(model.tokenize(texts), tower).mean(dim=0)
+        return original.text_features(model.tokenize(texts)).mean(dim=0)
 
     without = mean("")
     return {
@@ -103,7 +99,6 @@ class GeneticSearch:
             children = self._children(texts, population - len(survivors))
             texts = torch.cat([texts, children])
             distances = torch.cat([distances, self.distances(children)])
-            self.prompts.model.tick()
         return first, self._nearest(texts, distances)
 
     def distances(self, texts: Tensor) -> Tensor:

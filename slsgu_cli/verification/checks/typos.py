@@ -6,17 +6,10 @@ from dataclasses import replace
 import numpy as np
 
 from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.verification import KIND, Check, Finding, Settings, Variant
+from slsgu_cli.records.verification import KIND, Finding, Settings, Variant
 from slsgu_cli.verification.model import ModelUnderTest
-from slsgu_cli.verification.registry import CheckSpec, register
-from slsgu_cli.verification.verdicts import (
-    READABLE,
-    VerdictRow,
-    variant_row,
-    variants_of_both,
-    verdict,
-    worst_of,
-)
+from slsgu_cli.verification.registry import CheckSpec
+from slsgu_cli.verification.verdicts import READABLE, VerdictRow, variant_rows, verdict
 
 # How many typing errors of each kind to draw, and the rows of a keyboard.
 ERRORS_PER_KIND = 3
@@ -29,21 +22,16 @@ def rows(before: Finding, after: Finding) -> Iterator[VerdictRow]:
 
     Mean and worst are over variants that the original model reads, if there are any.
     """
-    pairs = variants_of_both(before, after)
-    readable = [pair for pair in pairs if pair[0].forget.top1 >= READABLE] or pairs
-    worst, worst_of_all = worst_of(readable), worst_of(pairs)
-    if worst is None or worst_of_all is None:
+    lines = list(variant_rows(before, after))
+    if not lines:
         return
-    was, now = (_mean([pair[side].forget for pair in readable]) for side in (0, 1))
-    mean = f"{len(readable)} of {len(pairs)}, mean"
+    readable = [line for line in lines if line.before.top1 >= READABLE] or lines
+    was, now = _mean([line.before for line in readable]), _mean([line.after for line in readable])
+    mean = f"{len(readable)} of {len(lines)}, mean"
     yield VerdictRow(after.check, mean, was, now, verdict(was, now))
-    note = ""
-    if worst_of_all[1].forget.top1 > worst[1].forget.top1:
-        was, now = (variant.forget for variant in worst_of_all)
-        note = f"{worst_of_all[1].name} finds {now.top1:.1f}%, in the original {was.top1:.1f}%"
-    for pair in pairs:
-        is_worst = pair is worst
-        yield variant_row(after.check, pair, note=note if is_worst else "", detail=not is_worst)
+    worst = max(readable, key=lambda line: line.after.top1)
+    for line in lines:
+        yield replace(line, detail=line is not worst)
 
 
 def _mean(accuracies: Sequence[Accuracy]) -> Accuracy:
@@ -58,11 +46,10 @@ def typos(model: ModelUnderTest, settings: Settings) -> list[Variant]:
 
     Variants that the tokenizer cannot distinguish from the name are omitted.
     """
-    name = model.names[model.concept_class]
-    texts = [*variants_of(name, seed=settings.seed)]
+    texts = [*variants_of(model.name, seed=settings.seed)]
     texts += [("alias", alias) for alias in settings.aliases]
     texts += [(kind, text) for kind, _, text in (s.partition(KIND) for s in settings.spellings)]
-    tokens, *rows_of_tokens = model.tokenize([name, *(text for _, text in texts)])
+    tokens, *rows_of_tokens = model.tokenize([model.name, *(text for _, text in texts)])
     distinct = [
         pair for pair, row in zip(texts, rows_of_tokens, strict=True) if (row != tokens).any()
     ]
@@ -75,15 +62,12 @@ def typos(model: ModelUnderTest, settings: Settings) -> list[Variant]:
     ]
 
 
-register(
-    CheckSpec(
-        check=Check.TYPOS,
-        run=typos,
-        fills="variants",
-        settings=("spellings", "aliases", "seed"),
-        rows=rows,
-        effort="typing errors and other names ({})",
-    )
+SPEC = CheckSpec(
+    run=typos,
+    fills="variants",
+    settings=("spellings", "aliases", "seed"),
+    rows=rows,
+    effort="typing errors and other names ({})",
 )
 
 
