@@ -195,7 +195,7 @@ def show(row: Row) -> None:
     edit = row.header
     harmed = edit.harmed[0] if edit.harmed else None
     worst = f"{harmed.name} {harmed.lost:.0f} of {harmed.rows}" if harmed else ""
-    words = [row.name, row.way, edit.layer, edit.direction, f"{edit.share:.3f}"]
+    words = [row.name, row.way, edit.layer, str(edit.direction), f"{edit.share:.3f}"]
     words += [str(edit.forget.rows), *(f"{value:.2f}" for value in row.figures)]
     print("\t".join([*words, worst, f"{row.seconds:.1f}"]), flush=True)
 
