@@ -64,7 +64,8 @@ def run(
 
     Example: slsgu run brands.toml --plan
     """
-    from slsgu_cli.removals import running
+    from slsgu_cli.removals import planning, running
+    from slsgu_cli.removals.job import Job
 
     console = session.console
     console.streams = json_lines
@@ -73,7 +74,7 @@ def run(
             "--json-lines cannot be combined with --json or --plan", hint="leave one of them out"
         )
     if plan:
-        show_plan(console, running.plan(recipe, store=session.store))
+        show_plan(console, planning.plan(Job(recipe, session.store)))
         return
 
     def on_event(event: "RunEvent") -> None:
@@ -93,9 +94,10 @@ def run(
 @command("requests")
 def requests(session: Session, recipe: RecipeFile) -> None:
     """Example: slsgu requests brands.toml --json"""
-    from slsgu_cli.removals.running import requests_of
+    from slsgu_cli.removals.job import Job
+    from slsgu_cli.removals.planning import request_rows
 
-    show_requests(session.console, requests_of(recipe, store=session.store))
+    show_requests(session.console, request_rows(Job(recipe, session.store)))
 
 
 @command("evidence")

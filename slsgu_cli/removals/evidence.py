@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import slsgu_cli as slsgu
-from slsgu_cli import Artifact, FoundEdit, Presence, Standing, Store
+from slsgu_cli import Artifact, FoundEdit, Presence, Standing
 from slsgu_cli.errors import InputError, MissingError, SlsguError, UsageError
 from slsgu_cli.records.codec import by_name, digest, document
-from slsgu_cli.records.figures import Accuracy, Share
+from slsgu_cli.records.figures import Share
 from slsgu_cli.records.ledger import Ledger, LedgerRow, RequestState, StageKind, StageRecord
 from slsgu_cli.records.options import ReportRequest, StrengthOptions
 from slsgu_cli.records.sets import SetManifest
@@ -62,30 +62,27 @@ class WrittenModel:
         return max(presences, key=list(Presence).index, default=None)
 
 
-def written_models(store: Store, ledger: Ledger) -> list[WrittenModel]:
-    """Return the checkpoint and the copies of targets that a recipe's runs wrote."""
+def written_models(job: Job) -> list[WrittenModel]:
+    """Return the checkpoint and the copies of targets that the runs of a recipe wrote."""
     models: list[WrittenModel] = []
-    for record in ledger.stages:
+    for record in job.ledger.stages:
         if record.output and record.kind in (StageKind.CHECKPOINT, StageKind.TARGET):
             label = Path(record.place or "").resolve().name
             if label in [each.label for each in models]:
                 label = f"{label}-{len(models) + 1}"
-            models.append(_written(store, label, record, ledger))
+            models.append(_written(job, label, record))
     return models
 
 
-def _written(store: Store, label: str, record: StageRecord, ledger: Ledger) -> WrittenModel:
-    place, origin = Path(record.place or ""), record.origin or str(ledger.model)
+def _written(job: Job, label: str, record: StageRecord) -> WrittenModel:
+    place, origin = Path(record.place or ""), record.origin or str(job.ledger.model)
     troubles = []
     before: dict[str, str] = {}
     after: dict[str, str] = {}
     edits: list[FoundEdit] = []
     try:
-        if record.origin:
-            before = _digests(Path(record.origin))
-        else:
-            resolved = slsgu.resolve(ledger.model)
-            before = _digests(resolved.folder or resolved.weights)
+        resolved = None if record.origin else slsgu.resolve(job.ledger.model)
+        before = _digests(resolved.folder or resolved.weights if resolved else Path(origin))
     except (SlsguError, OSError) as error:
         troubles.append(f"Cannot read the original {origin}: {error}.")
     try:
@@ -93,7 +90,7 @@ def _written(store: Store, label: str, record: StageRecord, ledger: Ledger) -> W
         if record.output != digest(after):
             troubles.append(f"The files of {place} have changed since the run wrote them.")
         if record.names:
-            edits = slsgu.find_edits(store, record.names, place, StrengthOptions())
+            edits = slsgu.find_edits(job.store, record.names, place, StrengthOptions())
     except (SlsguError, OSError) as error:
         troubles.append(f"Cannot check {place}: {error}.")
     return WrittenModel(
@@ -118,10 +115,12 @@ def write_evidence(job: Job, request: EvidenceRequest) -> dict[str, Any]:
 
     Raises UsageError, MissingError and InputError.
     """
+    from jinja2 import Environment
+
     _require_place(request)
     rows = _rows(job, request)
     store, names = job.store, [row.name for row in rows]
-    models = written_models(store, job.ledger)
+    models = written_models(job)
     pairs = {name: pair for name in names if (pair := _verified(job, name, models))}
     versions = {name: version(name) for name in PACKAGES}
     content: dict[str, Any] = document(
@@ -150,17 +149,11 @@ def write_evidence(job: Job, request: EvidenceRequest) -> dict[str, Any]:
         slsgu.write_report(store, ReportRequest(names=names, out=folder / REPORT, examples=False))
         text = json.dumps(content, indent=1, ensure_ascii=False)
         (folder / FIGURES).write_text(f"{text}\n", encoding="utf-8")
-        (folder / PAGE).write_text(evidence_page(content), encoding="utf-8")
+        template = files("slsgu_cli.removals").joinpath(PAGE).read_text("utf-8")
+        environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        page = environment.from_string(template).render(content)
+        (folder / PAGE).write_text(page, encoding="utf-8")
     return content
-
-
-def evidence_page(content: dict[str, Any]) -> str:
-    """Return the page that shows the content of the JSON file."""
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = files("slsgu_cli.removals").joinpath(PAGE).read_text("utf-8")
-    return environment.from_string(template).render(content)
 
 
 def _require_place(request: EvidenceRequest) -> None:
@@ -178,11 +171,9 @@ def _require_place(request: EvidenceRequest) -> None:
 def _rows(job: Job, request: EvidenceRequest) -> list[LedgerRow]:
     """Return the ledger's rows of the requests. Raises UsageError, MissingError."""
     rows = {row.name: row for row in job.ledger.rows}
-    names = list(request.names)
+    names = list(dict.fromkeys(request.names))
     if names == ["all"]:
         names = [name for name, row in rows.items() if row.state is not RequestState.WITHDRAWN]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UsageError(f"{twice[0]} is named twice")
     run = f"slsgu run {request.recipe}"
     if not rows or not names:
         raise MissingError(f"{job.store.url} has no requests of {job.recipe.name}", hint=run)
@@ -244,8 +235,14 @@ def _content(
 
 
 def _figures(row: LedgerRow, ledger: Ledger) -> Iterator[dict[str, Any]]:
-    """Yield the figures of the written model with exact 95% intervals."""
-    for kind, name, before, after in _accuracies(row, ledger):
+    """Yield FA, and TA by evaluation set, of the written model with exact 95% intervals."""
+    accuracies = [("FA", "", row.before, row.after)]
+    if ledger.original and ledger.written:
+        for name, accuracy in sorted(ledger.original.utility.items()):
+            accuracies.append(("TA", name, accuracy, ledger.written.utility[name]))
+    for kind, name, before, after in accuracies:
+        if before is None or after is None:
+            continue
         for k, field in ((1, "top1"), (5, "top5")):
             value = getattr(after, field)
             low, high = Share.of(value, after.rows).interval
@@ -258,15 +255,6 @@ def _figures(row: LedgerRow, ledger: Ledger) -> Iterator[dict[str, Any]]:
                 "from": round(low, 4),
                 "to": round(high, 4),
             }
-
-
-def _accuracies(row: LedgerRow, ledger: Ledger) -> Iterator[tuple[str, str, Accuracy, Accuracy]]:
-    """Yield FA, and TA by evaluation set: the accuracy before and after."""
-    if row.before and row.after:
-        yield "FA", "", row.before, row.after
-    if ledger.original and ledger.written:
-        for name, before in sorted(ledger.original.utility.items()):
-            yield "TA", name, before, ledger.written.utility[name]
 
 
 def _verification(row: LedgerRow, pair: Sequence[VerifiedModel]) -> dict[str, Any]:

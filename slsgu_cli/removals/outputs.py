@@ -14,8 +14,7 @@ from slsgu_cli.records.options import ApplyOptions, ApplyRequest, ExportRequest,
 from slsgu_cli.removals.evidence import write_evidence
 from slsgu_cli.removals.job import Job
 from slsgu_cli.removals.recipe import EvidenceRequest
-from slsgu_cli.removals.requests import settle
-from slsgu_cli.removals.stage import FileStage, files_of, measured_inputs
+from slsgu_cli.removals.stage import FileStage, files_of
 
 
 class CheckpointStage(FileStage):
@@ -25,11 +24,11 @@ class CheckpointStage(FileStage):
 
     def run(self, job: Job) -> None:
         """Write the checkpoint."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.place.parent.mkdir(parents=True, exist_ok=True)
         if self.names:
-            slsgu.apply(job.store, ApplyRequest(names=self.names, out=self.path, overwrite=True))
+            slsgu.apply(job.store, ApplyRequest(names=self.names, out=self.place, overwrite=True))
         else:
-            slsgu.copy_original(job.recipe.model, self.path, options=ApplyOptions(overwrite=True))
+            slsgu.copy_original(job.recipe.model, self.place, options=ApplyOptions(overwrite=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ class TargetStage(FileStage):
     """
 
     kind = StageKind.TARGET
-    origin: Path = Path()
+    origin: Path
 
     def inputs(self, job: Job) -> dict[str, str]:
         """Return digests of the edits, and of the sizes and times of the target's files."""
@@ -55,14 +54,14 @@ class TargetStage(FileStage):
 
     def run(self, job: Job) -> None:
         """Write the copy."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.place.parent.mkdir(parents=True, exist_ok=True)
         if self.names:
             request = ApplyRequest(
-                names=self.names, out=self.path, target=self.origin, overwrite=True
+                names=self.names, out=self.place, target=self.origin, overwrite=True
             )
             slsgu.apply(job.store, request)
             return
-        with slsgu.replacing(self.path) as partial:
+        with slsgu.replacing(self.place) as partial:
             copy = shutil.copytree if self.origin.is_dir() else shutil.copy2
             copy(self.origin, partial)
 
@@ -74,7 +73,7 @@ class EditsStage(FileStage):
 
     def files(self) -> dict[str, Path]:
         """Return the files of the edits."""
-        return {name: self.path / f"{name}.safetensors" for name in self.names}
+        return {name: self.place / f"{name}.safetensors" for name in self.names}
 
     def replaced(self) -> list[Path]:
         """Return the files of the edits: others in the folder stay."""
@@ -82,14 +81,14 @@ class EditsStage(FileStage):
 
     def run(self, job: Job) -> None:
         """Copy the edits, and remove those of withdrawn requests."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.place.mkdir(parents=True, exist_ok=True)
         for name, path in self.files().items():
             with slsgu.replacing(path) as partial:
                 partial.write_bytes(job.store.read_bytes(Artifact.EDIT.path(name)))
         for row in job.ledger.rows:
             if row.state is RequestState.WITHDRAWN and row.name not in self.names:
                 with suppress(FileNotFoundError):
-                    (self.path / f"{row.name}.safetensors").unlink()
+                    (self.place / f"{row.name}.safetensors").unlink()
 
 
 class LoraStage(FileStage):
@@ -99,17 +98,17 @@ class LoraStage(FileStage):
 
     def files(self) -> dict[str, Path]:
         """Return the files of the LoRA."""
-        return files_of(self.path) if self.names else {}
+        return files_of(self.place) if self.names else {}
 
     def run(self, job: Job) -> None:
         """Write the LoRA, or remove it."""
         if not self.names:
-            shutil.rmtree(self.path) if self.path.is_dir() else self.path.unlink(missing_ok=True)
+            shutil.rmtree(self.place) if self.place.is_dir() else self.place.unlink(missing_ok=True)
             return
-        layout = LoraLayout.LORA if self.path.suffix == ".safetensors" else LoraLayout.PEFT
+        layout = LoraLayout.LORA if self.place.suffix == ".safetensors" else LoraLayout.PEFT
         request = ExportRequest(
             names=self.names,
-            out=self.path,
+            out=self.place,
             layout=layout,
             overwrite=True,
             device=job.recipe.search.device,
@@ -129,13 +128,13 @@ class ReportStage(FileStage):
             and job.catalog.digest(Artifact.VERIFICATION, name)
             for name in self.names
         ]
-        return {**measured_inputs(job, self.names), "verifications": digest(verified)}
+        return {**job.measured_inputs(self.names), "verifications": digest(verified)}
 
     def run(self, job: Job) -> None:
         """Write the report."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.place.parent.mkdir(parents=True, exist_ok=True)
         device = job.recipe.search.device
-        request = ReportRequest(names=self.names, out=self.path, overwrite=True, device=device)
+        request = ReportRequest(names=self.names, out=self.place, overwrite=True, device=device)
         slsgu.write_report(job.store, request)
 
 
@@ -159,7 +158,7 @@ class EvidenceStage(ReportStage):
 
     def run(self, job: Job) -> None:
         """Write the evidence, with the state of each request by now."""
-        settle(job)
+        job.settle()
         recipe = Path(f"{job.recipe.name}.toml")
-        request = EvidenceRequest(names=self.names, out=self.path, recipe=recipe, overwrite=True)
+        request = EvidenceRequest(names=self.names, out=self.place, recipe=recipe, overwrite=True)
         write_evidence(job, request)

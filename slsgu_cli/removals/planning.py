@@ -8,7 +8,7 @@ from statistics import median
 import slsgu_cli as slsgu
 from slsgu_cli import Artifact, progress
 from slsgu_cli.errors import InputError, SlsguError
-from slsgu_cli.records.ledger import RequestState, StageKind
+from slsgu_cli.records.ledger import LedgerRow, RequestState
 from slsgu_cli.removals.job import Job, NotYetError
 from slsgu_cli.removals.outputs import (
     CheckpointStage,
@@ -19,7 +19,7 @@ from slsgu_cli.removals.outputs import (
     TargetStage,
 )
 from slsgu_cli.removals.recipe import Together
-from slsgu_cli.removals.stage import Stage
+from slsgu_cli.removals.stage import FileStage, Stage
 from slsgu_cli.removals.stages import (
     EvaluationStage,
     GradientStage,
@@ -34,8 +34,8 @@ from slsgu_cli.removals.stages import (
 class PlannedStage:
     """A stage and why it has to run: None if it is done.
 
-    `trouble` says why it cannot succeed. `seconds` is the median time of such stages in this
-    store, None if there was none.
+    `trouble` says why it cannot succeed. `seconds` is the median time of such stages in earlier
+    runs of the recipe, None if there was none.
     """
 
     stage: Stage
@@ -107,34 +107,40 @@ def reason_to_run(job: Job, stage: Stage) -> str | None:
 
 
 def reasons(job: Job) -> dict[Stage, str | None]:
-    """Return all stages with why they have to run. Each source file is looked at once."""
+    """Return all stages with why they have to run."""
     stages = stages_of(job)
-    found: dict[Stage, str | None] = {}
-    job.identities = {}
-    try:
-        with progress.bar("checking what is done", len(stages)) as ticker:
-            for stage in stages:
-                found[stage] = reason_to_run(job, stage)
-                ticker.advance()
-    finally:
-        job.identities = None
-    return found
+    to_run = {}
+    with progress.bar("checking what is done", len(stages)) as ticker:
+        for stage in stages:
+            to_run[stage] = reason_to_run(job, stage)
+            ticker.advance()
+    return to_run
+
+
+def request_rows(job: Job) -> list[LedgerRow]:
+    """Return all requests in a job's ledger. Those with a stage to run are open."""
+    return job.current_rows(
+        {name for stage, why in reasons(job).items() if why for name in stage.names}
+    )
 
 
 def plan(job: Job) -> list[PlannedStage]:
-    """Return all stages with why they have to run, what prevents it, and the time they take."""
+    """Return all stages with why they have to run, what prevents it, and the time they take.
+
+    Raises InputError if another recipe has one of the requests.
+    """
+    _require_own_names(job)
     to_run = reasons(job)
     set_errors = _set_errors(job, [stage for stage, reason in to_run.items() if reason])
-    others, took = _requests_of_others(job), _seconds(job)
     planned = []
     pending: dict[str, str] = {}
     for stage, reason in to_run.items():
         earlier = [f"after {pending[name]} of {name}" for name in stage.names if name in pending]
-        trouble = _trouble(job, stage, set_errors, others) if reason else None
+        trouble = _trouble(job, stage, set_errors) if reason else None
         reason = reason or next(iter(earlier), None)
-        if reason and stage.place is None:
+        if reason and not isinstance(stage, FileStage):
             pending |= {name: stage.kind for name in stage.names if name not in pending}
-        seconds = _typical_seconds(took, stage) if reason else 0.0
+        seconds = _typical_seconds(job, stage) if reason else 0.0
         planned.append(PlannedStage(stage, reason, trouble, seconds))
     return planned
 
@@ -154,20 +160,24 @@ def require_possible(job: Job, planned: Sequence[PlannedStage]) -> None:
         )
 
 
-def _trouble(
-    job: Job, stage: Stage, set_errors: Mapping[str, SlsguError], others: Mapping[str, str]
-) -> str | None:
+def _require_own_names(job: Job) -> None:
+    """Refuse requests of other recipes, because the two would replace each other's set and edit."""
+    for recipe, ledger in job.catalog.readable(Artifact.LEDGER).items():
+        for row in ledger.rows:
+            withdrawn = row.state is RequestState.WITHDRAWN
+            if recipe != job.recipe.name and row.name in job.recipe.names and not withdrawn:
+                raise InputError(
+                    f"{row.name} is a request of the recipe {recipe} in this store",
+                    hint=f'another name and concept = "{job.recipe.request(row.name).concept}", '
+                    f'another --store, or name = "{recipe}" if the recipe is the same',
+                )
+
+
+def _trouble(job: Job, stage: Stage, set_errors: Mapping[str, SlsguError]) -> str | None:
     """Return why a stage cannot succeed; None as far as can be known."""
-    for name in stage.names:
-        if name in others:
-            return (
-                f"{name} is a request of the recipe {others[name]} in this store; give it another "
-                f'name and concept = "{job.recipe.request(name).concept}", use another --store, '
-                f'or set name = "{others[name]}" if the recipe is the same'
-            )
+    if isinstance(stage, SetStage) and stage.names[0] in set_errors:
+        return set_errors[stage.names[0]].message
     try:
-        if isinstance(stage, SetStage) and stage.names[0] in set_errors:
-            raise set_errors[stage.names[0]]
         stage.require_possible(job)
     except SlsguError as error:
         return error.message
@@ -187,33 +197,11 @@ def _set_errors(job: Job, stages: Sequence[Stage]) -> dict[str, SlsguError]:
         return slsgu.Preview(job.store, requests).errors()
 
 
-def _requests_of_others(job: Job) -> dict[str, str]:
-    """Return the requests of other recipes in the store, each with its recipe.
-
-    Two recipes with the same request would replace each other's set and edit.
-    """
-    return {
-        row.name: recipe
-        for recipe, ledger in job.catalog.readable(Artifact.LEDGER).items()
-        for row in ledger.rows
-        if recipe != job.recipe.name and row.state is not RequestState.WITHDRAWN
-    }
-
-
-def _seconds(job: Job) -> dict[StageKind, list[float]]:
-    """Return the seconds that stages took in this store and on this device; searches by request."""
-    took: dict[StageKind, list[float]] = {}
-    for ledger in job.catalog.readable(Artifact.LEDGER).values():
-        for each in ledger.stages:
-            if each.output and each.took.where == job.device:
-                requests = len(each.names) if each.kind is StageKind.SEARCH else 1
-                took.setdefault(each.kind, []).append(each.took.seconds / requests)
-    return took
-
-
-def _typical_seconds(took: Mapping[StageKind, Sequence[float]], stage: Stage) -> float | None:
-    """Return the median seconds of such a stage; None if none ran before."""
-    if stage.kind not in took:
-        return None
-    requests = len(stage.names) if stage.kind is StageKind.SEARCH else 1
-    return median(took[stage.kind]) * requests
+def _typical_seconds(job: Job, stage: Stage) -> float | None:
+    """Return the median seconds of such a stage, for as many requests; None if none ran."""
+    took = [
+        each.took.seconds / max(len(each.names), 1)
+        for each in job.ledger.stages
+        if each.output and each.kind is stage.kind
+    ]
+    return median(took) * max(len(stage.names), 1) if took else None

@@ -17,8 +17,7 @@ from slsgu_cli.removals import planning
 from slsgu_cli.removals.job import Job
 from slsgu_cli.removals.outputs import TargetStage
 from slsgu_cli.removals.recipe import Outputs, Recipe, RemovalRequest, Together
-from slsgu_cli.removals.requests import current_rows, enter, settle
-from slsgu_cli.removals.stage import Stage
+from slsgu_cli.removals.stage import FileStage, Stage
 from slsgu_cli.removals.stages import SearchStage
 from slsgu_cli.text import listed
 
@@ -105,33 +104,22 @@ def run(
         planned = planning.plan(job)
         planning.require_possible(job, planned)
         _drop_obsolete(job)
-        enter(job)
+        job.enter()
         done = _run_all(job, [each for each in planned if each.reason], on_event)
-        settle(job)
+        job.settle()
     on_event(RunEvent("finished", None, job.recipe.names))
     return RunResult(job.recipe, job.ledger, tuple(done))
-
-
-def plan(
-    recipe: Recipe | str | Path, *, store: Store | str = "slsgu-store"
-) -> list[planning.PlannedStage]:
-    """Return the stages of a recipe: which are done, which have to run and why."""
-    return planning.plan(Job(recipe, store))
-
-
-def requests_of(
-    recipe: Recipe | str | Path, *, store: Store | str = "slsgu-store"
-) -> list[LedgerRow]:
-    """Return all requests in a recipe's ledger. Those with a stage to run are open."""
-    job = Job(recipe, store)
-    undone = {name for stage, why in planning.reasons(job).items() if why for name in stage.names}
-    return current_rows(job, undone)
 
 
 def require_met(result: RunResult) -> None:
     """Raise AssertionsError or NotForgottenError unless every request is within its bounds."""
     failed = [
-        f"{check.bound} of {row.name} is {_figure(check.figure)}"
+        f"{check.bound} of {row.name} is "
+        + (
+            "unknown, because its check could not run"
+            if check.figure is None
+            else f"{check.figure:.4g}"
+        )
         for row in result.rows
         for check in row.checks
         if not check.holds
@@ -144,10 +132,6 @@ def require_met(result: RunResult) -> None:
             f"no step forgets {listed(remembered)}",
             hint="give [search] more steps, or other layers",
         )
-
-
-def _figure(value: float | None) -> str:
-    return "unknown, because its check could not run" if value is None else f"{value:.4g}"
 
 
 def _drop_obsolete(job: Job) -> None:
@@ -173,8 +157,7 @@ def _run_all(
             continue
         rest = [other for other in pending[number:] if other.stage not in done]
         left = sum(other.seconds or 0.0 for other in (each, *rest)) or None
-        estimate = f" (about {_duration(left)} left)" if left else ""
-        progress.note(f"[{number}/{len(pending)}] {stage.kind} {stage.about}{estimate}")
+        progress.note(f"[{number}/{len(pending)}] {stage.kind} {stage.about}")
         on_event(_event("begin", stage, why=reason, left=left))
         for finished, seconds in _run_stage(job, stage, [other.stage for other in rest]):
             done[finished] = None
@@ -197,7 +180,7 @@ def _run_stage(job: Job, stage: Stage, rest: Sequence[Stage]) -> Iterator[tuple[
             yield each, _record(job, each, started)
             started = perf_counter()
         return
-    if stage.place is not None:
+    if isinstance(stage, FileStage):
         # From now on the recipe owns what is at this place, so a later run may replace it.
         _save(job, stage, {}, "", 0.0)
     stage.run(job)
@@ -212,17 +195,13 @@ def _record(job: Job, stage: Stage, started: float) -> float:
 
 
 def _save(job: Job, stage: Stage, inputs: dict[str, str], output: str, seconds: float) -> None:
-    took = PassTime(seconds, job.device)
-    place = str(stage.place) if stage.place else None
+    took = PassTime(seconds, slsgu.device_name(slsgu.pick_device(job.recipe.search.device)))
+    _, _, place = stage.key
     origin = str(stage.origin) if isinstance(stage, TargetStage) else None
     record = StageRecord(stage.kind, stage.names, place, inputs, output, took, origin)
     job.save(replace(job.ledger.with_stage(record), version=slsgu.__version__))
 
 
 def _event(event: str, stage: Stage, **more: Any) -> RunEvent:
-    place = str(stage.place) if stage.place else None
+    _, _, place = stage.key
     return RunEvent(event, stage.kind, stage.names, place, **more)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

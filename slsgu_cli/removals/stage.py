@@ -1,4 +1,4 @@
-"""What a stage of a job is: its inputs, its output, and how it runs."""
+"""A stage of a job: its inputs, its output, and how it runs."""
 
 import hashlib
 from dataclasses import dataclass
@@ -18,19 +18,15 @@ class Stage:
 
     kind: ClassVar[StageKind]
     names: tuple[str, ...]
-    place: Path | None = None
 
     @property
     def key(self) -> StageKey:
         """The identity of the stage in the ledger."""
-        place = None if self.place is None else str(self.place)
-        return self.kind, self.names if place is None else (), place
+        return self.kind, self.names, None
 
     @property
     def about(self) -> str:
         """The request, the number of requests, or the output."""
-        if self.place is not None:
-            return str(self.place)
         return self.names[0] if len(self.names) == 1 else f"{len(self.names)} requests"
 
     def inputs(self, job: Job) -> dict[str, str]:
@@ -76,19 +72,25 @@ class ArtifactStage(Stage):
         return None
 
 
+@dataclass(frozen=True, slots=True)
 class FileStage(Stage):
     """A stage that writes a file or folder outside the store."""
 
+    place: Path
+
     @property
-    def path(self) -> Path:
-        """Where the output goes."""
-        if self.place is None:
-            raise ValueError(f"the output of {self.kind} has no place")
-        return self.place
+    def key(self) -> StageKey:
+        """The identity of the stage, which stays the same when requests change."""
+        return self.kind, (), str(self.place)
+
+    @property
+    def about(self) -> str:
+        """The output."""
+        return str(self.place)
 
     def files(self) -> dict[str, Path]:
         """Return the files of the output by name."""
-        return files_of(self.path)
+        return files_of(self.place)
 
     def output(self, job: Job) -> str:
         """Return a digest of the files."""
@@ -109,18 +111,7 @@ class FileStage(Stage):
 
     def replaced(self) -> list[Path]:
         """Return what the output would replace."""
-        return [self.path]
-
-
-def measured_inputs(job: Job, names: tuple[str, ...]) -> dict[str, str]:
-    """Return digests of the written model and of the evaluation sets. Raises NotYetError."""
-    blocks = [job.record(Artifact.SET, name).evaluation_blocks() for name in names]
-    return {
-        "edits": job.edits(job.recipe.names),
-        "weights": job.weights,
-        "evaluation rows": digest(blocks),
-        "checkpoint": job.checkpoint(),
-    }
+        return [self.place]
 
 
 def files_of(place: Path) -> dict[str, Path]:

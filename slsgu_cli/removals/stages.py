@@ -10,7 +10,7 @@ from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.verification import ATTACK, ATTACKED
 from slsgu_cli.removals.job import Job, options_digest
 from slsgu_cli.removals.recipe import Together
-from slsgu_cli.removals.stage import ArtifactStage, Stage, measured_inputs
+from slsgu_cli.removals.stage import ArtifactStage, Stage
 
 
 class SetStage(ArtifactStage):
@@ -25,10 +25,9 @@ class SetStage(ArtifactStage):
     def inputs(self, job: Job) -> dict[str, str]:
         """Return digests of the options, the sources and the weights. Raises InputError."""
         request = self.request(job)
-        known = {} if job.identities is None else job.identities
         return {
             "options": digest(encode(request)),
-            "sources": slsgu.source_digest(request, known),
+            "sources": slsgu.source_digest(request, job.identities),
             "weights": job.weights,
         }
 
@@ -100,12 +99,11 @@ class SearchStage(ArtifactStage):
     def inputs(self, job: Job) -> dict[str, str]:
         """Return digests of the options, the rankings, the evaluation sets and earlier edits."""
         rankings = [job.digest(Artifact.RANKING, name) for name in self.names]
-        blocks = [job.record(Artifact.SET, name).evaluation_blocks() for name in self.names]
         return {
             "requests": digest(self.names),
             "options": digest([job.recipe.together, options_digest(job.recipe.search)]),
             "ranking": digest(rankings),
-            "evaluation rows": digest(blocks),
+            "evaluation rows": job.evaluation_rows(self.names),
             "earlier edits": job.edits(self.earlier(job)),
         }
 
@@ -126,7 +124,7 @@ class EvaluationStage(Stage):
 
     def inputs(self, job: Job) -> dict[str, str]:
         """Return digests of the written model and of the evaluation sets."""
-        return measured_inputs(job, self.names)
+        return job.measured_inputs(self.names)
 
     def output(self, job: Job) -> str:
         """Return a digest of the figures in the ledger."""
@@ -162,7 +160,7 @@ class VerificationStage(ArtifactStage):
     def inputs(self, job: Job) -> dict[str, str]:
         """Return digests of the options, the written model and the evaluation sets."""
         options = options_digest(job.recipe.verification_of(self.names[0]))
-        return {"options": options, **measured_inputs(job, self.names)}
+        return {"options": options, **job.measured_inputs(self.names)}
 
     def run(self, job: Job) -> None:
         """Run the checks and enter the gain of each attack in the ledger."""

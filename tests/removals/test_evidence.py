@@ -136,7 +136,7 @@ def test_the_page_has_the_request_and_names_what_was_not_done(filed):
     assert [each["state"] for each in (first, second)] == ["forgotten within bounds"] * 2
 
 
-def test_two_commands_check_a_model_and_tell_one_that_was_changed(job):
+def test_two_commands_check_a_model_and_detect_a_change(job):
     by_edit, by_digest = evidence_in(job / "filed")["checks"]
     held = inside(*by_edit.split()[1:], store=job / "elsewhere")
     assert held.exit_code == 0, held.stderr
@@ -204,8 +204,6 @@ def test_requests_without_figures_have_no_evidence(job, shared_world):
     recipe = recipe_of(shared_world)
     with pytest.raises(UsageError, match="never had a request"):
         write(job, recipe, names=["blue", "mauve"])
-    with pytest.raises(UsageError, match="named twice"):
-        write(job, recipe, names=["blue", "blue"])
     with pytest.raises(MissingError, match="has no requests of others"):
         write(job, replace(recipe, name="others"))
     unmeasured = Job(recipe, "store")
