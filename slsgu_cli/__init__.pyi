@@ -43,8 +43,8 @@ from slsgu_cli.removals.recipe import RemovalRequest as RemovalRequest
 from slsgu_cli.removals.running import forget as forget
 from slsgu_cli.removals.running import run as run
 from slsgu_cli.report.page import write_report as write_report
+from slsgu_cli.report.page import written_fingerprint as written_fingerprint
 from slsgu_cli.report.verification_sections import verified_pair as verified_pair
-from slsgu_cli.report.written import written_fingerprint as written_fingerprint
 from slsgu_cli.sets.build import build_sets as build_sets
 from slsgu_cli.sets.inspection import inspect_set as inspect_set
 from slsgu_cli.sets.preview import Preview as Preview

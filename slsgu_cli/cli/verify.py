@@ -402,12 +402,12 @@ def report(session: Session, request: ReportRequest) -> None:
     """
     from slsgu_cli.report.page import write_report
 
-    written = write_report(session.store, request)
+    sections_by_name = write_report(session.store, request)
     rows = [
         (name, section.title, section.state, section.run)
-        for name, sections in written.sections.items()
+        for name, sections in sections_by_name.items()
         for section in sections
     ]
     columns = ("name", "section", "state", Column("run", label="to add it"))
-    session.console.table("sections", columns, rows, title=f"report: {written.out}")
-    session.console.paths("files", [written.out])
+    session.console.table("sections", columns, rows, title=f"report: {request.out}")
+    session.console.paths("files", [str(request.out)])

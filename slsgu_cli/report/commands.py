@@ -3,10 +3,9 @@
 import shlex
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 
 from slsgu_cli.records.directions import DAMPING, Direction, DirectionSpec
-from slsgu_cli.records.method import Criterion, Precision, Ranking, Trials
+from slsgu_cli.records.method import Criterion, EditHeader, Precision, Ranking, Trials
 from slsgu_cli.records.option_fields import command_line
 from slsgu_cli.records.options import MARGIN, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import LOCAL
@@ -16,6 +15,7 @@ from slsgu_cli.report.gather import SetRecords
 def commands(records: SetRecords) -> list[str]:
     """Return a command line for each step with a valid record."""
     name = records.name
+    edit = records.edit.record
     lines: list[list[str]] = []
     if manifest := records.manifest.record:
         lines.append(list(manifest.command))
@@ -29,8 +29,8 @@ def commands(records: SetRecords) -> list[str]:
     if ranking := records.ranking.record:
         lines.append(_rank(ranking))
     if (trials := records.trials.record) and ranking:
-        lines += _searches(trials, ranking)
-    if edit := records.edit.record:
+        lines.append(_search(trials, ranking, edit))
+    if edit:
         names = edit.joint.names if edit.joint else (*edit.after, name)
         if edit.joint:
             lines.append(["slsgu", "search", *names, "--joint", "--criterion", str(edit.criterion)])
@@ -59,31 +59,23 @@ def _damping(directions: Iterable[DirectionSpec]) -> float | None:
     return next(iter(given), None)
 
 
-def _searches(trials: Trials, ranking: Ranking) -> list[list[str]]:
-    """Return a search for each damping that trials are of."""
+def _search(trials: Trials, ranking: Ranking, edit: EditHeader | None) -> list[str]:
     steps = Counter(trial.move for trial in trials.trials)
     layers = tuple(dict.fromkeys(layer for layer, _ in steps))
     fronts = {score.layer for score in ranking.scores if score.front}
     same = set(trials.directions) == {each.kind for each in ranking.directions}
+    ranked = {each.parameters.get("damping") for each in ranking.directions}
+    damping = edit.direction.parameters.get("damping") if edit else None
     options = SearchOptions(
         criterion=trials.criterion,
         margin=MARGIN if trials.margin is None else trials.margin,
         layers=() if set(layers) == fronts else layers,
         direction=None if same else Direction.of(trials.directions),
+        damping=None if damping in ranked else damping,
         steps=max(steps.values(), default=SearchOptions().steps),
         precision=trials.precision,
         after=tuple(trials.after),
     )
     also = ("criterion", "margin") if trials.criterion is Criterion.MARGIN else ("criterion",)
-    lines = []
-    # Directions without a damping are searched next to those with one.
-    dampings = dict.fromkeys(each.parameters.get("damping") for _, each in steps)
-    dampings = {each: None for each in dampings if each is not None} or {None: None}
-    usual = next(
-        (e.parameters["damping"] for e in ranking.directions if "damping" in e.parameters), None
-    )
-    for damping in dampings:
-        searched = replace(options, damping=None if damping == usual else damping)
-        words = command_line(searched, fields=SHOWN, also=also)
-        lines.append(["slsgu", "search", trials.name, *words])
-    return lines
+    words = command_line(options, fields=SHOWN, also=also)
+    return ["slsgu", "search", trials.name, *words]

@@ -1,7 +1,6 @@
 """Sections on how an edit was made: the request, the layers, the search, and how to repeat it."""
 
 import math
-import shlex
 from collections.abc import Sequence
 
 from markupsafe import Markup
@@ -23,53 +22,38 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.sets import DataRef, SetManifest
 from slsgu_cli.report.charts import front_chart, step_chart
-from slsgu_cli.report.commands import commands
 from slsgu_cli.report.gather import EditFacts, SetRecords
 from slsgu_cli.report.sections import (
     Cell,
-    Section,
     Table,
     codes,
     figures,
     fill,
-    section,
     tables,
     texts,
 )
-
-
-def request(records: SetRecords) -> Section:
-    """Show which captions select the forget set, and where all rows come from."""
-    return section(
-        "Request",
-        records.manifest,
-        lambda manifest: fill("request.html", overview=_overview(manifest), tables=_rows(manifest)),
-    )
-
 
 # A term, the kind of its value as for columns, and the value.
 Term = tuple[str, str, Cell]
 
 
-def _overview(manifest: SetManifest) -> list[Term]:
+def request(manifest: SetManifest) -> Markup:
+    """Show which captions select the forget set, and where all rows come from."""
     measured = (
         f"held-out rows of the evaluation set {manifest.forget_eval}"
         if manifest.forget_eval
         else "the rows of the forget set, which the gradient used as well: no held-out figure"
     )
-    return [
+    overview: list[Term] = [
         ("Concept", "", manifest.concept),
         ("Captions with", "code", manifest.patterns),
         ("Model", "code", str(manifest.model)),
         ("Forgetting is measured on", "", measured if manifest.evals else None),
         ("Seed of the draws", "", str(manifest.seed)),
     ]
-
-
-def _rows(manifest: SetManifest) -> list[Table]:
     parts = [("forget", manifest.forget), ("retain", manifest.retain)]
     parts += [(f"evaluation: {name}", ref) for name, ref in manifest.evals.items()]
-    return [
+    contents = [
         Table(
             "Rows and their sources",
             [
@@ -89,6 +73,7 @@ def _rows(manifest: SetManifest) -> list[Table]:
             [(role, ref.fingerprint) for role, ref in parts],
         ),
     ]
+    return fill("request.html", overview=overview, tables=contents)
 
 
 def _rejected(ref: DataRef) -> list[str] | None:
@@ -96,19 +81,11 @@ def _rejected(ref: DataRef) -> list[str] | None:
     return [f"{count(rows)} {reason}" for reason, rows in ordered] or None
 
 
-def front(records: SetRecords) -> Section:
-    """Show importance against alignment, and the layers on the Pareto fronts."""
-    return section(
-        "Pareto front of layers",
-        records.ranking,
-        lambda record: _front(record, records.edit.record),
-    )
-
-
 LAYER_COLUMNS = [*codes("layer"), *figures("importance", "alignment", "shape")]
 
 
-def _front(ranking: Ranking, edit: EditHeader | None) -> Markup:
+def front(ranking: Ranking, edit: EditHeader | None) -> Markup:
+    """Show importance against alignment, and the layers on the Pareto fronts."""
     ranked_along = ranking.by_direction()
     groups = [
         (
@@ -147,14 +124,8 @@ def _layer_cells(score: LayerScore) -> tuple[Cell, ...]:
     return known_as(score.layer), number(score.importance), number(score.alignment), shape
 
 
-def search(records: SetRecords) -> Section:
+def search(trials: Trials, edit: EditHeader | None) -> Markup:
     """Show forget and retained accuracy against the step, for every layer of the search."""
-    return section(
-        "Step search", records.trials, lambda record: _search(record, records.edit.record)
-    )
-
-
-def _search(trials: Trials, edit: EditHeader | None) -> Markup:
     chosen = next((trial for trial in trials.trials if _is_chosen(trial, edit)), None)
     best = best_of_each(trials, chosen)
     ordered = sorted(
@@ -227,16 +198,8 @@ def _trials(
     return Table(caption, columns, rows, marked)
 
 
-def gradients(records: SetRecords) -> Section:
+def gradients(pointer: GradientPointer, headers: dict[str, GradientHeader]) -> Markup:
     """Show the model and the rows of the gradients, with their fingerprints."""
-    return section(
-        "Model and gradients",
-        records.pointer,
-        lambda pointer: _gradients(pointer, records.gradients),
-    )
-
-
-def _gradients(pointer: GradientPointer, headers: dict[str, GradientHeader]) -> Markup:
     overview: list[Term] = [
         ("Model", "code", str(pointer.model)),
         ("Fingerprint", "code", pointer.model_fingerprint),
@@ -264,12 +227,8 @@ def _gradients(pointer: GradientPointer, headers: dict[str, GradientHeader]) -> 
     )
 
 
-def the_edit(records: SetRecords) -> Section:
+def the_edit(edit: EditHeader, records: SetRecords) -> Markup:
     """Show the digest of the edit's file, and what the edit changes in the model."""
-    return section("Edit", records.edit, lambda edit: _edit(edit, records))
-
-
-def _edit(edit: EditHeader, records: SetRecords) -> Markup:
     facts = records.facts
     extent = _extent(facts, records.gradients.get("forget")) if facts else None
     overview: list[Term] = [
@@ -301,19 +260,11 @@ def _extent(facts: EditFacts, header: GradientHeader | None) -> str:
     return f"{extent}; {100 * facts.values / whole:.2g}% of the model's {count(whole)}"
 
 
-def repeat(records: SetRecords, store: str) -> Section:
-    """Show the commands that repeat the work."""
-    lines = [f"export SLSGU_STORE={shlex.quote(store)}", *commands(records)]
-    return Section("How to repeat it", fill("repeat.html", commands=lines))
-
-
-def provenance(records: SetRecords) -> Section:
+def provenance(records: SetRecords) -> Markup:
     """List every record behind this page with its digest and its state."""
     rows = [
         (stored.noun, stored.path, str(stored.state or "none yet"), stored.sha256)
         for stored in records.all()
     ]
     columns = [*texts("record"), *codes("path in the store"), *texts("state"), *codes("SHA-256")]
-    return Section(
-        "Records behind this page", tables(Table("Records and their state", columns, rows))
-    )
+    return tables(Table("Records and their state", columns, rows))

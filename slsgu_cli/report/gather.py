@@ -105,6 +105,10 @@ def gather(catalog: Catalog, name: str) -> SetRecords:
     digests = {}
     if pointer.record:
         digests = {"forget": pointer.record.forget, "retain": pointer.record.retain}
+    facts = None
+    if edit.record:
+        whole = read_edit(catalog.store, edit.path)
+        facts = edit_facts(whole, earlier_edits(catalog.store, [whole]))
     joint = catalog.readable(Artifact.JOINT)
     sweeps = catalog.readable(Artifact.SWEEP)
     return SetRecords(
@@ -134,7 +138,7 @@ def gather(catalog: Catalog, name: str) -> SetRecords:
         verification=_stored(catalog, Artifact.VERIFICATION, name),
         comparison=_stored(catalog, Artifact.COMPARISON, name),
         gradients={role: catalog.get(Artifact.GRADIENT, d) for role, d in digests.items()},
-        facts=_facts(catalog, edit.path) if edit.record else None,
+        facts=facts,
     )
 
 
@@ -152,11 +156,6 @@ def _stored(catalog: Catalog, kind: Artifact, name: str, suffix: str = "") -> St
     state, reason = catalog.standing(kind, name, record)
     shown = record if state is Standing.OK else None
     return replace(stored, record=shown, state=state, reason=reason, sha256=sha256)
-
-
-def _facts(catalog: Catalog, path: str) -> EditFacts:
-    edit = read_edit(catalog.store, path)
-    return edit_facts(edit, earlier_edits(catalog.store, [edit]))
 
 
 def edit_facts(edit: Edit, earlier: Sequence[Edit] = ()) -> EditFacts:

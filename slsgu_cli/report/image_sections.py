@@ -1,8 +1,7 @@
 """Sections on example images: the model's guesses and cosine similarities."""
 
 import io
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -11,7 +10,7 @@ from slsgu_cli.report.sections import Section, absent, fill
 
 if TYPE_CHECKING:
     from slsgu_cli.engine.examples import BeforeAfter
-    from slsgu_cli.figures.pictures import Guesses, Images, Matrix
+    from slsgu_cli.figures.pictures import Images, Matrix
 
 IMAGES, COSINES = "Example images", "Cosine similarities"
 # Twice the size at which they are shown, for screens and printers of high density.
@@ -23,41 +22,19 @@ def no_images(trouble: str, run: str) -> list[Section]:
     return [absent(title, trouble, run) for title in (IMAGES, COSINES)]
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A scaled image as PNG."""
-
-    png: bytes
-    width: int
-    height: int
-
-    @classmethod
-    def of(cls, image: "Images", size: int) -> "Picture":
-        """Return an image with sides of at most `size` pixels."""
-        small = Image.fromarray(image)
-        small.thumbnail((size, size), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        small.save(buffer, "PNG", optimize=True)
-        return cls(buffer.getvalue(), small.width, small.height)
-
-
-@dataclass(frozen=True, slots=True)
-class _Card:
-    """An example image with its most probable names."""
-
-    picture: Picture
-    label: str
-    before: "Guesses"
-    after: "Guesses"
+def _picture(image: "Images", size: int) -> dict[str, Any]:
+    """Return an image as PNG, with sides of at most `size` pixels."""
+    small = Image.fromarray(image)
+    small.thumbnail((size, size), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG", optimize=True)
+    return {"png": buffer.getvalue(), "width": small.width, "height": small.height}
 
 
 def examples(guesses: "BeforeAfter") -> Section:
     """Show images with the model's guesses before and after the edit."""
-    cards = [
-        _Card(Picture.of(each.image, PICTURE), each.label, each.before, each.after)
-        for each in guesses.examples
-    ]
-    return Section(IMAGES, fill("examples.html", concept=guesses.names[0], examples=cards))
+    cards = [(each, _picture(each.image, PICTURE)) for each in guesses.examples]
+    return Section(IMAGES, fill("examples.html", concept=guesses.names[0], cards=cards))
 
 
 def cosines(guesses: "BeforeAfter") -> Section:
@@ -68,7 +45,7 @@ def cosines(guesses: "BeforeAfter") -> Section:
     content = fill(
         "cosines.html",
         names=guesses.names,
-        thumbnails=[Picture.of(image, THUMBNAIL) for image in guesses.thumbnails],
+        thumbnails=[_picture(image, THUMBNAIL) for image in guesses.thumbnails],
         before=cosine(float(guesses.before[0, 0])),
         after=cosine(float(guesses.after[0, 0])),
         images=few if few == many else f"{few} to {many}",

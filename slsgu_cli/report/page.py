@@ -1,51 +1,52 @@
 """`report`: gather the records, run the model over example images, and write one HTML page."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-
-from markupsafe import Markup
 
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import known_as
-from slsgu_cli.errors import InputError, SlsguError, UsageError
+from slsgu_cli.clip.models import fingerprint, resolve
+from slsgu_cli.errors import InputError, SlsguError
 from slsgu_cli.figures.numbers import change, percent
-from slsgu_cli.records.ledger import StageKind
+from slsgu_cli.records.ledger import StageKind, written_at
 from slsgu_cli.records.options import ReportRequest
+from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.report import edit_sections, study_sections
+from slsgu_cli.report.commands import commands as commands_of
 from slsgu_cli.report.gather import SetRecords, gather
 from slsgu_cli.report.image_sections import cosines, examples, no_images
-from slsgu_cli.report.result_sections import on_targets, result, retained
-from slsgu_cli.report.sections import Cell, Column, Section, Table, codes, figures, fill, tables
+from slsgu_cli.report.result_sections import on_target, result, retained
+from slsgu_cli.report.sections import (
+    Cell,
+    Column,
+    Section,
+    Table,
+    codes,
+    figures,
+    fill,
+    section,
+    tables,
+)
 from slsgu_cli.report.verification_sections import verification
-from slsgu_cli.report.written import written_fingerprint
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.atomic import replacing, require_regular
 from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
 
 
-@dataclass(frozen=True, slots=True)
-class WrittenReport:
-    """A page that was written: its sections by name, its path and its size."""
+def write_report(store: Store, request: ReportRequest) -> dict[str, list[Section]]:
+    """Write the page that `request` describes; return its sections by name.
 
-    out: str
-    nbytes: int
-    sections: dict[str, list[Section]]
-
-
-def write_report(store: Store, request: ReportRequest) -> WrittenReport:
-    """Write the page that `request` describes. Raises UsageError, MissingError, InputError."""
+    Raises MissingError and InputError.
+    """
     _require_place(request)
-    twice = [name for name in request.names if list(request.names).count(name) > 1]
-    if twice:
-        raise UsageError(f"{twice[0]} is named twice")
+    names = list(dict.fromkeys(request.names))
     catalog = Catalog(store)
-    all_records = [gather(catalog, name) for name in request.names]
+    all_records = [gather(catalog, name) for name in names]
     image_sections = _image_sections(store, all_records, request)
-    written = written_without(catalog, request.names)
+    written = written_without(catalog, names)
     sections = {
         records.name: all_sections(
             records, image_sections[records.name], store.url, written[records.name]
@@ -56,10 +57,9 @@ def write_report(store: Store, request: ReportRequest) -> WrittenReport:
         for stored in records.all():
             if stored.state is not None and stored.trouble:
                 progress.warn(f"{records.name}: {stored.trouble} Not shown; run `{stored.run}`")
-    data = page(all_records, sections).encode()
     with replacing(request.out) as partial:
-        partial.write_bytes(data)
-    return WrittenReport(str(request.out), len(data), sections)
+        partial.write_bytes(page(all_records, sections).encode())
+    return sections
 
 
 def _require_place(request: ReportRequest) -> None:
@@ -89,6 +89,14 @@ def written_without(catalog: Catalog, names: Sequence[str]) -> dict[str, set[str
     return written
 
 
+def written_fingerprint(model: ModelSpec, place: Path) -> str | None:
+    """Return the present fingerprint of a copy of a model; None if it is not a CLIP."""
+    try:
+        return fingerprint(resolve(written_at(model, place)))
+    except (SlsguError, OSError):
+        return None
+
+
 def all_sections(
     records: SetRecords, images: Sequence[Section], store: str, written: Collection[str] = ()
 ) -> list[Section]:
@@ -96,22 +104,35 @@ def all_sections(
 
     `written` are fingerprints of written models, whose verification goes before the edit's.
     """
+    edit, pointer = records.edit.record, records.pointer
+    commands = [f"export SLSGU_STORE={quote(store)}", *commands_of(records)]
+    # The edit carries its own figures. Only the search's record says whether the rows changed.
+    doubt = records.trials.trouble
     return [
-        result(records),
-        edit_sections.request(records),
+        section("Result", records.edit, result, records.manifest.record, doubt),
+        section("Request", records.manifest, edit_sections.request),
         *images,
-        *on_targets(records),
+        *(
+            section(f"On {label.rpartition('@')[2]}", stored, on_target)
+            for label, stored in records.on_targets.items()
+        ),
         verification(records, written),
-        edit_sections.front(records),
-        edit_sections.search(records),
-        study_sections.trajectories(records),
-        *study_sections.joint_searches(records),
-        *study_sections.sweeps(records),
-        study_sections.comparison(records),
-        edit_sections.gradients(records),
-        edit_sections.the_edit(records),
-        edit_sections.repeat(records, store),
-        edit_sections.provenance(records),
+        section("Pareto front of layers", records.ranking, edit_sections.front, edit),
+        section("Step search", records.trials, edit_sections.search, edit),
+        section("Trajectories", records.trajectory, study_sections.trajectories, edit),
+        *(
+            section(f"Forgotten together: {label}", stored, study_sections.joint_search)
+            for label, stored in records.joint.items()
+        ),
+        *(
+            section(f"Sweep: {label}", stored, study_sections.sweep, records.name)
+            for label, stored in records.sweeps.items()
+        ),
+        section("Comparison with other methods", records.comparison, study_sections.comparison),
+        section("Model and gradients", pointer, edit_sections.gradients, records.gradients),
+        section("Edit", records.edit, edit_sections.the_edit, records),
+        Section("How to repeat it", fill("repeat.html", commands=commands)),
+        Section("Records behind this page", edit_sections.provenance(records)),
     ]
 
 
@@ -152,39 +173,11 @@ def _image_sections(
 
 def page(all_records: Sequence[SetRecords], sections: Mapping[str, Sequence[Section]]) -> str:
     """Return the page on some names; `sections` has those of each, in order."""
-    names = ", ".join(records.concept for records in all_records)
-    return whole_page(
-        f"Unlearning report: {names}",
-        kind="Unlearning report",
-        heading=f"Forgetting {names}",
-        summary=tables(_summary(all_records)) if len(all_records) > 1 else Markup(),
-        articles=[(records.concept, sections[records.name]) for records in all_records],
-        origin="the records listed above",
-    )
-
-
-def whole_page(
-    title: str,
-    *,
-    kind: str,
-    heading: str,
-    summary: Markup,
-    articles: Sequence[tuple[str, Sequence[Section]]],
-    origin: str,
-) -> str:
-    """Return a page of articles, which have a title and sections each.
-
-    `kind` names the kind of page, `origin` what it was made from. The `summary` goes before the
-    contents.
-    """
     return fill(
         "page.html",
-        title=title,
-        kind=kind,
-        heading=heading,
-        summary=summary,
-        articles=articles,
-        origin=origin,
+        names=", ".join(records.concept for records in all_records),
+        summary=tables(_summary(all_records)) if len(all_records) > 1 else "",
+        articles=[(records.concept, sections[records.name]) for records in all_records],
         version=slsgu_cli.__version__,
     )
 

@@ -2,25 +2,16 @@
 
 from markupsafe import Markup
 
-from slsgu_cli.checkpoints.edits import SUFFIX
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.figures.numbers import change, count, interval, percent
 from slsgu_cli.records.figures import Accuracy, Share
 from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.report.gather import SetRecords
-from slsgu_cli.report.sections import Cell, Section, Table, figures, fill, section, texts
+from slsgu_cli.report.sections import Cell, Table, figures, fill, texts
 
 
-def result(records: SetRecords) -> Section:
-    """Show in words and numbers what the edit did."""
-    # The edit carries its own figures. Only the search's record says whether the rows changed.
-    doubt = records.trials.trouble
-    manifest = records.manifest.record
-    return section("Result", records.edit, lambda edit: _result(edit, manifest, doubt))
-
-
-def _result(edit: EditHeader, manifest: SetManifest | None, doubt: str | None) -> Markup:
+def result(edit: EditHeader, manifest: SetManifest | None, doubt: str | None) -> Markup:
+    """Show in words and numbers what the edit did; `doubt` says why that may have changed."""
     rows = [
         _row(f"TA@{k} {name}" if name else f"FA@{k}", was, now, attribute)
         for name, was, now in [("", edit.baseline_forget, edit.forget), *retained(edit)]
@@ -118,15 +109,8 @@ def _losses(edit: EditHeader) -> list[Table]:
     ]
 
 
-def on_targets(records: SetRecords) -> list[Section]:
-    """Show what each edit that was searched on a model built on CLIP did to that model."""
-    return [
-        section(f"On {stored.path.rpartition('@')[2].removesuffix(SUFFIX)}", stored, _on_target)
-        for stored in records.on_targets.values()
-    ]
-
-
-def _on_target(edit: EditHeader) -> Markup:
+def on_target(edit: EditHeader) -> Markup:
+    """Show what an edit that was searched on a model built on CLIP did to that model."""
     target = edit.target
     if target is None:
         return fill("target.html", edit=edit, table=None)

@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
 from slsgu_cli.figures.templates import render
 from slsgu_cli.report.gather import StoredRecord
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +25,15 @@ class Section:
         return "missing" if self.trouble else "shown"
 
 
-def section(title: str, stored: StoredRecord[T], build: Callable[[T], Markup]) -> Section:
-    """Return a section on a record, or a notice if the record cannot be shown."""
+def section(
+    title: str, stored: StoredRecord[Any], build: Callable[..., Markup], *values: Any
+) -> Section:
+    """Return a section on a record, or a notice if the record cannot be shown.
+
+    `build` makes its content from the record and the `values`.
+    """
     if stored.record is not None:
-        return Section(title, build(stored.record))
+        return Section(title, build(stored.record, *values))
     return absent(title, stored.trouble or "", stored.run)
 
 

@@ -10,27 +10,19 @@ from slsgu_cli.records.comparison import ClipComparison, Method
 from slsgu_cli.records.method import EditHeader, Trials
 from slsgu_cli.records.studies import JointSearch, Sweep, SweepRow, Trajectory
 from slsgu_cli.report.edit_sections import step_charts
-from slsgu_cli.report.gather import SetRecords
 from slsgu_cli.report.sections import (
     Cell,
-    Section,
     Table,
     codes,
     figures,
     fill,
-    section,
     tables,
     texts,
 )
 
 
-def trajectories(records: SetRecords) -> Section:
+def trajectories(record: Trials, edit: EditHeader | None) -> Markup:
     """Show accuracies over a fine grid of steps."""
-    edit = records.edit.record
-    return section("Trajectories", records.trajectory, lambda record: _trajectories(record, edit))
-
-
-def _trajectories(record: Trials, edit: EditHeader | None) -> Markup:
     trajectory = Trajectory(record, 0)
     accuracies = list(trajectory.figures())
     cells: list[tuple[Cell, ...]] = []
@@ -54,15 +46,8 @@ def _trajectories(record: Trials, edit: EditHeader | None) -> Markup:
     )
 
 
-def joint_searches(records: SetRecords) -> list[Section]:
-    """Show the joint searches that include this concept."""
-    return [
-        section(f"Forgotten together: {label}", stored, _joint_search)
-        for label, stored in records.joint.items()
-    ]
-
-
-def _joint_search(record: JointSearch) -> Markup:
+def joint_search(record: JointSearch) -> Markup:
+    """Show the edits of a joint search, and accuracies by the number of concepts."""
     last = record.stages[-1]
     moves: list[tuple[Cell, ...]] = [
         (
@@ -119,15 +104,8 @@ def _joint_search(record: JointSearch) -> Markup:
     )
 
 
-def sweeps(records: SetRecords) -> list[Section]:
-    """Show the sweeps that include this class, and the means over their classes."""
-    return [
-        section(f"Sweep: {label}", stored, lambda record: _sweep(record, records.name))
-        for label, stored in records.sweeps.items()
-    ]
-
-
-def _sweep(record: Sweep, name: str) -> Markup:
+def sweep(record: Sweep, name: str) -> Markup:
+    """Show the classes of a sweep, one of them marked, and the means over all."""
     sets = sorted(record.rows[0].baseline_utility)
     top1s = [_top1s(row, sets) for row in record.rows]
     means = [sum(column) / len(top1s) for column in zip(*top1s, strict=True)]
@@ -150,12 +128,8 @@ def _top1s(row: SweepRow, sets: list[str]) -> list[float]:
     return [accuracy.top1 for pair in pairs for accuracy in pair]
 
 
-def comparison(records: SetRecords) -> Section:
+def comparison(record: ClipComparison) -> Markup:
     """Show the accuracies and the cost of each method."""
-    return section("Comparison with other methods", records.comparison, _comparison)
-
-
-def _comparison(record: ClipComparison) -> Markup:
     rows = mean_rows({record.name: record.outcomes}, None)
     sets = sorted({name for row in rows for name in row.utility})
     cells: list[tuple[Cell, ...]] = [

@@ -1,43 +1,27 @@
 """`ask`: answers about images, before and after an edit."""
 
 import io
-import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import edit_digests, load_edit
-from slsgu_cli.clip.batches import Ints, spans
+from slsgu_cli.clip.batches import Ints
 from slsgu_cli.clip.evaluation import concept_rows, serving_rows
-from slsgu_cli.engine.resumable import SavedSums
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.figures.sheets import AnsweredImage, answers_html, answers_png
-from slsgu_cli.records.codec import digest
-from slsgu_cli.records.method import SumsHeader
 from slsgu_cli.records.sets import Split
 from slsgu_cli.records.targets import Answer, Answers, AskRequest
 from slsgu_cli.sources.prompts import find_class
 from slsgu_cli.store.artifacts import Artifact, read_manifest, set_of
 from slsgu_cli.store.blocks import DataBlock
-from slsgu_cli.store.store import Arrays, Store
-from slsgu_cli.targets.models import (
-    BATCH,
-    Llava,
-    Question,
-    folder_fingerprint,
-    new_values,
-    png_bytes,
-)
+from slsgu_cli.store.store import Store
+from slsgu_cli.targets.models import Llava, Question, encoded, new_values
 from slsgu_cli.targets.output_folder import OutputFolder
-
-# The array with the answers so far, as JSON.
-SAID = "said"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,56 +46,41 @@ def ask(store: Store, request: AskRequest) -> tuple[Answers, OutputFolder]:
     llava = Llava.load(request.target, device=request.device)
     questions = [Question(p.image, text) for p in pictures for text in request.questions]
     (values,) = new_values((llava.encoder,), edits)
-    made_from = [edit_digests(edits), folder_fingerprint(request.target)]
-    asked = [[each.text, png_bytes(each.image).hex()] for each in questions]
-    kept = SavedSums(store, digest([*made_from, asked]), llava.device)
-    said = _answers(llava, questions, values, kept)
+    said = []
+    with progress.bar("asking", 2 * len(questions)) as ticker:
+        for new in ({}, values):
+            with llava.encoder.edited(new):
+                for answer in llava.answers(questions):
+                    said.append(answer)
+                    ticker.advance()
+    count = len(request.questions)
     names = [picture.name for picture in pictures for _ in request.questions]
+    before, after = said[: len(names)], said[len(names) :]
     record = Answers(
         name=header.name,
         concept=header.concept,
         target=str(request.target),
         edits=edit_digests(edits),
         answers=tuple(
-            Answer(name, question.text, before, after)
-            for name, question, before, after in zip(names, questions, *said, strict=True)
+            Answer(name, question.text, was, now)
+            for name, question, was, now in zip(names, questions, before, after, strict=True)
         ),
         version=slsgu_cli.__version__,
     )
-    _write_answers(output, record, pictures, len(request.questions))
-    kept.remove()
+    title = f"Forgetting {record.concept}: {request.target.name}"
+    groups = [
+        AnsweredImage(
+            encoded(picture.image),
+            picture.forgotten,
+            record.answers[place * count : (place + 1) * count],
+        )
+        for place, picture in enumerate(pictures)
+    ]
+    output.begin()
+    output.write("answers.png", answers_png(title, groups))
+    output.write("answers.html", answers_html(title, groups).encode())
+    output.finish(record)
     return record, output
-
-
-def _answers(
-    llava: Llava, questions: Sequence[Question], values: Mapping[str, Tensor], kept: SavedSums
-) -> tuple[list[str], list[str]]:
-    """Return the answers to all questions, without and with other `values` of layers.
-
-    An interrupted run is resumed batch by batch, because the last digits of an answer depend
-    on the other questions in its batch.
-    """
-    said: list[str] = []
-
-    def packed() -> Arrays:
-        return {SAID: np.frombuffer(json.dumps(said).encode(), np.uint8)}
-
-    def use(_header: SumsHeader, arrays: Arrays) -> None:
-        said.extend(json.loads(arrays[SAID].tobytes()))
-
-    batches = [(new, *span) for new in ({}, values) for span in spans(len(questions), BATCH)]
-    done = kept.resume(len(batches), use)
-    if done:
-        progress.note(f"resuming after {len(said)} of {2 * len(questions)} answers")
-    with progress.bar("asking", 2 * len(questions) - len(said)) as ticker:
-        for number, (new, start, stop) in enumerate(batches[done:], done + 1):
-            with llava.encoder.edited(new):
-                for answer in llava.answers(questions[start:stop]):
-                    said.append(answer)
-                    ticker.advance()
-            if number < len(batches) and kept.due:
-                kept.write(packed, len(batches), added=number, done=number)
-    return said[: len(questions)], said[len(questions) :]
 
 
 def sample_pictures(store: Store, name: str, count: int) -> list[AskedImage]:
@@ -153,22 +122,3 @@ def _opened(path: Path) -> AskedImage:
         raise MissingError(f"there is no image {path}") from error
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be read as an image: {error}") from error
-
-
-def _write_answers(
-    output: OutputFolder, record: Answers, pictures: Sequence[AskedImage], each: int
-) -> None:
-    """Write the answers as an image and as a page, and last the record."""
-    title = f"Forgetting {record.concept}: {Path(record.target).name}"
-    groups = [
-        AnsweredImage(
-            png_bytes(picture.image),
-            picture.forgotten,
-            record.answers[place * each : (place + 1) * each],
-        )
-        for place, picture in enumerate(pictures)
-    ]
-    output.begin()
-    output.write("answers.png", answers_png(title, groups))
-    output.write("answers.html", answers_html(title, groups).encode())
-    output.finish(record)

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from hashlib import sha256
+from itertools import chain, repeat
 from pathlib import Path
 
 import slsgu_cli
-from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, edit_digests, load_edit, warn_of_other_encoders
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.figures.sheets import (
@@ -18,7 +18,6 @@ from slsgu_cli.figures.sheets import (
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share
 from slsgu_cli.records.targets import (
-    DiffusionOptions,
     GenerateRequest,
     Generation,
     PromptResult,
@@ -37,10 +36,9 @@ from slsgu_cli.targets.judge import (
 from slsgu_cli.targets.models import (
     ImageJob,
     Pipeline,
+    encoded,
     folder_fingerprint,
     new_values,
-    png_bytes,
-    unfinished,
 )
 from slsgu_cli.targets.output_folder import OutputFolder
 
@@ -95,6 +93,8 @@ def _prompt(line: str, origin: str, classes: Sequence[str]) -> Prompt:
 BEFORE, AFTER = "original", "unlearned"
 # The class that a judge gives each image of both models.
 Verdicts = dict[str, list[str]]
+# The images of both models as PNG, by file.
+Images = dict[str, dict[str, bytes]]
 
 
 def generate(store: Store, request: GenerateRequest) -> tuple[Generation, OutputFolder]:
@@ -120,10 +120,9 @@ def generate(store: Store, request: GenerateRequest) -> tuple[Generation, Output
     verdicts: list[Verdicts] = []
     for spec in request.judges:
         judge = Judge.load(spec, classes, device=request.device)
-        verdicts.append({key: judge.verdicts(made) for key, made in images.items()})
+        verdicts.append({key: judge.verdicts([*made.values()]) for key, made in images.items()})
     record = _record(edits, prompts, tuple(classes), request, verdicts)
-    _write_sheets(output, record, images, verdicts[0] if verdicts else {})
-    return record, output
+    return _with_sheets(output, record, images, verdicts), output
 
 
 def judged_classes(
@@ -147,8 +146,8 @@ def before_and_after(
     edits: Sequence[Edit],
     prompts: Sequence[Prompt],
     request: GenerateRequest,
-) -> dict[str, list[bytes]]:
-    """Return the images of both models as PNG, by prompt and seed.
+) -> Images:
+    """Return the images of both models, by prompt and seed.
 
     Each is written as soon as it is generated, so an interrupted run can be resumed.
     """
@@ -162,32 +161,16 @@ def before_and_after(
     output.resume(digest([*made_from, pipe.device]), chain(*files.values()))
     values = new_values(pipe.encoders, edits)
     pipe.warn_of_readers(pipe.edited_names(values))
-    made = {}
-    with progress.bar("generating", 2 * len(jobs)) as ticker:
-        for key, names in files.items():
-            with pipe.edited(values if key == AFTER else ()):
-                made[key] = _made(output, names, pipe, jobs, request.diffusion, ticker)
-    return made
-
-
-def _made(
-    output: OutputFolder,
-    names: Sequence[str],
-    pipe: Pipeline,
-    jobs: Sequence[ImageJob],
-    diffusion: DiffusionOptions,
-    ticker: progress.Ticker,
-) -> list[bytes]:
-    """Return the files of an output folder; generate those that are missing."""
-    known = {name: data for name in names if (data := output.read(name)) is not None}
-    for rows in unfinished(len(jobs), diffusion.batch, lambda number: names[number] in known):
-        for number, image in zip(
-            rows, pipe.generate([jobs[n] for n in rows], diffusion), strict=True
-        ):
-            known[names[number]] = png_bytes(image)
-            output.write(names[number], known[names[number]])
-            ticker.advance()
-    return [known[name] for name in names]
+    images: Images = {}
+    for key, names in files.items():
+        made = {name: data for name in names if (data := output.read(name)) is not None}
+        done = [name in made for name in names]
+        with pipe.edited(values if key == AFTER else ()):
+            for number, image in pipe.generate_missing(jobs, request.diffusion, done):
+                made[names[number]] = encoded(image)
+                output.write(names[number], made[names[number]])
+        images[key] = {name: made[name] for name in names}
+    return images
 
 
 def effect(concepts: Sequence[str], labels: Sequence[str | None], said: Sequence[str]) -> Effect:
@@ -240,29 +223,31 @@ def _record(
     )
 
 
-def _write_sheets(
-    output: OutputFolder,
-    record: Generation,
-    images: dict[str, list[bytes]],
-    verdicts: Verdicts,
-) -> None:
+def _with_sheets(
+    output: OutputFolder, record: Generation, images: Images, verdicts: Sequence[Verdicts]
+) -> Generation:
     """Write both sheets of the images, and last the record, which marks them as complete."""
     seeds = len(record.seeds)
-    tiles = {key: _tiles(made, verdicts.get(key)) for key, made in images.items()}
+    tiles = {
+        key: list(map(Tile, made.values(), verdicts[0][key] if verdicts else repeat(None)))
+        for key, made in images.items()
+    }
     strips = []
     for place, prompt in enumerate(record.prompts):
         its = slice(place * seeds, (place + 1) * seeds)
         shown = {key: each[its] for key, each in tiles.items()}
         strips.append(Strip(prompt.prompt, prompt.label == record.concept, shown))
     title = f"Forgetting {record.concept}: {Path(record.target).name}"
-    output.write("sheet.png", sheet_png(title, strips))
+    sheet = sheet_png(title, strips)
+    output.write("sheet.png", sheet)
     output.write("sheet.html", sheet_html(title, _notes(record), strips).encode())
+    pictures = {"sheet.png": sheet} | {
+        n: png for made in images.values() for n, png in made.items()
+    }
+    digests = {name: sha256(png).hexdigest() for name, png in sorted(pictures.items())}
+    record = replace(record, digests=digests)
     output.finish(record)
-
-
-def _tiles(images: Sequence[bytes], verdicts: Sequence[str] | None) -> list[Tile]:
-    said = [None] * len(images) if verdicts is None else verdicts
-    return [Tile(image, name) for image, name in zip(images, said, strict=True)]
+    return record
 
 
 def _notes(record: Generation) -> list[str]:

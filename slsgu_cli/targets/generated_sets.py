@@ -14,10 +14,9 @@ from slsgu_cli.store.store import Store
 from slsgu_cli.targets.models import (
     ImageJob,
     Pipeline,
+    encoded,
     folder_fingerprint,
-    png_bytes,
     require_family,
-    unfinished,
 )
 
 
@@ -68,22 +67,15 @@ def generated_source(store: Store, request: SourceRequest) -> str:
     folder = Artifact.GENERATED.folder_of(address)
     prompts = itertools.islice(itertools.cycle(request.prompts), request.count)
     jobs = [ImageJob(prompt, request.seed + number) for number, prompt in enumerate(prompts)]
-    missing = unfinished(
-        len(jobs), request.diffusion.batch, lambda number: store.exists(_caption(folder, number))
-    )
-    left = sum(map(len, missing))
-    if left < len(jobs):
-        progress.note(f"{len(jobs) - left} of {len(jobs)} images already exist")
-    if missing:
+    done = [store.exists(_caption(folder, number)) for number in range(len(jobs))]
+    if any(done):
+        progress.note(f"{sum(done)} of {len(jobs)} images already exist")
+    if not all(done):
         pipe = Pipeline.load(request.pipeline, device=request.device)
-        with progress.bar("generating", left) as ticker:
-            for rows in missing:
-                images = pipe.generate([jobs[n] for n in rows], request.diffusion)
-                for number, image in zip(rows, images, strict=True):
-                    store.write_bytes(f"{folder}/{number:06}.png", png_bytes(image))
-                    # The caption is written last: it marks the image as complete.
-                    store.write_bytes(_caption(folder, number), jobs[number].prompt.encode())
-                    ticker.advance()
+        for number, image in pipe.generate_missing(jobs, request.diffusion, done):
+            store.write_bytes(f"{folder}/{number:06}.png", encoded(image))
+            # The caption is written last: it marks the image as complete.
+            store.write_bytes(_caption(folder, number), jobs[number].prompt.encode())
     store.write_record(Artifact.GENERATED.path(address), record)
     return store.where(folder)
 

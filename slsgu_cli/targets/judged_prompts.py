@@ -13,7 +13,7 @@ from slsgu_cli.records.sets import ModelSpec, SetManifest, Split
 from slsgu_cli.records.targets import Budget
 from slsgu_cli.store.store import Store
 from slsgu_cli.targets.judge import Judge, called, measured_classes, words_of
-from slsgu_cli.targets.models import ImageJob, Pipeline, png_bytes
+from slsgu_cli.targets.models import ImageJob, Pipeline, encoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class JudgedPrompts:
     def generated(self, pipe: Pipeline, prompts: Sequence[JudgedPrompt]) -> Iterator[bytes]:
         """Yield the images as PNG, in order."""
         jobs = [prompt.job for prompt in prompts]
-        yield from map(png_bytes, pipe.generate(jobs, self.budget.diffusion))
+        yield from map(encoded, pipe.generate(jobs, self.budget.diffusion))
 
     def hits(self, pipe: Pipeline, prompts: Sequence[JudgedPrompt]) -> Iterator[list[bool]]:
         """Yield batch by batch whether the first judge recognises each image as its class."""

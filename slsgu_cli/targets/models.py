@@ -2,7 +2,7 @@
 
 import importlib
 import io
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -28,7 +28,6 @@ from slsgu_cli.checkpoints.number_formats import layer_digests
 from slsgu_cli.checkpoints.targets import Encoder, Family, Target, prompt_note, read_target
 from slsgu_cli.clip.batches import spans
 from slsgu_cli.clip.devices import pick_device
-from slsgu_cli.clip.in_place import edited
 from slsgu_cli.errors import (
     InputError,
     MissingError,
@@ -80,19 +79,21 @@ class LiveEncoder:
     @contextmanager
     def edited(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Replace the values of layers within a block."""
-        with ExitStack() as stack:
-            for layer, value in values.items():
-                for place in self.places(layer):
-                    new = self.module.get_parameter(place.key).data.clone()
-                    place.rows(new).copy_(place.from_layer(value))
-                    stack.enter_context(edited(self.module, place.key, new))
+        parameters = {id(p): p for layer in values for p in self.parameters(layer)}.values()
+        originals = [parameter.data for parameter in parameters]
+        for parameter in parameters:
+            parameter.data = parameter.data.clone()
+        try:
+            self.put(values)
             yield
+        finally:
+            for parameter, original in zip(parameters, originals, strict=True):
+                parameter.data = original
 
     def put(self, values: Mapping[str, Tensor]) -> None:
         """Replace the values of layers permanently."""
         for layer, value in values.items():
-            for place in self.places(layer):
-                parameter = self.module.get_parameter(place.key)
+            for place, parameter in zip(self.places(layer), self.parameters(layer), strict=True):
                 place.rows(parameter.data).copy_(place.from_layer(value))
 
     def parameters(self, layer: str) -> list[nn.Parameter]:
@@ -319,27 +320,29 @@ class Pipeline:
                 raise _not_finite(f"an image of {some[0].prompt!r}", "pipeline")
             yield from self.pipeline.numpy_to_pil(made.images)
 
+    def generate_missing(
+        self, jobs: Sequence[ImageJob], options: DiffusionOptions, done: Sequence[bool]
+    ) -> Iterator[tuple[int, Image.Image]]:
+        """Yield the images that are not `done`, each with the number of its job.
 
-def png_bytes(image: Image.Image) -> bytes:
-    """Return an image as PNG, the same bytes for the same pixels."""
-    return encoded(image, format="PNG")
+        An interrupted run resumes with whole batches, because the last digits of an image
+        depend on the other images in its batch.
+        """
+        batches = [range(*span) for span in spans(len(jobs), options.batch)]
+        missing = [rows for rows in batches if not all(done[number] for number in rows)]
+        with progress.bar("generating", sum(map(len, missing))) as ticker:
+            for rows in missing:
+                images = self.generate([jobs[number] for number in rows], options)
+                for number, image in zip(rows, images, strict=True):
+                    yield number, image
+                    ticker.advance()
 
 
 def encoded(image: Image.Image, **options: Any) -> bytes:
-    """Return an image in a file format of Pillow's."""
+    """Return an image as PNG, the same bytes for the same pixels, or in another format."""
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, **options)
+    image.convert("RGB").save(buffer, **{"format": "PNG", **options})
     return buffer.getvalue()
-
-
-def unfinished(count: int, batch: int, done: Callable[[int], bool]) -> list[range]:
-    """Return the batches of `count` images that are not all `done`.
-
-    An interrupted run resumes with whole batches, because the last digits of an image depend
-    on the other images in its batch.
-    """
-    batches = [range(start, stop) for start, stop in spans(count, batch)]
-    return [rows for rows in batches if not all(map(done, rows))]
 
 
 BATCH = 32

@@ -1,12 +1,10 @@
 """The folder that `generate` and `ask` write into, which an interrupted run resumes."""
 
-import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slsgu_cli.records.targets import Generation
 from slsgu_cli.store.artifacts import TABLE, Artifact
 from slsgu_cli.store.store import Store
 
@@ -16,15 +14,11 @@ MADE_FROM = ".made-from"
 
 @dataclass(frozen=True, slots=True)
 class OutputFolder:
-    """A folder of images, and the record next to it once it is complete.
-
-    `digests` are the SHA-256 of the images that were written, or read from an earlier run.
-    """
+    """A folder of images, and the record next to it once it is complete."""
 
     store: Store
     folder: str
     record: str
-    digests: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def at(
@@ -38,25 +32,14 @@ class OutputFolder:
     def write(self, path: str, data: bytes) -> None:
         """Write one file into the folder."""
         self.store.write_bytes(self._inside(path), data)
-        self._note(path, data)
 
     def read(self, path: str) -> bytes | None:
         """Return a file of the folder, or None if it does not exist."""
         inside = self._inside(path)
-        if not self.store.exists(inside):
-            return None
-        data = self.store.read_bytes(inside)
-        self._note(path, data)
-        return data
-
-    def _note(self, path: str, data: bytes) -> None:
-        if path.endswith(".png"):
-            self.digests[path] = hashlib.sha256(data).hexdigest()
+        return self.store.read_bytes(inside) if self.store.exists(inside) else None
 
     def finish(self, record: Any) -> None:
         """Write the record. It comes last and marks the folder as complete."""
-        if isinstance(record, Generation):
-            record = replace(record, digests=dict(sorted(self.digests.items())))
         self.store.write_record(self.record, record)
         self.store.remove(self._inside(MADE_FROM))
 

@@ -1,11 +1,10 @@
 """Answer sets of the UnlearnCanvas benchmark, and their figures by a judge."""
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import slsgu_cli
-from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import edit_digests, load_edit, warn_of_other_encoders
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.codec import digest
@@ -13,14 +12,18 @@ from slsgu_cli.records.figures import Share
 from slsgu_cli.records.targets import AnswerSet, CanvasRequest
 from slsgu_cli.sources.prompts import find_class, read_classes
 from slsgu_cli.store.store import Store
-from slsgu_cli.targets.judge import Judge, judge_specs
-from slsgu_cli.targets.models import ImageJob, Pipeline, encoded, new_values, unfinished
+from slsgu_cli.targets.judge import Judge, called, judge_specs
+from slsgu_cli.targets.models import ImageJob, Pipeline, encoded, new_values
 
 # The prompt of the benchmark, and the judge's templates for its classes.
 PROMPT = "A {object} image in {theme} style."
-THEME_TEMPLATES = ("an image in {} style", "{} style")
-OBJECT_TEMPLATES = ("an image of a {}", "a {}", "{}")
+TEMPLATES = {
+    "theme": ("an image in {} style", "{} style"),
+    "object": ("an image of a {}", "a {}", "{}"),
+}
 RECORD = "answer-set.json"
+# A digest of the inputs.
+MADE_FROM = ".made-from"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,47 +50,50 @@ def answer_set(store: Store, request: CanvasRequest) -> AnswerSet:
     """
     if len(request.judges) > 1:
         raise UsageError("an answer set has one judge", hint="give --judge once")
-    request = replace(request, judges=judge_specs(store, request.names[0], request.judges))
+    judges = judge_specs(store, request.names[0], request.judges)
     edits = [load_edit(store, name) for name in request.names]
     warn_of_other_encoders(edits)
     concept = edits[0].header.concept
-    themes, objects = (_listed(name) for name in (request.themes, request.objects))
-    of_theme, of_object = find_class(themes, concept), find_class(objects, concept)
-    if (of_theme is None) == (of_object is None):
-        what = "neither a theme nor an object" if of_theme is None else "a theme and an object"
+    files = {"theme": request.themes, "object": request.objects}
+    names = {
+        kind: listed.names if (listed := read_classes(file)) else () for kind, file in files.items()
+    }
+    domains = [kind for kind, known in names.items() if find_class(known, concept) is not None]
+    if len(domains) != 1:
+        what = "a theme and an object" if domains else "neither a theme nor an object"
         raise UsageError(f"{concept!r} is {what}", hint="--themes FILE, --objects FILE")
     place = Store(str(request.out))
-    cells = [_Cell(*cell) for cell in itertools.product(themes, objects, request.seeds)]
-    target = str(request.target)
-    _begin(
-        place,
-        digest({"edits": edit_digests(edits), "target": target, "diffusion": request.diffusion}),
-    )
-    missing = unfinished(
-        len(cells), request.diffusion.batch, lambda number: place.exists(cells[number].file)
-    )
-    if missing:
+    made_from = {"edits": edit_digests(edits), "target": str(request.target)}
+    _begin(place, digest({**made_from, "diffusion": request.diffusion}))
+    cells = [
+        _Cell(*cell) for cell in itertools.product(names["theme"], names["object"], request.seeds)
+    ]
+    done = [place.exists(cell.file) for cell in cells]
+    if not all(done):
         pipe = Pipeline.load(request.target, device=request.device)
         values = new_values(pipe.encoders, edits)
         pipe.warn_of_readers(pipe.edited_names(values))
-        left = sum(map(len, missing))
-        with progress.bar("generating", left) as ticker, pipe.edited(values):
-            for rows in missing:
-                images = pipe.generate([cells[number].job for number in rows], request.diffusion)
-                for number, image in zip(rows, images, strict=True):
-                    place.write_bytes(cells[number].file, encoded(image, format="JPEG", quality=95))
-                    ticker.advance()
+        jobs = [cell.job for cell in cells]
+        with pipe.edited(values):
+            for number, image in pipe.generate_missing(jobs, request.diffusion, done):
+                place.write_bytes(cells[number].file, encoded(image, format="JPEG", quality=95))
     figures: Sequence[Share | None] = (None, None, None)
-    if request.judges:
-        prompted = themes[of_theme] if of_theme is not None else objects[of_object or 0]
-        figures = _judged(place, request, cells, (themes, objects), prompted)
+    if judges:
+        images = [place.read_bytes(cell.file) for cell in cells]
+        verdicts = {
+            kind: Judge.load(
+                judges[0], dict.fromkeys(names[kind], templates), device=request.device
+            ).verdicts(images)
+            for kind, templates in TEMPLATES.items()
+        }
+        figures = _figures(cells, verdicts, domains[0], called(concept, names[domains[0]]))
     ua, ira, cra = figures
     record = AnswerSet(
         name=edits[0].header.name,
         concept=concept,
-        domain="theme" if of_theme is not None else "object",
+        domain=domains[0],
         images=len(cells),
-        judge=str(request.judges[0]) if request.judges else None,
+        judge=str(judges[0]) if judges else None,
         ua=ua,
         ira=ira,
         cra=cra,
@@ -97,42 +103,27 @@ def answer_set(store: Store, request: CanvasRequest) -> AnswerSet:
     return record
 
 
-def _listed(name: str) -> tuple[str, ...]:
-    classes = read_classes(name)
-    return classes.names if classes else ()
-
-
 def _begin(place: Store, made_from: str) -> None:
     """Refuse to add to images of another edit; resume an interrupted run."""
-    mark = ".made-from"
-    if place.exists(mark) and place.read_bytes(mark).decode() != made_from:
+    if place.exists(MADE_FROM) and place.read_bytes(MADE_FROM).decode() != made_from:
         raise UsageError(
             f"{place.url} holds the answer set of another edit or other options",
             hint="another --out, or remove it",
         )
-    place.write_bytes(mark, made_from.encode())
+    place.write_bytes(MADE_FROM, made_from.encode())
 
 
-def _judged(
-    place: Store,
-    request: CanvasRequest,
-    cells: Sequence[_Cell],
-    domains: tuple[Sequence[str], Sequence[str]],
-    forgotten: str,
+def _figures(
+    cells: Sequence[_Cell], verdicts: Mapping[str, Sequence[str]], domain: str, forgotten: str
 ) -> list[Share]:
     """Return UA, IRA and CRA."""
-    (spec,) = request.judges
-    images = [place.read_bytes(cell.file) for cell in cells]
-    asked = [(cell.theme, cell.object) for cell in cells]
-    hits = []
-    for names, templates, truth in zip(
-        domains, (THEME_TEMPLATES, OBJECT_TEMPLATES), zip(*asked, strict=True), strict=True
-    ):
-        judge = Judge.load(spec, dict.fromkeys(names, templates), device=request.device)
-        hits.append([a == b for a, b in zip(judge.verdicts(images), truth, strict=True)])
-    in_domain, cross = hits if forgotten in domains[0] else hits[::-1]
-    shows = [forgotten in pair for pair in asked]
-    gone = [not hit for hit, shown in zip(in_domain, shows, strict=True) if shown]
-    in_domain_hits = [hit for hit, shown in zip(in_domain, shows, strict=True) if not shown]
-    across = [hit for hit, shown in zip(cross, shows, strict=True) if not shown]
-    return [Share(sum(part), len(part)) for part in (gone, in_domain_hits, across)]
+    (other,) = verdicts.keys() - {domain}
+    gone, in_domain, across = [], [], []
+    for number, cell in enumerate(cells):
+        hits = {kind: each[number] == getattr(cell, kind) for kind, each in verdicts.items()}
+        if getattr(cell, domain) == forgotten:
+            gone.append(not hits[domain])
+        else:
+            in_domain.append(hits[domain])
+            across.append(hits[other])
+    return [Share(sum(part), len(part)) for part in (gone, in_domain, across)]

@@ -12,9 +12,9 @@ from slsgu_cli.figures.sheets import (
     sheet_png,
 )
 from slsgu_cli.records.targets import Answer
-from slsgu_cli.targets.models import png_bytes
+from slsgu_cli.targets.models import encoded
 
-RED, BLUE = (png_bytes(Image.new("RGB", (32, 32), colour)) for colour in ("red", "blue"))
+RED, BLUE = (encoded(Image.new("RGB", (32, 32), colour)) for colour in ("red", "blue"))
 STRIPS = [
     Strip("an icon of <b>", True, {"first": [Tile(RED, "rose")] * 3, "second": [Tile(BLUE)] * 3}),
     Strip("a star", False, {"first": [Tile(RED)], "second": [Tile(BLUE)]}),
@@ -45,7 +45,7 @@ def test_the_page_holds_its_images_and_escapes_prompts():
     assert page.count("rose") == 3
 
 
-def test_answers_stand_beside_their_image():
+def test_answers_stand_next_to_their_image():
     answers = [Answer("x", "What is it?", "a star", "a sun"), Answer("x", "A logo?", "no", "no")]
     one = answers_png("title", [AnsweredImage(RED, True, answers)])
     more = AnsweredImage(BLUE, False, answers[:1])

@@ -24,7 +24,7 @@ from slsgu_cli.records.method import GradientPointer, Ranking
 from slsgu_cli.records.options import ApplyOptions
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.report.gather import edit_facts, gather
-from slsgu_cli.report.written import written_fingerprint
+from slsgu_cli.report.page import written_fingerprint
 from slsgu_cli.store.catalog import Catalog, Standing
 from slsgu_cli.store.store import Store
 
@@ -36,14 +36,14 @@ def store(tmp_path):
     return store
 
 
-def found(store):
+def gathered(store):
     return gather(Catalog(store), NAME)
 
 
 def test_everything_is_found_with_its_hash(store):
     fill_verification(store)
     fill_comparison(store)
-    records = found(store)
+    records = gathered(store)
     for stored in records.all():
         assert stored.state is Standing.OK
         assert stored.trouble is None
@@ -56,7 +56,7 @@ def test_a_stale_record_is_named_and_withheld(store):
     path = f"rankings/{NAME}.json"
     ranking = store.read_record(path, Ranking)
     store.write_record(path, replace(ranking, forget="another"))
-    ranking = found(store).ranking
+    ranking = gathered(store).ranking
     assert ranking.record is None
     assert ranking.state is Standing.STALE
     assert ranking.trouble == "The ranking is stale: the gradients have been recomputed since."
@@ -68,7 +68,7 @@ def test_an_edit_of_a_layer_that_the_model_has_not_is_withheld(store):
     edit = load_edit(store, NAME)
     header = replace(edit.header, layer="no.such.layer.weight", gradient=pointer.forget)
     write_edit(store, replace(edit, header=header))
-    edit = found(store).edit
+    edit = gathered(store).edit
     assert edit.record is None
     assert edit.state is Standing.DAMAGED
     assert "it names no.such.layer.weight" in edit.trouble
@@ -78,7 +78,7 @@ def test_what_is_made_of_new_gradients_is_stale_too(store):
     path = f"gradients/{NAME}.json"
     pointer = store.read_record(path, GradientPointer)
     store.write_record(path, replace(pointer, forget=pointer.retain))
-    records = found(store)
+    records = gathered(store)
     assert records.pointer.state is Standing.OK
     assert {records.ranking.state, records.trials.state, records.edit.state} == {Standing.STALE}
     assert records.facts is None
@@ -87,7 +87,7 @@ def test_what_is_made_of_new_gradients_is_stale_too(store):
 def test_a_damaged_record_and_a_missing_one(store):
     store.write_bytes(f"trials/{NAME}.json", b"{")
     store.remove(f"edits/{NAME}.safetensors")
-    records = found(store)
+    records = gathered(store)
     assert records.trials.state is Standing.DAMAGED
     assert "is not JSON" in records.trials.trouble
     assert records.edit.state is None

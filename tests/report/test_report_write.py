@@ -10,7 +10,7 @@ from reports import guesses as guessed
 from worlds import Listener
 
 from slsgu_cli.engine.examples import GuessingModels
-from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
+from slsgu_cli.errors import InputError, MissingError, StaleError
 from slsgu_cli.records.options import ReportRequest
 from slsgu_cli.report.page import write_report
 from slsgu_cli.store.store import Store
@@ -33,28 +33,26 @@ def write(store, out, names=(NAME,), **options):
     return write_report(store, request)
 
 
-def test_it_is_replaced_only_when_asked_and_comes_out_the_same(store, out):
+def test_a_page_is_replaced_with_overwrite_only_and_is_the_same_each_time(store, out):
     write(store, out, examples=False)
     first = out.read_bytes()
-    with pytest.raises(InputError, match="exists already") as told:
+    with pytest.raises(InputError, match="exists already") as error:
         write(store, out, examples=False)
-    assert "--overwrite" in told.value.hint
+    assert "--overwrite" in error.value.hint
     write(store, out, examples=False, overwrite=True)
     assert out.read_bytes() == first
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
-def test_a_folder_is_no_place_and_a_name_counts_once(store, tmp_path):
+def test_a_folder_and_an_unknown_set_are_refused(store, tmp_path):
     with pytest.raises(InputError, match="is a folder"):
         write(store, tmp_path, examples=False)
-    with pytest.raises(UsageError, match="twice"):
-        write(store, tmp_path / "r.html", names=(NAME, NAME), examples=False)
     with pytest.raises(MissingError, match="has no set other"):
         write(store, tmp_path / "r.html", names=(NAME, "other"), examples=False)
     assert not (tmp_path / "r.html").exists()
 
 
-def test_a_pipe_a_socket_and_what_a_link_leads_to_stay(store, tmp_path, monkeypatch):
+def test_special_files_are_not_replaced(store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     special, there = special_files(tmp_path)
     for place in special:
@@ -63,7 +61,7 @@ def test_a_pipe_a_socket_and_what_a_link_leads_to_stay(store, tmp_path, monkeypa
     assert there()
 
 
-def test_the_model_is_run_only_for_what_has_an_edit(store, out, monkeypatch):
+def test_the_model_runs_only_for_sets_with_an_edit(store, out, monkeypatch):
     asked = []
 
     def look(self, manifest, header):
@@ -89,7 +87,7 @@ def test_a_changed_model_is_reported_on_the_page_and_to_the_user(store, out, mon
     listener = Listener()
     written = write(store, out)
     assert "mouse: no images are shown: it has other weights" in listener.heard
-    states = {section.title: section.state for section in written.sections[NAME]}
+    states = {section.title: section.state for section in written[NAME]}
     assert states["Example images"] == "missing"
     assert states["Result"] == "shown"
     assert "it has other weights." in out.read_text()

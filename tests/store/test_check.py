@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -304,6 +305,7 @@ def test_a_replaced_picture_is_damaged(tmp_path):
             before=None,
             after=None,
             version="0",
+            digests={"original/0.png": sha256(one).hexdigest()},
         )
     )
     assert inside("check", store=store.root).exit_code == 0

@@ -1,7 +1,6 @@
 """Generation and answers on the small trained models, where SLSGU_TEST_MODELS names them."""
 
 import io
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 from PIL import Image
 from worlds import Listener
 
-from slsgu_cli.engine import resumable
 from slsgu_cli.engine.set_edits import direct_edit
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.records.directions import Direction
@@ -129,7 +127,6 @@ def test_generate_keeps_images_a_sheet_and_a_record(
     loaded, pipe, edits, demo_world, trained_models
 ):
     from slsgu_cli.records.targets import DiffusionOptions, GenerateRequest
-    from slsgu_cli.store.artifacts import Artifact
     from slsgu_cli.store.catalog import Standing, entries
     from slsgu_cli.targets.generate import generate
     from slsgu_cli.targets.models import ImageJob
@@ -226,69 +223,6 @@ def test_ask_compares_answers_about_the_sets_own_images(loaded, edits, demo_worl
         ask(edits, replace(request, images=[]))
 
 
-class Talker:
-    """A LLaVA that says what it is asked, in what company, and whether it is edited.
-
-    It is stopped at the answer whose number is `stop`.
-    """
-
-    device = "cpu"
-
-    def __init__(self):
-        self.encoder, self.new, self.asked, self.stop = self, {}, 0, None
-
-    @contextmanager
-    def edited(self, new):
-        self.new = new
-        yield
-
-    def answers(self, questions):
-        for question in questions:
-            self.asked += 1
-            if self.asked == self.stop:
-                raise KeyboardInterrupt
-            beside = [each.text for each in questions]
-            yield f"{question.text} {question.image.getpixel((0, 0))} {beside} {len(self.new)}"
-
-
-@pytest.mark.parametrize(("stop", "said"), [(2, 0), (3, 2), (6, 5), (9, 7)])
-def test_ask_goes_on_with_the_answers_that_it_kept(
-    stop, said, edits, demo_world, tmp_path, monkeypatch, listener
-):
-    from slsgu_cli.records.targets import AskRequest
-    from slsgu_cli.targets import ask
-
-    talker = Talker()
-    monkeypatch.setattr(ask.Llava, "load", lambda *_, **__: talker)
-    monkeypatch.setattr(ask, "new_values", lambda *_: ({"layer": 1},))
-    monkeypatch.setattr(ask, "BATCH", 2)
-    monkeypatch.setattr(resumable, "KEEP_SECONDS", 0.0)
-    monkeypatch.setattr(resumable, "KEEP_SHARE", 0.0)
-    image, target = tmp_path / "red.png", tmp_path / "llava"
-    Image.new("RGB", (8, 8), "red").save(image)
-    target.mkdir()
-    questions = ["What?", "Where?", "Which?", "Who?", "Why?"]
-    request = AskRequest(names=["vision"], target=target, images=[image], questions=questions)
-    ask.ask(edits, replace(request, out=tmp_path / "through"))
-    talker.stop = talker.asked + stop
-    again = replace(request, out=tmp_path / "again")
-    with pytest.raises(KeyboardInterrupt):
-        ask.ask(edits, again)
-    talker.stop = None
-    before = talker.asked
-    record, _ = ask.ask(edits, again)
-    assert talker.asked - before == 10 - said
-    assert any(f"resuming after {said} of 10" in text for text in listener.heard) == bool(said)
-    assert Artifact.SUMS.names(edits) == []
-    assert [answer.after[-1] for answer in record.answers] == ["1"] * 5
-    for name in ("answers.json", "answers.png", "answers.html"):
-        expected = (tmp_path / "through" / name).read_bytes()
-        assert (tmp_path / "again" / name).read_bytes() == expected
-    # Of other questions nothing is taken over.
-    other = replace(again, questions=[*questions[:-1], "How?"])
-    assert ask.ask(edits, other)[0].answers[-1].before.startswith("How?")
-
-
 def test_the_forget_gradient_of_answers_lowers_the_odds_of_the_name(llava, demo_world):
     from slsgu_cli.targets.answer_gradient import _loss, answer_gradient
     from slsgu_cli.targets.ask import sample_pictures
@@ -322,7 +256,7 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
         HeldOutBudget,
         TargetSearchOptions,
     )
-    from slsgu_cli.store.artifacts import Artifact, target_edit
+    from slsgu_cli.store.artifacts import target_edit
     from slsgu_cli.store.store import Store
     from slsgu_cli.targets.search import search_target
 
