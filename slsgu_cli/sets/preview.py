@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from slsgu_cli import progress
@@ -23,7 +23,7 @@ from slsgu_cli.sets.context import BuildContext, counted
 from slsgu_cli.sets.evaluation_sets import EvalPlan
 from slsgu_cli.sets.pairs import Selection, tokenized
 from slsgu_cli.sets.requests import check
-from slsgu_cli.sets.source_digest import file_key
+from slsgu_cli.sources.opening import scan
 from slsgu_cli.store.store import Store
 
 
@@ -37,25 +37,26 @@ class Preview:
     def __init__(self, store: Store, requests: Sequence[BuildRequest]) -> None:
         self._store, self._requests = store, requests
         self._contexts: dict[ModelSpec, BuildContext] = {}
+        self._selections: dict[Any, list[Selection]] = {}
+        self._searches: dict[Any, SlsguError | None] = {}
         self._evals: dict[Any, tuple[list[EvalPlan], list[EvalPlan]] | SlsguError] = {}
 
     def errors(self) -> dict[str, SlsguError]:
         """Return the errors of the sets that cannot be built, by name."""
         errors: dict[str, SlsguError] = {}
-        opened: dict[str, OpenedSources] = {}
+        opened: list[tuple[BuildRequest, OpenedSources]] = []
         for request in self._requests:
             with _collecting(errors, request.name):
                 check(request)
                 self._context(request.model)
-                opened[request.name] = open_request(request)
-        both = [each for sources in opened.values() for each in (sources.forget, sources.retain)]
-        selections = iter(first_rows(both))
-        for request in self._requests:
-            if request.name in opened:
-                with _collecting(errors, request.name):
-                    self._require(
-                        request, opened[request.name], [next(selections), next(selections)]
-                    )
+                sources = open_request(request)
+                opened.append((request, sources))
+                for selection in (sources.forget, sources.retain):
+                    key = _source_key(request, selection)
+                    self._selections.setdefault(key, []).append(selection)
+        for request, sources in opened:
+            with _collecting(errors, request.name):
+                self._require(request, sources)
         return errors
 
     def _context(self, model: ModelSpec) -> BuildContext:
@@ -66,16 +67,11 @@ class Preview:
             self._contexts[model] = BuildContext(self._store, spec, decoder(spec), tokenize)
         return self._contexts[model]
 
-    def _require(
-        self,
-        request: BuildRequest,
-        sources: OpenedSources,
-        selections: Sequence[Selection | SlsguError],
-    ) -> None:
+    def _require(self, request: BuildRequest, sources: OpenedSources) -> None:
         """Raise the error that building the set would raise."""
-        for selection in selections:
-            if isinstance(selection, SlsguError):
-                raise selection
+        for selection in (sources.forget, sources.retain):
+            key = _source_key(request, selection)
+            once(self._searches, key, partial(find_first_rows, self._selections[key]))
             require_rows(selection, request)
         options = (request.evals, request.tests, request.classes, request.templates)
         key = (
@@ -104,58 +100,23 @@ def _collecting(errors: dict[str, SlsguError], name: str) -> Iterator[None]:
         errors[name] = error
 
 
-def first_rows(selections: Sequence[Selection]) -> list[Selection | SlsguError]:
-    """Search for one row of each selection, reading each file once for all selections.
-
-    Return the selections with their counts up to the first row (up to the end without a row),
-    or the error of reading their files.
-    """
-    together: dict[Any, list[int]] = {}
-    for place, selection in enumerate(selections):
-        files = tuple(map(file_key, selection.readers))
-        together.setdefault(files, []).append(place)
-    results: dict[int, Selection | SlsguError] = {}
-    with progress.bar("reading captions", None) as ticker:
-        for places in together.values():
-            searched = _search([selections[place] for place in places], ticker)
-            results |= zip(places, searched, strict=True)
-    return [results[place] for place in range(len(selections))]
+def _source_key(request: BuildRequest, selection: Selection) -> Any:
+    """Return a key that selections of the same rows share."""
+    return tuple(selection.sources), request.image_column, request.caption_column
 
 
-def _search(
-    selections: Sequence[Selection], ticker: progress.Ticker
-) -> list[Selection | SlsguError]:
-    """Search for one row of each selection, all of the same files."""
-    copies = [replace(each, refused=Counter(each.refused), examples=[]) for each in selections]
+def find_first_rows(selections: Sequence[Selection]) -> None:
+    """Read the captions of a source until each of its selections has a row."""
     skipped: Counter[str] = Counter()
-    try:
-        for number in range(len(selections[0].readers)):
-            _search_file(copies, number, skipped, ticker)
-    except SlsguError as error:
-        if len(selections) == 1:
-            return [error]
-        # The error may concern only one selection, so each is searched alone.
-        return [result for each in selections for result in _search([each], ticker)]
-    for selection in copies:
-        selection.refused.update(skipped)
-    return [*copies]
-
-
-def _search_file(
-    selections: Sequence[Selection], number: int, skipped: Counter[str], ticker: progress.Ticker
-) -> None:
-    """Read file `number` for the selections that have no row yet."""
-    reader = selections[0].readers[number]
-    waiting: dict[Any, list[Selection]] = {}
-    for selection in selections:
-        filters = tuple(selection.readers[number].filters.items())
-        waiting.setdefault(filters, []).extend([] if selection.sample.offered else [selection])
-    by_place = [*waiting.values()]
-    for row, numbers in reader.rows_matching([dict(filters) for filters in waiting], skipped):
-        ticker.advance()
-        places = [place for place in numbers if by_place[place]]
-        caption, cleaned = tokenized(reader, row) if places else ("", False)
-        for place in places:
-            for selection in by_place[place]:
+    waiting = list(selections)
+    with progress.bar("reading captions", None) as ticker:
+        for number, row in scan(selections[0].readers, skipped):
+            ticker.advance()
+            caption, cleaned = tokenized(selections[0].readers[number], row)
+            for selection in waiting:
                 selection.consider(number, row, caption, cleaned=cleaned, seed=0)
-            by_place[place] = [each for each in by_place[place] if not each.sample.offered]
+            waiting = [each for each in waiting if not each.sample.offered]
+            if not waiting:
+                return
+    for selection in waiting:
+        selection.refused.update(skipped)

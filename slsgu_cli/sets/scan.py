@@ -20,11 +20,10 @@ from slsgu_cli.prefetch import prefetch
 from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.sets.sampling import portable_path, priority, sample_size
 from slsgu_cli.sources.concept_index import ConceptIndex, Prefilter
-from slsgu_cli.sources.filters import no_column
 from slsgu_cli.sources.formats import reader_class
 from slsgu_cli.sources.matching import matcher
 from slsgu_cli.sources.parquet import group_sizes, open_parquet, text_batches
-from slsgu_cli.sources.reader import CAPTION_FIELDS
+from slsgu_cli.sources.reader import CAPTION_FIELDS, no_column
 from slsgu_cli.sources.table import usual_column
 from slsgu_cli.sources.text_table import TextTable
 from slsgu_cli.sources.texts import tokenizable

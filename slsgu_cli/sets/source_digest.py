@@ -1,6 +1,6 @@
 """Digests of everything that a set is built from."""
 
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any
 
 from slsgu_cli.records.codec import digest, encode
@@ -25,14 +25,8 @@ def source_digest(request: BuildRequest, identities: dict[Any, Any]) -> str:
     prompts = {name: list(read_templates(text)) for name, text in request.templates.items()}
     files = []
     for reader in open_sources(sorted(texts), columns):
-        key = file_key(reader)
+        key = repr(replace(reader, filters={}))
         if key not in identities:
             identities[key] = reader.identity()
         files.append(identities[key])
     return digest([digest(files), classes, prompts])
-
-
-def file_key(reader: Any) -> tuple[Any, ...]:
-    """Return a key that readers of one file share, apart from the values of their filters."""
-    others = (getattr(reader, each.name) for each in fields(reader) if each.name != "filters")
-    return type(reader), *others, *sorted(reader.filters)

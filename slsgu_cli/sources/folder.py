@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +11,17 @@ import fsspec
 
 from slsgu_cli.errors import InputError
 from slsgu_cli.sources.files import base_name, file_bytes, stamp
-from slsgu_cli.sources.filters import Filters, RowFilters, no_column
 from slsgu_cli.sources.formats import ACCEPTED, SUFFIXES
 from slsgu_cli.sources.reader import (
     IMAGE_LIMIT,
     IMAGE_SUFFIXES,
     TEXT_LIMIT,
     TOO_LARGE,
-    Matching,
     Reader,
     Row,
     Wanted,
+    matches,
+    no_column,
 )
 from slsgu_cli.sources.texts import as_text
 
@@ -33,13 +33,7 @@ Entry = dict[str, Any]
 class FolderSource(Reader):
     """Images of one folder and its subfolders, in the order of their names."""
 
-    path: str
-    filters: Filters
-
-    @property
-    def labels_are_captions(self) -> bool:
-        """Whether the name of a class folder replaces a missing caption: always."""
-        return True
+    by_folder: bool = True
 
     def identity(self) -> Any:
         """Return the path and a digest over every image's and caption's size and time."""
@@ -50,17 +44,14 @@ class FolderSource(Reader):
             files.update(json.dumps(stamps).encode())
         return [self.path, count, files.hexdigest()]
 
-    def rows_matching(self, filters: Sequence[Filters], skipped: Counter[str]) -> Matching:
-        """Yield the rows that match any of the filters, with the numbers of these filters.
+    def rows(self, skipped: Counter[str]) -> Iterator[Row]:
+        """Yield the rows that match the filters.
 
         Raises InputError for an unknown filter, and if the folder contains no images.
         """
-        row_filters = RowFilters(filters)
-        for name in filters[0]:
+        for name in self.filters:
             if name not in FIELDS:
-                raise no_column(
-                    self.path, f"column {name}", list(FIELDS), "filter a folder by its label"
-                )
+                raise no_column(self.path, f"column {name}", FIELDS, "filter a folder by its label")
         index = None
         for index, (image, caption) in self._entries():
             if _size(image) > IMAGE_LIMIT or _size(caption) > TEXT_LIMIT:
@@ -70,8 +61,8 @@ class FolderSource(Reader):
             label = relative.split("/")[0] if "/" in relative else None
             text = as_text(self._read(caption)) if caption else None
             key = relative.rsplit(".", 1)[0]
-            if numbers := row_filters.matches({"key": key, "caption": text, "label": label}):
-                yield Row(index, key, text, label), numbers
+            if matches(self.filters, {"key": key, "caption": text, "label": label}):
+                yield Row(index, key, text, label)
         if index is None:
             raise self._no_images()
 
@@ -126,14 +117,8 @@ def _walk(fs: Any, folder: str) -> Iterator[tuple[Entry, Entry | None]]:
 
 
 def _is_file(fs: Any, entry: Entry) -> bool:
-    """Return whether an entry is a file, or a link to a file or to nothing.
-
-    Opening a pipe would block for ever.
-    """
-    kind, name = entry["type"], str(entry["name"])
-    return bool(
-        kind == "file" or (kind != "directory" and (fs.isfile(name) or not fs.exists(name)))
-    )
+    """Return whether an entry is a file or a link to one. Opening a pipe would block forever."""
+    return bool(entry["type"] == "file" or (entry["type"] == "other" and fs.isfile(entry["name"])))
 
 
 def _size(entry: Entry | None) -> int:

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 import fsspec
 
 from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.sources.filters import Filters
+from slsgu_cli.sources.reader import Filters
 from slsgu_cli.text import first_lines
 
 FILTER = re.compile(r"[^=&?/*]+=[^&]*(?:&[^=&?/*]+=[^&]*)*")

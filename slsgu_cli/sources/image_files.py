@@ -115,8 +115,9 @@ class TarImages:
         """Return the name and the tar."""
         return f"{name} in {self.path}"
 
-    def has(self, name: str) -> None:
-        """Return None: the whole tar would have to be read."""
+    def has(self, name: str) -> bool:
+        """Return True: the whole tar would have to be read to know."""
+        return True
 
     def names(self) -> list[str]:
         """Return the names of all images without suffixes, sorted."""

@@ -8,11 +8,10 @@ import fsspec
 from slsgu_cli.errors import InputError
 from slsgu_cli.sources import saved_dataset
 from slsgu_cli.sources.files import base_name
-from slsgu_cli.sources.filters import Filters
 from slsgu_cli.sources.folder import FolderSource
 from slsgu_cli.sources.formats import ACCEPTED, READERS, reader_class
 from slsgu_cli.sources.grammar import expand, parse_source
-from slsgu_cli.sources.reader import IMAGE_SUFFIXES, SPLITS, Columns, Extent, Reader, Row
+from slsgu_cli.sources.reader import IMAGE_SUFFIXES, SPLITS, Columns, Extent, Filters, Reader, Row
 from slsgu_cli.sources.tar import TarSource
 
 # The table in a folder of images, as Hugging Face's `imagefolder` defines it.
@@ -94,4 +93,4 @@ def _open_folder(path: str, columns: Columns, filters: Filters) -> list[Reader]:
         for name in names
         if name in SPLITS and any(fs.exists(f"{inner}/{name}/{table}") for table in METADATA)
     ]
-    return open_all(splits) if splits else [FolderSource(path, filters)]
+    return open_all(splits) if splits else [FolderSource(path, columns, filters)]

@@ -12,12 +12,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
+from slsgu_cli.errors import InputError
 from slsgu_cli.records.sets import Origin
 from slsgu_cli.sources.files import base_name
-from slsgu_cli.sources.filters import Filters
-from slsgu_cli.sources.texts import label_words
+from slsgu_cli.sources.texts import as_text, label_words
 
 IMAGE_SUFFIXES = frozenset(
     ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "img")
@@ -43,6 +43,9 @@ class Columns:
     label: str | None = None
     needs: frozenset[str] = frozenset()
 
+
+# The accepted values of each column.
+Filters = dict[str, frozenset[str]]
 
 # The first byte of an encoded image in a file, and how many there are.
 Extent = tuple[int, int]
@@ -85,25 +88,25 @@ class SkippedImage(bytes):
 # Rows with their encoded images.
 Selected = Iterator[tuple[Row, bytes | None]]
 
-# The rows that match any of several filters, each with the numbers of the filters it matches.
-Matching = Iterator[tuple[Row, Sequence[int]]]
 
-
+@dataclass(frozen=True, slots=True)
 class Reader:
     """One file or folder of samples, restricted to the rows that match the filters.
 
     `suffixes` are those of the files it reads, `names` restricts them to certain file names, and
     `description` names them to a user. A folder of files whose class has `in_folders` is read as
-    these files.
+    these files. With `by_folder`, images lie in folders named by class, and a label replaces a
+    missing caption.
     """
 
-    __slots__ = ()
     description: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
     names: ClassVar[re.Pattern[str] | None] = None
     in_folders: ClassVar[bool] = False
     path: str
+    columns: Columns
     filters: Filters
+    by_folder: bool = False
 
     @classmethod
     def recognises(cls, path: str) -> bool:
@@ -112,20 +115,13 @@ class Reader:
         return name.endswith(cls.suffixes) and (cls.names is None or bool(cls.names.match(name)))
 
     @classmethod
-    def open(
-        cls, path: str, columns: Columns, filters: Filters, *, by_folder: bool = False
-    ) -> "Reader":
-        """Return the reader of a file; `by_folder` if images lie in folders named by class."""
-        raise NotImplementedError
-
-    @property
-    def labels_are_captions(self) -> bool:
-        """Whether a row's label replaces a missing caption."""
-        return False
+    def open(cls, path: str, columns: Columns, filters: Filters, by_folder: bool = False) -> Self:
+        """Return the reader of a file."""
+        return cls(path, columns, filters, by_folder)
 
     def caption(self, row: Row) -> str | None:
         """Return a row's caption, or its label as words if labels replace missing captions."""
-        if row.caption is None and self.labels_are_captions and row.label:
+        if row.caption is None and self.by_folder and row.label:
             return label_words(row.label)
         return row.caption
 
@@ -138,15 +134,6 @@ class Reader:
 
         Raises InputError if the source does not have the columns to filter by.
         """
-        for row, _ in self.rows_matching([self.filters], skipped):
-            yield row
-
-    def rows_matching(self, filters: Sequence[Filters], skipped: Counter[str]) -> Matching:
-        """Yield the rows that match any of several filters, with the numbers of these filters.
-
-        All filters are on the same columns, and the file is read once. Raises the same errors
-        as `rows`.
-        """
         raise NotImplementedError
 
     def images(self, wanted: Wanted) -> Iterator[tuple[int, bytes | None]]:
@@ -158,3 +145,14 @@ class Reader:
         rows = {row.index: row for row in self.rows(skipped) if wants(row)}
         for index, data in self.images(dict.fromkeys(rows)) if rows else ():
             yield rows[index], data
+
+
+def matches(filters: Filters, fields: Mapping[str, Any]) -> bool:
+    """Return whether a row's fields have one of the accepted values for every filter."""
+    return all(as_text(fields.get(name)) in values for name, values in filters.items())
+
+
+def no_column(path: str, name: str, columns: Sequence[str], hint: str) -> InputError:
+    """Return the error for a column that a source does not have."""
+    names = ", ".join(columns) or "none"
+    return InputError(f"{path} has no {name}; its columns are: {names}", hint=hint)

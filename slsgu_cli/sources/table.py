@@ -7,7 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from itertools import chain, islice
+from typing import Any, ClassVar, Self
 
 import fsspec
 
@@ -15,17 +16,18 @@ from slsgu_cli import progress
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.sets import Origin
 from slsgu_cli.sources.files import base_name, file_identity, folder_of
-from slsgu_cli.sources.filters import Filters, RowFilters, no_column
 from slsgu_cli.sources.image_files import FolderImages, ImageFiles, ImageValue, TarImages
 from slsgu_cli.sources.reader import (
     CAPTION_FIELDS,
     LABEL_FIELDS,
     SPLITS,
     Columns,
-    Matching,
+    Filters,
     Reader,
     Row,
     Wanted,
+    matches,
+    no_column,
 )
 from slsgu_cli.sources.tar import TarSource
 from slsgu_cli.sources.texts import as_text
@@ -76,17 +78,11 @@ class TableSource(Reader):
     `image_folders` are the usual image folders, relative to the table, by patterns of its name.
     """
 
-    path: str
-    columns: Columns
-    filters: Filters
     files: ImageFiles | None = None
-    by_folder: bool = False
     image_folders: ClassVar[Mapping[str, Sequence[str]]] = {}
 
     @classmethod
-    def open(
-        cls, path: str, columns: Columns, filters: Filters, *, by_folder: bool = False
-    ) -> "TableSource":
+    def open(cls, path: str, columns: Columns, filters: Filters, by_folder: bool = False) -> Self:
         """Return the reader of a table, with its images where `?images=` says. Raises MissingError.
 
         Without `?images=`, they are in the usual folder for the table's name, else in its own.
@@ -94,7 +90,7 @@ class TableSource(Reader):
         places = filters.get(IMAGES)
         files = _image_files(places) if places else FolderImages(cls._usual_folder(path))
         others = {name: values for name, values in filters.items() if name != IMAGES}
-        return cls(path, columns, others, files, by_folder)
+        return cls(path, columns, others, by_folder, files)
 
     @classmethod
     def _usual_folder(cls, path: str) -> str:
@@ -107,11 +103,6 @@ class TableSource(Reader):
                 if fs.isdir(inner):
                     return candidate
         return folder
-
-    @property
-    def labels_are_captions(self) -> bool:
-        """Whether a row's label replaces a missing caption."""
-        return self.by_folder
 
     def header(self) -> Header:
         """Return the table's columns. Raises MissingError or InputError."""
@@ -143,66 +134,89 @@ class TableSource(Reader):
             identity.append(self._files().identity(filter(None, paths)))
         return identity
 
-    def rows_matching(self, filters: Sequence[Filters], skipped: Counter[str]) -> Matching:
-        """Yield the rows that match any of the filters, with the numbers of these filters.
+    def rows(self, skipped: Counter[str]) -> Iterator[Row]:
+        """Yield the rows that match the filters; count unreadable ones in `skipped`.
 
         Raises InputError for a missing column, or if no image of the first rows exists.
         """
         header = self.header()
         roles = self._roles(header)
-        for name in filters[0]:
+        filters = {}
+        for name, values in self.filters.items():
             self._require(header, name)
-        classes = header.classes
-        row_filters = RowFilters(
-            [{n: _with_numbers(v, classes.get(n)) for n, v in f.items()} for f in filters]
-        )
-        first = [_FirstImages(self.path, self._files()) for _ in filters]
-        names = sorted({*row_filters.columns, *roles.columns()})
-        for index, record in self.records(names, skipped):
-            if numbers := row_filters.matches(record):
-                if roles.file is not None and (file := as_text(record.get(roles.file))):
-                    for number in numbers:
-                        first[number].look(index, file)
-                yield self._row(index, record, roles), numbers
-        for each in first:
-            each.end()
+            filters[name] = _with_numbers(values, header.classes.get(name))
+        records = self.records(sorted({*filters, *roles.values()}), skipped)
+        matching = (record for record in records if matches(filters, record[1]))
+        first = list(islice(matching, CHECKED_ROWS))
+        if "file" in roles:
+            self._require_images(first, roles["file"])
+        classes = header.classes.get(roles.get("label", ""))
+        for index, record in chain(first, matching):
+            yield self._row(index, record, roles, classes)
 
-    def _row(self, index: int, record: Mapping[str, Any], roles: "_Roles") -> Row:
-        def text(column: str | None) -> str | None:
-            return None if column is None else as_text(record.get(column))
-
-        file, label, number = text(roles.file), text(roles.label), None
-        if label is not None and roles.classes is not None:
-            label, number = _class_name(label, roles.classes), label
+    def _row(
+        self,
+        index: int,
+        record: Mapping[str, Any],
+        roles: Mapping[str, str],
+        classes: Sequence[str] | None,
+    ) -> Row:
+        texts = {role: as_text(record.get(column)) for role, column in roles.items()}
+        file, label, url = texts.get("file"), texts.get("label"), texts.get("url")
+        number = None
+        if label is not None and classes is not None:
+            label, number = _class_name(label, classes), label
         if label is None and self.by_folder and file:
             folders = file.split("/")[:-1]
             label = next((name for name in folders if name not in SPLITS), None)
-        key = text(roles.key) or (file or "").rsplit(".", 1)[0]
-        url = text(roles.url)
+        key = texts.get("key") or (file or "").rsplit(".", 1)[0]
         return Row(
             index,
             key or f"{base_name(self.path).rsplit('.', 1)[0]}:{index}",
-            text(roles.caption),
+            texts.get("caption"),
             label,
-            has_image=roles.file is None or file is not None,
+            has_image="file" not in roles or file is not None,
             origin=Origin(self.path, index, url) if url else None,
             number=number if label is not None else None,
         )
 
-    def _roles(self, header: Header) -> "_Roles":
+    def _roles(self, header: Header) -> dict[str, str]:
+        """Return the columns to read by their roles; `file` if images are files."""
         image, names_files = self._image_column(header)
-        label = self._column(header, "label", LABEL_FIELDS)
-        return _Roles(
-            file=image if names_files else None,
-            caption=self._column(header, "caption", TABLE_CAPTIONS),
-            label=label,
-            key=usual_column(header.names, ("key", "__key__", "id")),
-            url=usual_column(header.names, ("url",)),
-            classes=header.classes.get(label) if label else None,
+        columns = {
+            "file": image if names_files else None,
+            "caption": self._column(header, "caption", TABLE_CAPTIONS),
+            "label": self._column(header, "label", LABEL_FIELDS),
+            "key": usual_column(header.names, ("key", "__key__", "id")),
+            "url": usual_column(header.names, ("url",)),
+        }
+        return {role: column for role, column in columns.items() if column is not None}
+
+    def _require_images(
+        self, records: Sequence[tuple[int, Mapping[str, Any]]], column: str
+    ) -> None:
+        """Raise InputError if the records name images and none of them exists."""
+        files = self._files()
+        named = [
+            (index, file) for index, record in records if (file := as_text(record.get(column)))
+        ]
+        if not named or any(files.has(file) for _, file in named):
+            return
+        index, file = named[0]
+        where = f"{self.path}, row {index + 1}"
+        if "://" in file:
+            raise InputError(
+                f"{where}: its image {file} is a URL, not a path",
+                hint="name parquet files of URLs with --metadata to download their images",
+            )
+        raise InputError(
+            f"{where}: its image {files.where(file)} does not exist",
+            hint="paths are relative to the table's folder; name another folder (or a tar) with "
+            "?images=FOLDER after the table's path, or another column with --image-column",
         )
 
     def images(self, wanted: Wanted) -> Iterator[tuple[int, bytes | None]]:
-        """Yield the encoded images of the requested rows; warn about missing files."""
+        """Yield the encoded images of the requested rows; warn about the first missing file."""
         names: dict[int, str] = {}
 
         def values() -> Iterator[tuple[int, ImageValue]]:
@@ -212,19 +226,15 @@ class TableSource(Reader):
                     names[index] = image
                 yield index, image
 
-        files, missing = self._files(), list[int]()
+        files, warned = self._files(), False
         for index, data in files.read(values()):
-            if data is None and index in names:
-                missing.append(index)
-            else:
-                names.pop(index, None)
+            if data is None and index in names and not warned:
+                warned = True
+                progress.warn(
+                    f"{self.path}, row {index + 1}: "
+                    f"its image {files.where(names[index])} does not exist"
+                )
             yield index, data
-        if missing:
-            first = min(missing)
-            progress.warn(
-                f"{self.path}, row {first + 1}: its image {files.where(names[first])} "
-                f"does not exist{_and_more(missing)}"
-            )
 
     def _files(self) -> ImageFiles:
         return self.files or FolderImages(folder_of(self.path))
@@ -257,64 +267,6 @@ class TableSource(Reader):
     def _require(self, header: Header, name: str) -> None:
         if name not in header.names:
             raise no_column(self.path, f"column {name}", header.names, "correct the column's name")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Roles:
-    """The columns to read; `file` is set if images are files that the table names."""
-
-    file: str | None
-    caption: str | None
-    label: str | None
-    key: str | None
-    url: str | None
-    classes: Sequence[str] | None
-
-    def columns(self) -> Iterator[str]:
-        """Yield the columns to read."""
-        yield from filter(None, (self.file, self.caption, self.label, self.key, self.url))
-
-
-@dataclass(slots=True)
-class _FirstImages:
-    """Check that any of the images exists that the first rows of a table name."""
-
-    path: str
-    files: ImageFiles | None
-    _missing: list[tuple[int, str]] = field(default_factory=list)
-
-    def look(self, index: int, name: str) -> None:
-        """Check a row's image unless an earlier one exists. Raises InputError."""
-        if self.files is None:
-            return
-        if self.files.has(name) is not False:
-            self.files = None
-            return
-        self._missing.append((index, name))
-        if len(self._missing) >= CHECKED_ROWS:
-            self.end()
-
-    def end(self) -> None:
-        """Raise InputError if there were images and none of them exists."""
-        if self.files is None or not self._missing:
-            return
-        index, name = self._missing[0]
-        where = f"{self.path}, row {index + 1}"
-        if "://" in name:
-            raise InputError(
-                f"{where}: its image {name} is a URL, not a path",
-                hint="name parquet files of URLs with --metadata to download their images",
-            )
-        raise InputError(
-            f"{where}: its image {self.files.where(name)} does not exist{_and_more(self._missing)}",
-            hint="paths are relative to the table's folder; name another folder (or a tar) with "
-            "?images=FOLDER after the table's path, or another column with --image-column",
-        )
-
-
-def _and_more(missing: Sequence[Any]) -> str:
-    others = len(missing) - 1
-    return f", nor do {others} more" if others else ""
 
 
 def _image_files(places: frozenset[str]) -> ImageFiles:

@@ -13,9 +13,10 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from itertools import count
+from typing import IO, Any, ClassVar, Self, cast
 
 import fsspec
 
@@ -23,7 +24,6 @@ from slsgu_cli.errors import InputError
 from slsgu_cli.records.codec import parse_json
 from slsgu_cli.records.sets import Origin
 from slsgu_cli.sources.files import file_identity, opened
-from slsgu_cli.sources.filters import Filters, RowFilters, matches, no_column
 from slsgu_cli.sources.reader import (
     CAPTION_FIELDS,
     IMAGE_LIMIT,
@@ -31,13 +31,13 @@ from slsgu_cli.sources.reader import (
     LABEL_FIELDS,
     TEXT_LIMIT,
     TOO_LARGE,
-    Columns,
     Extent,
-    Matching,
     Reader,
     Row,
     Selected,
     Wanted,
+    matches,
+    no_column,
 )
 from slsgu_cli.sources.texts import as_text
 
@@ -95,7 +95,7 @@ class Shard(tarfile.TarFile):
 
 @dataclass(slots=True)
 class Sample:
-    """The members of one sample by suffix: their headers, and the content of those read.
+    """One sample: the headers of its members by suffix, and the content of those read.
 
     `too_large` is set if a member exceeds its limit. `within` is the header of the inner tar
     that contains the sample.
@@ -106,33 +106,29 @@ class Sample:
     key: str
     within: tarfile.TarInfo | None = None
     headers: dict[str, tarfile.TarInfo] = field(default_factory=dict)
-    members: dict[str, bytes | None] = field(default_factory=dict)
+    members: dict[str, bytes] = field(default_factory=dict)
     too_large: bool = False
 
     def add(self, suffix: str, header: tarfile.TarInfo, *, read: bool) -> None:
         """Add the next member; with `read`, its content too."""
         self.headers[suffix] = header
-        self.members[suffix] = None
         self.too_large |= header.size > LIMITS.get(suffix, header.size)
         if read and not self.too_large:
-            self.members[suffix] = self.read(suffix)
-
-    def read(self, suffix: str) -> bytes | None:
-        """Read a member; in a stream, only before the next sample is reached."""
-        content = self.tar.extractfile(self.headers[suffix])
-        return content.read() if content else None
+            self.members[suffix] = self._read(suffix)
 
     def image(self) -> str | None:
         """Return the suffix of the sample's first image."""
-        return next((suffix for suffix in self.members if suffix in IMAGE_SUFFIXES), None)
+        return next((suffix for suffix in self.headers if suffix in IMAGE_SUFFIXES), None)
 
     def image_bytes(self) -> bytes | None:
-        """Return the sample's first image, reading it if necessary; None if it has none."""
+        """Return the sample's first image, reading it if necessary; None if it has none.
+
+        In a stream, it can only be read before the next sample is reached.
+        """
         suffix = self.image()
         if suffix is None:
             return None
-        data = self.members[suffix]
-        return self.read(suffix) if data is None else data
+        return self.members[suffix] if suffix in self.members else self._read(suffix)
 
     def extent(self) -> Extent | None:
         """Return the place of the first image in the archive, if its bytes are contiguous."""
@@ -147,6 +143,9 @@ class Sample:
         """Return the name of the inner tar that contains the sample."""
         return self.within.name.rsplit("/", 1)[-1][: -len(".tar")] if self.within else None
 
+    def _read(self, suffix: str) -> bytes:
+        return cast(IO[bytes], self.tar.extractfile(self.headers[suffix])).read()
+
 
 @dataclass(frozen=True, slots=True)
 class TarSource(Reader):
@@ -155,36 +154,26 @@ class TarSource(Reader):
     description: ClassVar[str] = "tar shards"
     suffixes: ClassVar[tuple[str, ...]] = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
     in_folders: ClassVar[bool] = True
-    path: str
-    columns: Columns
-    filters: Filters
-
-    @classmethod
-    def open(
-        cls, path: str, columns: Columns, filters: Filters, *, by_folder: bool = False
-    ) -> "TarSource":
-        """Return the reader of a shard."""
-        return cls(path, columns, filters)
 
     def identity(self) -> Any:
         """Return path, size and modification time."""
         return file_identity(self.path)
 
-    def rows_matching(self, filters: Sequence[Filters], skipped: Counter[str]) -> Matching:
-        """Yield the rows that match any of the filters, with the numbers of these filters.
+    def rows(self, skipped: Counter[str]) -> Iterator[Row]:
+        """Yield the rows that match the filters.
 
         A truncated shard is read up to its end and counted in `skipped`. Raises InputError if
         the file is not a tar, or if no sample has a field to filter by.
         """
-        row_filters, names, streams = RowFilters(filters), set[str](), self._streams()
+        names, streams = set[str](), self._streams()
         for sample in self._samples(lambda index, suffix: suffix in TEXT_SUFFIXES, skipped):
             fields = self._fields(sample, skipped)
             if fields is None:
                 continue
             names.update(fields)
-            if numbers := row_filters.matches(fields):
-                yield self._row(sample, fields, None if streams else sample.extent()), numbers
-        for name in filters[0]:
+            if matches(self.filters, fields):
+                yield self._row(sample, fields, None if streams else sample.extent())
+        for name in self.filters:
             if names and name not in names:
                 raise no_column(
                     self.path, f"field {name}", sorted(names), "correct the filter's name"
@@ -236,13 +225,11 @@ class TarSource(Reader):
         """
         members, columns = sample.members, self.columns
         fields = _parse_fields(members.get("json"))
-        caption = fields.get(columns.caption) if columns.caption else None
-        label = fields.get(columns.label) if columns.label else None
-        fallback = next((fields[name] for name in CAPTION_FIELDS if fields.get(name)), None)
-        usual = next((fields[name] for name in LABEL_FIELDS if name in fields), None)
-        fields["caption"] = caption or as_text(members.get("txt")) or fallback
-        labels = (label, as_text(members.get("cls")), usual, sample.folder())
-        fields["label"] = next((value for value in labels if value is not None), None)
+        txt, cls = as_text(members.get("txt")), as_text(members.get("cls"))
+        captions = [fields.get(columns.caption or ""), txt, *map(fields.get, CAPTION_FIELDS)]
+        labels = [fields.get(columns.label or ""), cls, *map(fields.get, LABEL_FIELDS)]
+        fields["caption"] = next(filter(None, captions), None)
+        fields["label"] = next((v for v in labels if v is not None), sample.folder())
         texts = (as_text(fields["caption"]), as_text(fields["label"]))
         if sample.too_large or max(len(text or "") for text in texts) > TEXT_LIMIT:
             skipped[TOO_LARGE] += 1
@@ -266,7 +253,7 @@ class TarSource(Reader):
                 mode: Any = "r|*" if self._streams() else "r:"
                 with Shard.open(fileobj=file, mode=mode) as tar:
                     started = True
-                    yield from _grouped(tar, read, skipped)
+                    yield from _grouped(tar, read, skipped, count())
             except BROKEN as error:
                 if not started and "empty" not in str(error):
                     raise InputError(
@@ -285,29 +272,23 @@ def _grouped(
     tar: Shard,
     read: Callable[[int, str], bool],
     skipped: Counter[str],
-    *,
-    first: int = 0,
+    numbers: Iterator[int],
     within: tarfile.TarInfo | None = None,
 ) -> Iterator[Sample]:
-    """Yield the samples of a tar, and of its inner tars, numbered from `first` on."""
-    sample = Sample(tar, first - 1, "", within)
+    """Yield the samples of a tar and of its inner tars."""
+    sample = None
     for member, key, suffix in _files(tar):
-        if suffix == "tar" and within is None and not member.issparse():
-            if sample.headers:
-                yield sample
-            last = sample.index
-            for inner in _inner_samples(tar, member, read, skipped, first=last + 1):
-                yield inner
-                last = inner.index
-            sample = Sample(tar, last, "")
-            continue
+        inner = suffix == "tar" and within is None and not member.issparse()
         # The same key and suffix twice in a row are two samples, so that neither is lost.
-        if key != sample.key or suffix in sample.members:
-            if sample.headers:
-                yield sample
-            sample = Sample(tar, sample.index + 1, key, within)
+        if sample is not None and (inner or key != sample.key or suffix in sample.headers):
+            yield sample
+            sample = None
+        if inner:
+            yield from _inner_samples(tar, member, read, skipped, numbers)
+            continue
+        sample = sample or Sample(tar, next(numbers), key, within)
         sample.add(suffix, member, read=read(sample.index, suffix))
-    if sample.headers:
+    if sample is not None:
         yield sample
     if tar.broken_off:
         raise tarfile.ReadError("the shard is truncated")
@@ -328,15 +309,14 @@ def _inner_samples(
     member: tarfile.TarInfo,
     read: Callable[[int, str], bool],
     skipped: Counter[str],
-    *,
-    first: int,
+    numbers: Iterator[int],
 ) -> Iterator[Sample]:
     """Yield the samples of an inner tar; a broken one is counted in `skipped`."""
     streams = isinstance(tar.fileobj, tarfile._Stream)  # type: ignore[attr-defined]
     try:
         mode: Any = "r|" if streams else "r:"
         with Shard.open(fileobj=tar.extractfile(member), mode=mode) as inner:
-            yield from _grouped(inner, read, skipped, first=first, within=member)
+            yield from _grouped(inner, read, skipped, numbers, member)
     except BROKEN:
         skipped[TRUNCATED] += 1
 

@@ -686,7 +686,7 @@ def test_a_preview_reads_a_file_once_for_all_sets(store, pairs, labelled, monkey
     monkeypatch.setattr(ParquetSource, "records", counted)
     requests = [
         request(
-            f"{pairs}?key=row{n}",
+            f"{pairs}?key=row0&key=row1&key=row2",
             name=f"{n}",
             retain_sources=[pairs],
             evals={"a": labelled},
@@ -695,5 +695,5 @@ def test_a_preview_reads_a_file_once_for_all_sets(store, pairs, labelled, monkey
         for n in range(12)
     ]
     assert Preview(store, requests).errors() == {}
-    # Once for the rows to forget, by their keys, once for those to retain, once for labels.
+    # Once for the rows to forget, once for those to retain, and once for labels.
     assert read == {pairs: 2, labelled: 1}

@@ -7,10 +7,11 @@ from tiny_images import encoded, write_folder
 
 from slsgu_cli.errors import InputError
 from slsgu_cli.sources.folder import FolderSource
+from slsgu_cli.sources.reader import Columns
 
 
 def rows(path, filters=None):
-    return list(FolderSource(str(path), filters or {}).rows(Counter()))
+    return list(FolderSource(str(path), Columns(), filters or {}).rows(Counter()))
 
 
 def test_captions_and_class_folders(tmp_path):
@@ -37,13 +38,13 @@ def test_captions_and_class_folders(tmp_path):
         (3, "dog/b", None, "dog"),
         (4, "dog/deep/c", None, "dog"),
     ]
-    assert [data for _, data in FolderSource(str(tmp_path), {}).images(dict.fromkeys([1, 4]))] == [
+    assert [data for _, data in FolderSource(str(tmp_path), Columns(), {}).images(dict.fromkeys([1, 4]))] == [
         b"1",
         b"5",
     ]
 
 
-def test_large_files_are_counted_and_pipes_ignored(tmp_path):
+def test_large_files_are_counted_and_pipes_and_dangling_links_ignored(tmp_path):
     write_folder(tmp_path, dict.fromkeys(("a.png", "b.png", "c.png", "d/e.png"), b"1"))
     write_folder(tmp_path, {"a.txt": "a", "b.txt": "b"})
     os.truncate(tmp_path / "b.txt", (1 << 16) + 1)
@@ -51,11 +52,11 @@ def test_large_files_are_counted_and_pipes_ignored(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
     trouble = Counter()
-    source = FolderSource(str(tmp_path), {})
+    source = FolderSource(str(tmp_path), Columns(), {})
     found = [(row.index, row.key) for row in source.rows(trouble)]
-    assert found == [(0, "a"), (3, "gone"), (4, "d/e")]
+    assert found == [(0, "a"), (3, "d/e")]
     assert trouble == {"oversized file": 2}
-    assert dict(source.images(dict.fromkeys([0, 3, 4]))) == {0: b"1", 3: None, 4: b"1"}
+    assert dict(source.images(dict.fromkeys([0, 3]))) == {0: b"1", 3: b"1"}
 
 
 def test_folders_within_folders_are_read_however_deep():
@@ -75,7 +76,7 @@ def test_filters_go_by_label(tmp_path):
 
 
 def test_identity_follows_images_and_captions(tmp_path):
-    source = FolderSource(str(tmp_path), {})
+    source = FolderSource(str(tmp_path), Columns(), {})
     write_folder(tmp_path, {"1.png": encoded(1), "1.txt": "one"})
     first = source.identity()
     write_folder(tmp_path, {"1.txt": "other words"})
@@ -86,7 +87,7 @@ def test_identity_follows_images_and_captions(tmp_path):
 
 def test_an_image_that_vanished_is_none(tmp_path):
     write_folder(tmp_path, {"1.png": b"1", "2.png": b"2"})
-    source = FolderSource(str(tmp_path), {})
+    source = FolderSource(str(tmp_path), Columns(), {})
     images = source.images(dict.fromkeys([0, 1]))
     assert next(images) == (0, b"1")
     (tmp_path / "2.png").unlink()
