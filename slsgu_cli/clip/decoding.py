@@ -5,7 +5,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -166,10 +166,6 @@ class Decoded:
     reason: str | None
     source_digest: bytes
     oddities: tuple[str, ...] = ()
-
-    def without_pixels(self) -> "Decoded":
-        """Return a copy without the image."""
-        return replace(self, pixels=None)
 
 
 def decode_in_order(

@@ -12,10 +12,9 @@ from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.sets import DataRef, InputSpec
 from slsgu_cli.sets.pair_filter import PairFilter
-from slsgu_cli.sets.tokenizing import Tokenize
 from slsgu_cli.sources.reader import Reader
 from slsgu_cli.store.artifacts import Artifact
-from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.store.blocks import DataBlock, Ints
 from slsgu_cli.store.store import Store
 
 # Increased whenever a block of the same recipe would come out differently.
@@ -29,7 +28,7 @@ class BuildContext:
     store: Store
     spec: InputSpec
     decode: Callable[[bytes], Picture]
-    tokenize: Tokenize
+    tokenize: Callable[[Sequence[str]], Ints]
     filter: PairFilter | None = None
 
     def pixel_recipe(self) -> list[Any]:

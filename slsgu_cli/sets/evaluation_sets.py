@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from slsgu_cli import progress
@@ -25,21 +25,17 @@ from slsgu_cli.sources.prompts import (
     read_templates,
 )
 from slsgu_cli.sources.reader import Columns, Reader, Row
-from slsgu_cli.store.blocks import BlockWriter, DataBlock, block_writer
+from slsgu_cli.store.blocks import DataBlock, block_writer
 from slsgu_cli.store.locks import held
-
-
-@dataclass(frozen=True, slots=True)
-class LabelledRow:
-    """A row to decode, and the index of its class."""
-
-    row: Row
-    label: int
 
 
 @dataclass(slots=True)
 class EvalPlan:
-    """An evaluation set before its images are read; `block` is that of an earlier build."""
+    """An evaluation set before its images are read.
+
+    `rows` are the rows to decode with the indices of their classes; `block` is that of an
+    earlier build.
+    """
 
     name: str
     source: str
@@ -48,11 +44,10 @@ class EvalPlan:
     readers: Sequence[Reader]
     templates: tuple[str, ...]
     class_names: tuple[str, ...]
-    rows: Mapping[RowId, LabelledRow]
+    rows: Mapping[RowId, tuple[Row, int]]
     seen: int
     refused: Counter[str]
     block: DataBlock | None = None
-    noted: Counter[str] = field(default_factory=Counter)
 
     def rows_of(self, concept: str) -> int | None:
         """Return how many rows show the concept; None if it is not a class of this set."""
@@ -61,7 +56,7 @@ class EvalPlan:
             return None
         if self.block is not None:
             return int((self.block.labels == index).sum())
-        return sum(row.label == index for row in self.rows.values())
+        return sum(label == index for _, label in self.rows.values())
 
 
 def plan_eval(
@@ -115,32 +110,61 @@ def label_columns(request: BuildRequest) -> Columns:
 def build_eval(context: BuildContext, plan: EvalPlan) -> DataRef:
     """Build the block of an evaluation set, or reuse an earlier one."""
     title = f"evaluation set {plan.name}"
-    block, built = plan.block, False
-    if block is None:
-        with held(context.store, plan.path, what=title):
-            # Another process may have built it in the meantime.
-            block = context.existing_block(plan.path)
-            if block is None:
-                block, built = _write(context, plan, title), True
-    if not built:
-        progress.note(f"{title}: reusing {block.rows} decoded rows")
+    with held(context.store, plan.path, what=title):
+        # Another process may have built it in the meantime.
+        block = plan.block or context.existing_block(plan.path)
+        if block is None:
+            block = _write(context, plan, title)
+        else:
+            progress.note(f"{title}: reusing {block.rows} decoded rows")
     refused = Counter(block.attributes["refused"])
     return reference(plan.path, block, seen=plan.seen, refused=refused, sources=(plan.source,))
 
 
 def _write(context: BuildContext, plan: EvalPlan, title: str) -> DataBlock:
     """Build the block of an evaluation set. Raises InputError if it would have no rows."""
-    height, width = context.spec.height, context.spec.width
-    with block_writer(
-        context.store, plan.path, height=height, width=width, rows=len(plan.rows)
-    ) as writer:
-        _decode_into(writer, context, plan, title)
+    height, width, rows = context.spec.height, context.spec.width, plan.rows
+    wanted = {place: row.extent for place, (row, _) in rows.items()}
+    stream = decode_in_order(fetch(plan.readers, wanted), context.decode)
+    noted = Counter[str]()
+    with (
+        block_writer(
+            context.store, plan.path, height=height, width=width, rows=len(rows)
+        ) as writer,
+        progress.bar(f"decoding {title}", len(rows)) as ticker,
+    ):
+        for place, decoded in stream:
+            ticker.advance()
+            if decoded.pixels is None:
+                plan.refused[str(decoded.reason)] += 1
+                continue
+            row, label = rows[place]
+            writer.add(
+                decoded.pixels,
+                key=row.key,
+                caption=row.caption,
+                label=label,
+                source_digest=decoded.source_digest,
+                origin=row.origin or Origin(plan.readers[place[0]].path, row.index),
+            )
+            noted.update(decoded.oddities)
         if not writer.rows:
             raise InputError(
                 f"the {title} has no usable rows: {counted(plan.refused)}",
                 hint="check that the images in its source are complete",
             )
-        writer.finish(None, _attributes(context, plan))
+        attributes = {
+            "role": "eval",
+            "sources": [plan.source],
+            "seen": plan.seen,
+            "refused": {reason: count for reason, count in plan.refused.items() if count},
+            "noted": dict(sorted(noted.items())),
+            "class_names": list(plan.class_names),
+            "templates": list(plan.templates),
+            "input": encode(context.spec),
+            "recipe": plan.recipe,
+        }
+        writer.finish(None, attributes)
     return DataBlock.at(context.store, plan.path)
 
 
@@ -159,7 +183,7 @@ def _require_names(name: str, classes: Sequence[str]) -> None:
 
 def _labelled(
     source: str, readers: Sequence[Reader], known: ClassList | None
-) -> tuple[tuple[str, ...], dict[RowId, LabelledRow], int, Counter[str]]:
+) -> tuple[tuple[str, ...], dict[RowId, tuple[Row, int]], int, Counter[str]]:
     """Return class names, rows with a class, the number of all rows, and refusals."""
     refused: Counter[str] = Counter()
     labelled: list[tuple[int, Row, str]] = []
@@ -182,7 +206,7 @@ def _labelled(
         )
     names, index, numbered = _classes_of(known, [(row, label) for _, row, label in labelled])
     rows = {
-        (number, row.index): LabelledRow(row, index[name])
+        (number, row.index): (row, index[name])
         for number, row, label in labelled
         if (name := (row.number or label) if numbered else label) in index
     }
@@ -210,41 +234,3 @@ def _classes_of(
         if len(by_number) > len(by_name):
             return known.names, by_number, True
     return *class_indices(known, names), False
-
-
-def _decode_into(writer: BlockWriter, context: BuildContext, plan: EvalPlan, title: str) -> None:
-    wanted = {place: labelled.row.extent for place, labelled in plan.rows.items()}
-    decoded_rows = 0
-    with progress.bar(f"decoding {title}", len(plan.rows)) as ticker:
-        for place, decoded in decode_in_order(fetch(plan.readers, wanted), context.decode):
-            decoded_rows += 1
-            ticker.advance()
-            if decoded.pixels is None:
-                plan.refused[decoded.reason or "unreadable"] += 1
-                continue
-            labelled = plan.rows[place]
-            row = labelled.row
-            writer.add(
-                decoded.pixels,
-                key=row.key,
-                caption=row.caption,
-                label=labelled.label,
-                source_digest=decoded.source_digest,
-                origin=row.origin or Origin(plan.readers[place[0]].path, row.index),
-            )
-            plan.noted.update(decoded.oddities)
-    plan.refused["unreadable"] += len(plan.rows) - decoded_rows
-
-
-def _attributes(context: BuildContext, plan: EvalPlan) -> dict[str, Any]:
-    return {
-        "role": "eval",
-        "sources": [plan.source],
-        "seen": plan.seen,
-        "refused": {reason: count for reason, count in plan.refused.items() if count},
-        "noted": dict(sorted(plan.noted.items())),
-        "class_names": list(plan.class_names),
-        "templates": list(plan.templates),
-        "input": encode(context.spec),
-        "recipe": plan.recipe,
-    }

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 
@@ -16,61 +16,50 @@ from slsgu_cli.store.store import ELSEWHERE, Store
 
 
 class ImageBuffer:
-    """Images of one size by number, the first `capacity` of them in memory."""
+    """Images of one size by number."""
 
-    def __init__(self, file: IO[bytes], *, height: int, width: int, capacity: int) -> None:
+    def __init__(self, file: IO[bytes], *, height: int, width: int) -> None:
         self._file = file
         self._shape = (height, width, 3)
         self._bytes = height * width * 3
-        self._in_memory: list[Pixels] = []
-        self._capacity = capacity
-        self._in_file = 0
+        self._images = 0
 
     def put(self, image: Pixels) -> int:
         """Add an image and return its number. Raises InputError if the disk is full."""
-        if len(self._in_memory) < self._capacity:
-            self._in_memory.append(image)
-            return len(self._in_memory) - 1
         with _disk_errors():
             # On a full disk, a memory map would end the process with a signal; this raises.
-            self._file.seek(self._in_file * self._bytes)
+            self._file.seek(self._images * self._bytes)
             self._file.write(np.ascontiguousarray(image).data)
-        self._in_file += 1
-        return len(self._in_memory) + self._in_file - 1
+        self._images += 1
+        return self._images - 1
 
     def clear(self) -> None:
         """Drop all images; numbers start at zero again."""
-        self._in_memory.clear()
-        self._in_file = 0
+        self._images = 0
 
     def get(self, number: int) -> Pixels:
         """Return the image with a number."""
-        if number < len(self._in_memory):
-            return self._in_memory[number]
         with _disk_errors():
-            self._file.seek((number - len(self._in_memory)) * self._bytes)
+            self._file.seek(number * self._bytes)
             data = self._file.read(self._bytes)
         return np.frombuffer(data, dtype=np.uint8).reshape(self._shape)
 
 
 @contextmanager
 def image_buffer(store: Store, *, height: int, width: int) -> Iterator[ImageBuffer]:
-    """Yield a buffer that uses half of the available memory, then a file.
+    """Yield a buffer that uses a quarter of the available memory, then a file.
 
     The file lies in the store's folder, which has space for the data itself. It has no name, so
     it disappears with the process, however that ends.
     """
+    folder = store.root if store.is_local else None
     with _disk_errors():
-        folder = Path(store.root) if store.is_local else None
         if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
-    try:
-        capacity = spare("cpu") // 2 // (height * width * 3)
-        yield ImageBuffer(file, height=height, width=width, capacity=capacity)
-    finally:
-        with _disk_errors():
-            file.close()
+            Path(folder).mkdir(parents=True, exist_ok=True)
+    # Without a limit of at least one byte, the file would stay in memory.
+    memory = max(1, spare("cpu") // 4)
+    with tempfile.SpooledTemporaryFile(memory, dir=folder) as file:
+        yield ImageBuffer(cast(IO[bytes], file), height=height, width=width)
 
 
 @contextmanager

@@ -41,41 +41,38 @@ class PairFilter:
 
 @dataclass(slots=True)
 class FilteredSet:
-    """Filter the rows of one set in their order, a batch at a time."""
+    """Filter the rows of one set in their order, a window at a time."""
 
     filter: PairFilter
-    _reasons: dict[int, str] = field(default_factory=dict)
-    _hashes: dict[int, int] = field(default_factory=dict)
-    _accepted: list[int] = field(default_factory=list)
+    _dissimilar: set[int] = field(default_factory=set)
+    _hashes: list[int] = field(default_factory=list)
 
-    def test(self, captions: Mapping[int, str], image: Callable[[int], Pixels]) -> None:
-        """Test the next images, by number, with their captions; `refusal` returns the results."""
-        self._reasons, self._hashes = {}, {}
+    def compare(self, captions: Mapping[int, str], image: Callable[[int], Pixels]) -> None:
+        """Compare the images of the next window, by number, with their captions."""
+        self._dissimilar.clear()
+        if self.filter.cosines is None:
+            return
+        least = self.filter.options.min_similarity or 0.0
         numbers = sorted(captions)
         for start in range(0, len(numbers), BATCH):
             batch = numbers[start : start + BATCH]
             pixels = np.stack([image(number) for number in batch])
-            if self.filter.options.near_duplicates is not None:
-                self._hashes |= {n: perceptual_hash(p) for n, p in zip(batch, pixels, strict=True)}
-            if self.filter.cosines:
-                cosines = self.filter.cosines(pixels, [captions[number] for number in batch])
-                least = self.filter.options.min_similarity or 0.0
-                for number, cosine in zip(batch, cosines, strict=True):
-                    if cosine < least:
-                        self._reasons[number] = "below --min-similarity"
+            cosines = self.filter.cosines(pixels, [captions[number] for number in batch])
+            self._dissimilar.update(np.asarray(batch)[cosines < least].tolist())
 
-    def refusal(self, number: int) -> str | None:
+    def refusal(self, number: int, pixels: Pixels) -> str | None:
         """Return the reason to drop an image; None accepts it, and drops later duplicates."""
-        reason = self._reasons.get(number)
+        if number in self._dissimilar:
+            return "below --min-similarity"
         limit = self.filter.options.near_duplicates
-        if reason or limit is None:
-            return reason
-        image_hash = self._hashes[number]
-        accepted = np.asarray(self._accepted, dtype=np.uint64) ^ np.uint64(image_hash)
+        if limit is None:
+            return None
+        image_hash = perceptual_hash(pixels)
+        accepted = np.asarray(self._hashes, dtype=np.uint64) ^ np.uint64(image_hash)
         differing = np.unpackbits(accepted.view(np.uint8).reshape(-1, 8), axis=1).sum(axis=1)
         if differing.size and differing.min() <= limit:
             return "near-duplicate"
-        self._accepted.append(image_hash)
+        self._hashes.append(image_hash)
         return None
 
 

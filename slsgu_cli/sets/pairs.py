@@ -2,8 +2,12 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
+
+import numpy as np
 
 from slsgu_cli import progress
 from slsgu_cli.clip.decoding import Decoded, decode_in_order
@@ -30,12 +34,11 @@ from slsgu_cli.sets.sampling import (
     sample_size,
 )
 from slsgu_cli.sets.scan import BEYOND, EXCLUDED
-from slsgu_cli.sets.tokenizing import tokenizing
 from slsgu_cli.sources.matching import matcher
 from slsgu_cli.sources.opening import RowId, fetch, scan
 from slsgu_cli.sources.reader import Reader, Row
 from slsgu_cli.sources.texts import tokenizable
-from slsgu_cli.store.blocks import DataBlock, Pixels, block_writer
+from slsgu_cli.store.blocks import DataBlock, Ints, Pixels, block_writer
 from slsgu_cli.store.locks import held
 
 TAKE = ""
@@ -156,133 +159,102 @@ def tokenized(reader: Reader, row: Row) -> tuple[str, bool]:
 
 SAME_AS_FORGET = "same image as a forget row"
 WINDOW = 256
-UNREADABLE = Decoded(None, "unreadable", b"")
 
 
-@dataclass(frozen=True, slots=True)
-class DecodedRow:
-    """A candidate and its decoded image, without pixels: these are in the image buffer.
-
-    `number` is that of the buffer; None if the image is unreadable.
-    """
-
-    candidate: Candidate
-    decoded: Decoded = UNREADABLE
-    number: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class WindowEnd:
-    """The end of a run of encoded images: all available images of `candidates` were yielded."""
-
-    candidates: Sequence[Candidate]
-
-
-@dataclass(slots=True)
-class DecodedRows:
-    """The second pass for one set: the accepted candidates, and counts of the refused ones.
+def _accepted(
+    context: BuildContext,
+    selection: Selection,
+    candidates: Sequence[Candidate],
+    avoid: frozenset[bytes],
+    refused: Counter[str],
+) -> Iterator[tuple[Candidate, Decoded, Pixels]]:
+    """Yield accepted candidates with their images until there are enough; count the others.
 
     Images whose encoded bytes are in `avoid` are refused.
     """
+    wanted = _most_rows(selection, candidates)
+    spec = context.spec
+    filtered = FilteredSet(context.filter) if context.filter else None
+    pairs = set[tuple[bytes, str]]()
+    start = 0
+    with image_buffer(context.store, height=spec.height, width=spec.width) as images:
+        while len(pairs) < wanted and start < len(candidates):
+            part = candidates[start : start + _some_more(wanted - len(pairs))]
+            start += len(part)
+            for candidate, decoded, number in _decoded(context, selection, part, images, filtered):
+                if len(pairs) == wanted:
+                    return
+                pair = (decoded.source_digest, candidate.caption)
+                if decoded.reason is not None:
+                    reason: str | None = decoded.reason
+                elif decoded.source_digest in avoid:
+                    reason = SAME_AS_FORGET
+                elif pair in pairs:
+                    reason = "duplicate"
+                else:
+                    pixels = images.get(number)
+                    reason = filtered.refusal(number, pixels) if filtered else None
+                    if reason is None:
+                        pairs.add(pair)
+                        yield candidate, decoded, pixels
+                if reason is not None:
+                    refused[reason] += 1
 
-    context: BuildContext
-    selection: Selection
-    candidates: Sequence[Candidate]
-    avoid: frozenset[bytes]
-    refused: Counter[str] = field(default_factory=Counter)
-    _accepted: set[tuple[bytes, str]] = field(init=False, default_factory=set)
-    _filtered: FilteredSet | None = field(init=False)
 
-    def __post_init__(self) -> None:
-        self._filtered = FilteredSet(self.context.filter) if self.context.filter else None
+def _most_rows(selection: Selection, candidates: Sequence[Candidate]) -> int:
+    """Return the number of rows if none is refused."""
+    count = len(candidates)
+    return count if selection.wanted is None else min(count, selection.wanted)
 
-    @property
-    def wanted(self) -> int:
-        """The number of rows if none is refused."""
-        count = len(self.candidates)
-        return count if self.selection.wanted is None else min(count, self.selection.wanted)
 
-    def accepted(self) -> Iterator[tuple[DecodedRow, Pixels]]:
-        """Yield accepted rows until there are as many as wanted, or no candidates remain."""
-        accepted, start = 0, 0
-        spec = self.context.spec
-        title = f"decoding the {self.selection.role} set"
-        most = min(_some_more(self.wanted), len(self.candidates))
-        with (
-            progress.bar(title, most) as ticker,
-            image_buffer(self.context.store, height=spec.height, width=spec.width) as images,
-        ):
-            while accepted < self.wanted and start < len(self.candidates):
-                part = self.candidates[start : start + _some_more(self.wanted - accepted)]
-                start += len(part)
-                for row in self._decoded(part, images, ticker):
-                    if accepted == self.wanted:
-                        return
-                    reason = self._refusal(row)
-                    if reason is not None or row.number is None:
-                        self.refused[reason or "unreadable"] += 1
-                        continue
-                    self._accepted.add((row.decoded.source_digest, row.candidate.caption))
-                    accepted += 1
-                    yield row, images.get(row.number)
+def _decoded(
+    context: BuildContext,
+    selection: Selection,
+    candidates: Sequence[Candidate],
+    images: ImageBuffer,
+    filtered: FilteredSet | None,
+) -> Iterator[tuple[Candidate, Decoded, int]]:
+    """Yield candidates in order with the numbers of their images in the buffer.
 
-    def _decoded(
-        self, part: Sequence[Candidate], images: ImageBuffer, ticker: progress.Ticker
-    ) -> Iterator[DecodedRow]:
-        """Yield the rows of some candidates in order, decoded and filtered.
+    The buffer holds the images of one window. The first images of the next window are decoded
+    while the caller handles these rows.
+    """
+    seekable = all(candidate.extent is not None for candidate in candidates)
+    size = WINDOW if seekable else len(candidates)
+    windows = [candidates[start : start + size] for start in range(0, len(candidates), size)]
 
-        The buffer keeps images until the end of their window. The first images of the next
-        window are decoded while the caller handles these rows.
-        """
-        by_candidate: dict[RowId, DecodedRow] = {}
-        for item, decoded in decode_in_order(self._encoded(part), self.context.decode):
-            if isinstance(item, Candidate):
-                number = None if decoded.pixels is None else images.put(decoded.pixels)
-                row = DecodedRow(item, decoded.without_pixels(), number)
-                by_candidate[item.place] = row
+    def encoded() -> Iterator[tuple[Candidate, bytes | None]]:
+        for window in windows:
+            by_place = {candidate.place: candidate for candidate in window}
+            extents = {place: candidate.extent for place, candidate in by_place.items()}
+            for place, data in fetch(selection.readers, extents):
+                yield by_place[place], data
+
+    stream = decode_in_order(encoded(), context.decode)
+    with progress.bar(f"decoding the {selection.role} set", len(candidates)) as ticker:
+        for window in windows:
+            rows, captions = dict[RowId, tuple[Decoded, int]](), dict[int, str]()
+            for candidate, decoded in islice(stream, len(window)):
+                number = -1
+                if decoded.pixels is not None:
+                    number = images.put(decoded.pixels)
+                    captions[number] = candidate.caption
+                rows[candidate.place] = replace(decoded, pixels=None), number
                 ticker.advance()
-                continue
-            rows = [by_candidate.get(c.place, DecodedRow(c)) for c in item.candidates]
-            if self._filtered:
-                captions = {r.number: r.candidate.caption for r in rows if r.number is not None}
-                self._filtered.test(captions, images.get)
-            yield from rows
-            by_candidate.clear()
+            if filtered:
+                filtered.compare(captions, images.get)
+            for candidate in window:
+                yield candidate, *rows[candidate.place]
             images.clear()
-
-    def _encoded(
-        self, part: Sequence[Candidate]
-    ) -> Iterator[tuple[Candidate | WindowEnd, bytes | None]]:
-        """Yield candidates with their encoded images in file order, and the end of each window."""
-        seekable = all(candidate.extent is not None for candidate in part)
-        size = WINDOW if seekable else len(part)
-        for start in range(0, len(part), size):
-            window = part[start : start + size]
-            candidates = {candidate.place: candidate for candidate in window}
-            extents = {place: candidate.extent for place, candidate in candidates.items()}
-            for place, data in fetch(self.selection.readers, extents):
-                yield candidates[place], data
-            yield WindowEnd(window), None
-
-    def _refusal(self, row: DecodedRow) -> str | None:
-        """Return the reason to refuse a row; None accepts it."""
-        source = row.decoded.source_digest
-        if row.decoded.reason:
-            return row.decoded.reason
-        if source in self.avoid:
-            return SAME_AS_FORGET
-        if (source, row.candidate.caption) in self._accepted:
-            return "duplicate"
-        if self._filtered is None or row.number is None:
-            return None
-        return self._filtered.refusal(row.number)
 
 
 def _some_more(rows: int) -> int:
-    """Return a few more than are missing, so that one round suffices if few are unreadable."""
+    """Return a few more than are missing, so that one round suffices if few are refused."""
     return rows + max(16, rows // 32)
 
 
+# Captions to tokenize in one call, while images are decoded.
+CHUNK = 512
 CLEANED = "control characters in the caption"
 SAME_KEY = "key of another row too"
 
@@ -310,8 +282,7 @@ def build_pairs(
             path, block = existing
             progress.note(f"{role}: reusing {block.rows} decoded rows")
         else:
-            rows = DecodedRows(context, selection, candidates, avoid)
-            path = _write(rows, recipe, plain=plain, avoiding=avoiding)
+            path = _write(context, selection, candidates, avoid, recipe, (plain, avoiding))
             block = DataBlock.at(context.store, path)
     refused = selection.refused + Counter(block.attributes["refused"])
     if role == "forget":
@@ -348,45 +319,59 @@ def _existing_block(
     return None
 
 
-def _write(rows: DecodedRows, recipe: dict[str, Any], *, plain: str, avoiding: str) -> str:
+def _write(
+    context: BuildContext,
+    selection: Selection,
+    candidates: Sequence[Candidate],
+    avoid: frozenset[bytes],
+    recipe: dict[str, Any],
+    paths: tuple[str, str],
+) -> str:
     """Write the block of the accepted rows; return its path.
 
-    The path is `avoiding` if an image had to be avoided, and `plain` otherwise.
+    Of the two paths, it is the second one if an image had to be avoided.
     """
-    context, selection = rows.context, rows.selection
     height, width = context.spec.height, context.spec.width
-    noted: Counter[str] = Counter()
+    refused, noted = Counter[str](), Counter[str]()
+    captions, tokens = list[str](), list[Future[Ints]]()
+    most = _most_rows(selection, candidates)
     with (
-        tokenizing(context.tokenize) as captions,
-        block_writer(context.store, plain, height=height, width=width, rows=rows.wanted) as writer,
+        ThreadPoolExecutor(1, "tokenize") as pool,
+        block_writer(context.store, paths[0], height=height, width=width, rows=most) as writer,
     ):
-        for row, pixels in rows.accepted():
-            captions.add(row.candidate.caption)
+        for candidate, decoded, pixels in _accepted(context, selection, candidates, avoid, refused):
             writer.add(
                 pixels,
-                key=row.candidate.key,
-                caption=row.candidate.caption,
-                source_digest=row.decoded.source_digest,
-                origin=row.candidate.origin,
+                key=candidate.key,
+                caption=candidate.caption,
+                source_digest=decoded.source_digest,
+                origin=candidate.origin,
             )
-            noted.update(row.decoded.oddities)
-            noted[CLEANED] += row.candidate.cleaned
+            noted.update(decoded.oddities)
+            noted[CLEANED] += candidate.cleaned
+            captions.append(candidate.caption)
+            if len(captions) == CHUNK:
+                tokens.append(pool.submit(context.tokenize, captions))
+                captions = []
         if not writer.rows:
             raise InputError(
-                f"the {selection.role} set has no usable rows: {counted(rows.refused)}",
+                f"the {selection.role} set has no usable rows: {counted(refused)}",
                 hint="check that the images in the sources are complete",
             )
+        if captions:
+            tokens.append(pool.submit(context.tokenize, captions))
         keys = Counter(writer.keys)
         noted[SAME_KEY] = sum(count for count in keys.values() if count > 1)
         attributes = {
             "role": selection.role,
             "sources": list(selection.sources),
             "seen": selection.seen,
-            "refused": dict(rows.refused),
+            "refused": dict(refused),
             "noted": {what: count for what, count in sorted(noted.items()) if count},
             "input": encode(context.spec),
             "recipe": recipe,
         }
-        path = avoiding if rows.refused[SAME_AS_FORGET] else plain
-        writer.finish(captions.tokens(), attributes, path=path)
+        path = paths[refused[SAME_AS_FORGET] > 0]
+        all_tokens = np.concatenate([chunk.result() for chunk in tokens])
+        writer.finish(all_tokens, attributes, path=path)
     return path

@@ -41,16 +41,21 @@ def scan(readers: Sequence[Reader], skipped: Counter[str]) -> Iterator[tuple[int
 def fetch(
     readers: Sequence[Reader], wanted: Mapping[RowId, Extent | None]
 ) -> Iterator[tuple[RowId, bytes | None]]:
-    """Yield ((file number, row index), encoded image) of the requested rows: the second pass.
+    """Yield ((file number, row index), encoded image) of every requested row: the second pass.
 
-    Files come in order, each with its rows; `wanted` maps them to their extents, if known.
+    Files come in order, each with its rows; `wanted` maps them to their extents, if known. The
+    image is None if the row has none, or if the file is truncated before it.
     """
     files: list[dict[int, Extent | None]] = [{} for _ in readers]
     for (number, index), extent in wanted.items():
         files[number][index] = extent
     for number, rows in enumerate(files):
+        missing = dict.fromkeys(rows)
         for index, data in readers[number].images(rows) if rows else ():
+            missing.pop(index, None)
             yield (number, index), data
+        for index in missing:
+            yield (number, index), None
 
 
 def _open(path: str, columns: Columns, filters: Filters) -> list[Reader]:

@@ -32,7 +32,6 @@ def test_failures_are_results_with_a_reason():
     assert found["a"].reason == "broken image"
     assert found["b"].reason == "no image"
     assert found["c"].reason is None
-    assert found["c"].without_pixels().source_digest == found["c"].source_digest
 
 
 def test_digests_tell_encoded_images_apart():

@@ -106,7 +106,8 @@ def test_a_set_contains_the_requested_rows(store, pairs, labelled):
     assert manifest.forget_eval == "animals"
 
 
-def test_images_and_tokens_are_the_models(store, pairs):
+def test_images_and_tokens_are_the_models(store, pairs, monkeypatch):
+    monkeypatch.setattr(pairs_module, "CHUNK", 7)
     forget, _ = blocks(store, run(store, pairs))
     resolved = models.resolve(CLIP)
     decode = decoder(tokenizers.input_spec(resolved))

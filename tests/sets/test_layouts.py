@@ -302,7 +302,7 @@ def labelled(at, source, classes=None, **columns):
     )
     plan = plan_eval(context, request, "e", source=source, readers=readers)
     images = fetch(readers, dict.fromkeys(plan.rows))
-    return [(data, plan.class_names[plan.rows[place].label]) for place, data in images]
+    return [(data, plan.class_names[plan.rows[place][1]]) for place, data in images]
 
 
 def written(layout, icons, at):

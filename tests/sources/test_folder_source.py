@@ -38,7 +38,9 @@ def test_captions_and_class_folders(tmp_path):
         (3, "dog/b", None, "dog"),
         (4, "dog/deep/c", None, "dog"),
     ]
-    assert [data for _, data in FolderSource(str(tmp_path), Columns(), {}).images(dict.fromkeys([1, 4]))] == [
+    assert [
+        data for _, data in FolderSource(str(tmp_path), Columns(), {}).images(dict.fromkeys([1, 4]))
+    ] == [
         b"1",
         b"5",
     ]

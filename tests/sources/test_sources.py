@@ -90,7 +90,7 @@ def test_two_passes_agree_and_only_wanted_images_come(tmp_path):
     ]
 
 
-def test_rows_are_grouped_by_file():
+def test_rows_are_fetched_by_file_and_missing_ones_are_none():
     asked = {}
 
     class Source:
@@ -102,7 +102,8 @@ def test_rows_are_grouped_by_file():
             return iter(())
 
     wanted = {(1, 5): (512, 9), (0, 2): None, (1, 7): None}
-    assert not list(fetch([Source(number) for number in range(3)], wanted))
+    fetched = fetch([Source(number) for number in range(3)], wanted)
+    assert dict(fetched) == dict.fromkeys(wanted)
     assert asked == {1: {5: (512, 9), 7: None}, 0: {2: None}}
 
 
