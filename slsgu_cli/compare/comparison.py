@@ -8,6 +8,7 @@ from typing import ClassVar, Generic
 
 import slsgu_cli
 from slsgu_cli import progress
+from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.compare.layer_edits import LayerEdits, layer_for
 from slsgu_cli.compare.ours import OurEdit, original_outcome
 from slsgu_cli.compare.pass_times import PassTimes
@@ -47,10 +48,16 @@ def compare(store: Store, names: Sequence[str], *, options: CompareOptions) -> C
 
     Raises MissingError, InputError, StaleError and UsageError.
     """
-    _require_layered(options)
+    layered = [
+        method
+        for method in CLIP_METHODS
+        if isinstance(spec := baseline(method), ClosedForm) and spec.projection is None
+    ]
+    if options.layer is not None and not set(layered) & set(options.methods):
+        raise UsageError("--layer is for " + ", ".join(layered), hint=f"--methods {layered[0]},...")
     settings: dict[Method, Sequence[float | None]] = {
         method: _settings(method, options)
-        # Ours first: its search measures the original model too.
+        # Ours first: a stale edit is reported before anything is trained.
         for method in sorted(CLIP_METHODS, key=lambda method: method is not Method.OURS)
         if method in options.methods
     }
@@ -80,17 +87,6 @@ def _settings(method: Method, options: CompareOptions) -> Sequence[float | None]
     if spec is None:
         return (None,)
     return (spec.hyperparameter.default,) if spec.hyperparameter else options.rates or ()
-
-
-def _require_layered(options: CompareOptions) -> None:
-    """Raise UsageError if --layer is given and no method edits a layer of choice."""
-    layered = [
-        method
-        for method in CLIP_METHODS
-        if isinstance(spec := baseline(method), ClosedForm) and spec.projection is None
-    ]
-    if options.layer is not None and not set(layered) & set(options.methods):
-        raise UsageError("--layer is for " + ", ".join(layered), hint=f"--methods {layered[0]},...")
 
 
 @dataclass
@@ -149,7 +145,7 @@ class ClipComparisonRun(ComparisonRun[ClipOutcome]):
         """Read the record of a set. Raises MissingError and StaleError."""
         manifest = read_manifest(store, name)
         store.require_writable(cls.artifact.path(name))
-        times = PassTimes(store, manifest, options.device)
+        times = PassTimes(store, manifest, pick_device(options.device))
         if store.exists(Artifact.POINTER.path(name)):
             pointer = read_pointer(store, manifest)
         else:
@@ -212,15 +208,13 @@ class ClipComparisonRun(ComparisonRun[ClipOutcome]):
         return MethodSetting(method)
 
     def run(self, method: Method, setting: float | None) -> ClipOutcome:
-        """Run a baseline; for the original model and ours, use the figures of the search."""
+        """Run a method and measure the model; our edit has the figures of its search."""
         if method is Method.OURS:
             return self.our_edit.outcome(self.pointer, self.times)
-        if setting is not None:
-            is_layer_edit = isinstance(baseline(method), ClosedForm)
-            runner = self.layer_edits if is_layer_edit else self.baselines
-            return runner.run(method, setting)
-        edit = OurEdit.standing(self.pointer, self.times)
-        return original_outcome(edit.before if edit else self.baselines.original())
+        if setting is None:
+            return original_outcome(self.baselines.original())
+        is_layer_edit = isinstance(baseline(method), ClosedForm)
+        return (self.layer_edits if is_layer_edit else self.baselines).run(method, setting)
 
     def with_row(self, row: ClipOutcome) -> ClipComparison:
         """Return the record with a new row, and with the times of passes."""

@@ -6,27 +6,35 @@ weight W; summed over tokens, G = R K^T with the inputs K and the gradients R at
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import Layer, block_count
-from slsgu_cli.clip.batches import text_features, to_tokens
+from slsgu_cli.clip.batches import (
+    IMAGES_PER_FORWARD,
+    TEXTS_PER_FORWARD,
+    by_length,
+    pixel_normalizer,
+    spans,
+    text_features,
+    to_tokens,
+)
 from slsgu_cli.clip.evaluation import Evaluation
 from slsgu_cli.clip.finite import counted_by
 from slsgu_cli.clip.memory import spare
-from slsgu_cli.clip.towers import text_tower
+from slsgu_cli.clip.towers import OpenClipText, text_tower, vision_tower
 from slsgu_cli.compare.epochs import settle
-from slsgu_cli.compare.layer_inputs import LayerInputs
 from slsgu_cli.compare.registry import ClosedForm, baseline
 from slsgu_cli.compare.runner import BaselineRunner, evaluations
-from slsgu_cli.engine.covariance import chosen_rows, exact_device
+from slsgu_cli.engine.applied_layers import AppliedLayers, Use
+from slsgu_cli.engine.covariance import chosen_rows, exact_device, input_covariances
 from slsgu_cli.engine.directions import layer_gradient
 from slsgu_cli.engine.effect import report
 from slsgu_cli.engine.evaluator import Evaluator
@@ -49,7 +57,6 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.store.artifacts import Artifact
-from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 
 T = TypeVar("T")
@@ -92,17 +99,48 @@ def layer_for(
     return layer.name
 
 
+class LastCall(AppliedLayers):
+    """While active, records the inputs and outputs of the last call of one layer."""
+
+    def __init__(self, model: nn.Module, layer: str) -> None:
+        super().__init__(model, [layer])
+        self.inputs, self.outputs = torch.empty(0), torch.empty(0)
+
+    def applied(self, use: Use, inputs: Iterable[Tensor], outputs: Tensor) -> None:
+        """Record a call."""
+        (self.inputs,), self.outputs = inputs, outputs
+
+
+def _once(compute: Callable[..., T]) -> Callable[..., T]:
+    """Compute a statistic of LayerEdits at its first call; charge its time at every call."""
+
+    @wraps(compute)
+    def statistic(edits: "LayerEdits", *names: str) -> T:
+        start, key = perf_counter(), (compute.__name__, *names)
+        if key not in edits.statistics:
+            value = compute(edits, *names)
+            settle(edits.baselines.model)
+            edits.statistics[key] = value, perf_counter() - start
+        value, seconds = edits.statistics[key]
+        edits.charged += seconds - (perf_counter() - start)
+        return value
+
+    return statistic
+
+
 @dataclass
 class LayerEdits:
     """Closed-form edits of a set's original model, and the statistics they are made from.
 
-    Statistics that several methods need are computed once, and each is charged their time.
+    A key of a layer is its input at the position whose state becomes the features: the end of a
+    text, or the pooled state of an image. Statistics that several methods need are computed once,
+    of at most as many rows as covariances take, and each method is charged their time.
     """
 
     baselines: BaselineRunner
     layers: Mapping[Method, str]
-    _parts: dict[tuple[str, ...], tuple[Any, float]] = field(init=False, default_factory=dict)
-    _charged: float = field(init=False, default=0.0)
+    statistics: dict[tuple[str, ...], tuple[Any, float]] = field(default_factory=dict)
+    charged: float = 0.0
 
     def run(self, method: Method, setting: float) -> ClipOutcome:
         """Edit the original model by a method and measure it.
@@ -115,7 +153,19 @@ class LayerEdits:
         label = f"{method} {setting:g}"
         with torch.no_grad(), arithmetic(Precision.FP32), counted_by(label):
             validation, test = self._evaluations
-            move, step, seconds = self._move(method, setting, validation)
+            start, self.charged = perf_counter(), 0.0
+            change = linear_map(layer, spec.change(self, layer, setting)).float()
+            weight = runner.model.get_parameter(layer).detach().cpu().numpy()
+            tower = Layer.parse(layer).recorded_tower
+            score = LayerScore.unranked(layer, tower, weight.shape, norm(weight))
+            move = Evaluator(validation, score, change.to(runner.times.device))
+            step = spec.step
+            if step is None:
+                search = LayerSearch((), validation, SearchOptions())
+                search.along(move, spec.first_step)
+                step = search.choose().step
+            settle(runner.model)
+            seconds = perf_counter() - start + self.charged
             chosen_by = report(validation, [(move, step)]).after
             reported = (replace(move, evaluation=test), step)
             figures = chosen_by if test is validation else report(test, [reported]).after
@@ -136,31 +186,10 @@ class LayerEdits:
             chosen_by=chosen_by,
         )
 
-    def _move(
-        self, method: Method, setting: float, evaluation: Evaluation
-    ) -> tuple[Evaluator, float, float]:
-        """Return the change by a method, the step along it, and the seconds of both."""
-        start, self._charged = perf_counter(), 0.0
-        spec, layer = closed_form_of(method), self.layers[method]
-        device = self.baselines.times.device
-        change = linear_map(layer, self.change(method, setting, layer))
-        weight = evaluation.model.get_parameter(layer).detach().cpu().numpy()
-        tower = Layer.parse(layer).recorded_tower
-        score = LayerScore.unranked(layer, tower, weight.shape, norm(weight))
-        move = Evaluator(evaluation, score, change.float().to(device))
-        step = spec.step if spec.step is not None else _searched_step(move, spec.first_step)
-        settle(self.baselines.model)
-        return move, step, perf_counter() - start + self._charged
-
     @torch.no_grad()
     def change(self, method: Method, setting: float, layer: str) -> Tensor:
         """Return the change (outputs, inputs) of a layer by a method at a setting."""
         return closed_form_of(method).change(self, layer, setting)
-
-    def weight(self, layer: str) -> Tensor:
-        """Return the weight of a layer, (outputs, inputs)."""
-        values = self.baselines.model.get_parameter(layer).data
-        return linear_map(layer, values).to(self._exact)
 
     @cached_property
     def _evaluations(self) -> tuple[Evaluation, Evaluation]:
@@ -171,70 +200,110 @@ class LayerEdits:
             evaluation.base_pass(self.layers.values(), cache_bytes=spare(runner.times.device))
         return opened
 
+    def weight(self, layer: str) -> Tensor:
+        """Return the weight of a layer, (outputs, inputs)."""
+        values = self.baselines.model.get_parameter(layer).data
+        return linear_map(layer, values).to(self._exact)
+
     def gradient(self, layer: str) -> Tensor:
         """Return the stored forget gradient of a layer, (outputs, inputs)."""
         values = layer_gradient(self.baselines.times.store, self.baselines.pointer.forget, layer)
         return linear_map(layer, torch.from_numpy(values)).to(self._exact)
 
     def metric(self, layer: str, damping: float = DAMPING) -> RetainMetric:
-        """Return the damped covariance of a layer's retained inputs, computed if necessary."""
+        """Return the damped covariance of a layer's retained inputs."""
+        return RetainMetric(self._retain_covariance(layer), 1, damping)
+
+    @_once
+    def _retain_covariance(self, layer: str) -> Tensor:
         times, pointer = self.baselines.times, self.baselines.pointer
-        store, manifest, device = times.store, times.manifest, times.device
-        covariances = self._once(
-            ("retain covariance", layer),
-            lambda: ensure_covariances(store, manifest, pointer, [layer], device=device),
+        covariances = ensure_covariances(
+            times.store, times.manifest, pointer, [layer], device=times.device
         )
         if not covariances.has(layer):
             raise InputError(f"{layer}: its tower does not show the inputs of the layer")
-        return RetainMetric(covariances.covariance(layer), 1, damping)
+        return covariances.covariance(layer)
 
-    def keys(self, layer: str, role: str) -> Tensor:
-        """Return the keys of a layer over the texts, or the images, of a role, in fp64."""
-        inputs = self._inputs(layer, role)
-        return self._once(("keys", layer, role), lambda: inputs.keys().to(self._exact).double())
-
-    def value_gradient(self, layer: str) -> Tensor:
-        """Return the mean gradient at the outputs of a text layer for the forget keys."""
-        return self._once(("value", layer), self._inputs(layer, "forget").value_gradient)
-
+    @_once
     def forget_covariance(self, layer: str) -> Tensor:
         """Return the covariance of a layer's inputs over all tokens of the forget captions."""
-        return self._once(("covariance", layer), self._inputs(layer, "forget").covariance)
+        runner, times = self.baselines, self.baselines.times
+        covariances = input_covariances(
+            runner.model,
+            [layer],
+            runner.block("forget"),
+            spec=times.manifest.input,
+            device=times.device,
+        )
+        return covariances[layer].mean()
 
+    @_once
+    def keys(self, layer: str, role: str) -> Tensor:
+        """Return the keys (rows, inputs) of a layer over a role in fp64, of texts in any order.
+
+        A layer of the vision tower must be the projection of image features.
+        """
+        if Layer.parse(layer).tower is Tower.TEXT:
+            keys = [_at(call.inputs, ends) for call, _, ends, _ in self._texts(layer, role)]
+        else:
+            keys = [call.inputs for call, _ in self._images(layer, role)]
+        return torch.cat(keys).to(self._exact).double()
+
+    @_once
+    def value_gradient(self, layer: str) -> Tensor:
+        """Return the mean gradient of 1 - cos(v, t) at a text layer's outputs for its keys."""
+        images = torch.cat([features for _, features in self._images(layer, "forget")])
+        total = torch.zeros((), dtype=torch.float64, device=self._exact)
+        with torch.enable_grad():
+            for call, texts, ends, rows in self._texts(layer, "forget"):
+                losses = 1 - (images[rows.to(images.device)] * texts).sum(dim=-1)
+                (gradient,) = torch.autograd.grad(losses.sum(), [call.outputs])
+                total = total + _at(gradient, ends).to(total.device).double().sum(dim=0)
+        return total / len(images)
+
+    @_once
     def caption_feature(self) -> Tensor:
         """Return the mean unit feature of the forget captions."""
-        tower, times = text_tower(self.baselines.model), self.baselines.times
-        block, device = DataBlock.open(times.store, times.manifest.forget), times.device
+        block, tower = self.baselines.block("forget"), text_tower(self.baselines.model)
         tokens = to_tokens(block.tokens[chosen_rows(block.rows)], "cpu")
-        features = self._once(("features",), lambda: text_features(tower, tokens, device))
+        features = text_features(tower, tokens, self.baselines.times.device)
         return features.to(self._exact).double().mean(dim=0)
 
-    def _once(self, name: tuple[str, ...], compute: Callable[[], T]) -> T:
-        """Return the result of the first call of `compute`; charge its time at every call."""
-        start = perf_counter()
-        if name not in self._parts:
-            value = compute()
-            settle(self.baselines.model)
-            self._parts[name] = value, perf_counter() - start
-        value, seconds = self._parts[name]
-        self._charged += seconds - (perf_counter() - start)
-        return value
+    def _texts(self, layer: str, role: str) -> Iterator[tuple[LastCall, Tensor, Tensor, Tensor]]:
+        """Yield the call, features, the ends of the texts, and the numbers of their rows."""
+        model, device = self.baselines.model, self.baselines.times.device
+        tower, call, block = text_tower(model), LastCall(model, layer), self.baselines.block(role)
+        if not isinstance(tower, OpenClipText):
+            raise InputError("the text tower of this model does not show where its texts end")
+        tokens = to_tokens(block.tokens[chosen_rows(block.rows)], "cpu")
+        for rows in by_length(tower, tokens, TEXTS_PER_FORWARD[torch.device(device).type]):
+            short = tower.trim(tokens[rows]).to(device)
+            with call:
+                features = tower.features(short, short)
+            yield call, features, tower.pooled_at(short), rows
 
-    def _inputs(self, layer: str, role: str) -> LayerInputs:
-        times, model = self.baselines.times, self.baselines.model
-        block = DataBlock.open(times.store, getattr(times.manifest, role))
-        return LayerInputs(model, layer, block, times.manifest.input, times.device)
+    def _images(self, layer: str, role: str) -> Iterator[tuple[LastCall, Tensor]]:
+        model, times = self.baselines.model, self.baselines.times
+        tower, call, block = vision_tower(model), LastCall(model, layer), self.baselines.block(role)
+        normalize, rows = (
+            pixel_normalizer(times.manifest.input, times.device),
+            chosen_rows(block.rows),
+        )
+        size = IMAGES_PER_FORWARD[torch.device(times.device).type]
+        for start, stop in spans(len(rows), size):
+            pixels = normalize(block.take(rows[start:stop]))
+            with call:
+                features = tower.features(pixels, pixels)
+            yield call, features
 
     @property
     def _exact(self) -> str:
         return exact_device(self.baselines.times.device)
 
 
-def _searched_step(move: Evaluator, first: float | None) -> float:
-    """Return the step that our own search would choose along a change."""
-    search = LayerSearch((), move.evaluation, SearchOptions())
-    search.along(move, first)
-    return search.choose().step
+def _at(states: Tensor, ends: Tensor) -> Tensor:
+    """Return the states at the ends of texts; `states` may have only those."""
+    return states if states.ndim == 2 else states[torch.arange(len(states)), ends]
 
 
 def closed_form_of(method: Method) -> ClosedForm:

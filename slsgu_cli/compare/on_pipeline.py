@@ -11,12 +11,13 @@ from time import perf_counter
 import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, load_edit, warn_of_other_encoders
-from slsgu_cli.checkpoints.targets import Family, Target
+from slsgu_cli.checkpoints.targets import Family
+from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.clip.metrics import frechet_distance
 from slsgu_cli.compare.comparison import ComparisonRun
 from slsgu_cli.compare.pass_times import ROLES, PassTimes
-from slsgu_cli.compare.registry import TrainUnet, label_of, unet_training
-from slsgu_cli.compare.unet import Denoiser, UnetTraining, in_fp32
+from slsgu_cli.compare.registry import baseline, label_of
+from slsgu_cli.compare.unet import Denoiser, in_fp32
 from slsgu_cli.errors import MissingError, StaleError, UsageError
 from slsgu_cli.figures.sheets import Strip, Tile, sheet_png
 from slsgu_cli.records.codec import digest
@@ -33,6 +34,7 @@ from slsgu_cli.records.method import GradientPointer
 from slsgu_cli.records.sets import Split
 from slsgu_cli.records.targets import TargetTrials
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, target_edit
+from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 from slsgu_cli.targets.judge import judge_specs
 from slsgu_cli.targets.judged_prompts import JudgedPrompts
@@ -55,7 +57,7 @@ def compare_on_pipeline(
     options = replace(options, judges=judges)
     run = PipelineComparisonRun.open(store, name, options)
     settings: dict[Method, Sequence[float | None]] = {
-        method: options.rates if unet_training(method) else (None,)
+        method: options.rates if baseline(method) else (None,)
         for method in PIPELINE_METHODS
         if method in (Method.ORIGINAL, *options.methods)
     }
@@ -66,17 +68,6 @@ def compare_on_pipeline(
     pictures = {row: run.pictures(row) for row in rows}
     store.write_bytes(sheet_path(name, options.target), sheet(run.judged, pictures, options.target))
     return replace(run.record, outcomes=tuple(rows))
-
-
-def _require_unet(target: Target, options: PipelineCompareOptions) -> None:
-    """Raise UsageError if methods train a UNet and the pipeline has none."""
-    trained = [method for method in options.methods if unet_training(method)]
-    if trained and target.family in (Family.SD3, Family.FLUX):
-        raise UsageError(
-            f"{target.path} is {target.family}, which has a transformer: {' and '.join(trained)} "
-            "train a UNet",
-            hint="--methods ours",
-        )
 
 
 def sheet_path(name: str, target: Path) -> str:
@@ -107,7 +98,14 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
         manifest = read_manifest(store, name)
         pointer = read_pointer(store, manifest)
         store.require_writable(cls.artifact.path(name))
-        _require_unet(require_family(options.target, answers=False), options)
+        family = require_family(options.target, answers=False).family
+        trained = [method for method in options.methods if baseline(method)]
+        if trained and family in (Family.SD3, Family.FLUX):
+            raise UsageError(
+                f"{options.target} is {family}, which has a transformer: "
+                f"{' and '.join(trained)} train a UNet",
+                hint="--methods ours",
+            )
         judges = options.judges or (pointer.model,)
         judged = JudgedPrompts.of_set(
             store, manifest, judges, options.budget, split=Split.TEST, device=options.device
@@ -127,7 +125,7 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
             version=slsgu_cli.__version__,
             asked=judged.digest,
         )
-        times = PassTimes(store, manifest, options.device)
+        times = PassTimes(store, manifest, pick_device(options.device))
         edit = target_edit(name, options.target)
         return cls(store, edit, fresh, times, pointer, options, judged)
 
@@ -155,66 +153,56 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
 
     def run(self, method: Method, setting: float | None) -> PipelineOutcome:
         """Apply a method to the pipeline; generate, judge and store images."""
-        plan, train = self._plan(setting), unet_training(method)
-        if plan is not None and train is not None:
-            with self._trained(train, plan) as seconds:
-                return self._judged(method, plan=plan, seconds=seconds)
-        if method is Method.ORIGINAL:
-            return self._judged(method)
-        edit, seconds = self.our_edit
-        seconds += self.times.seconds(self.pointer, ROLES, squares=False)
-        with self.pipe.edited(new_values(self.pipe.encoders, [edit])):
-            return self._judged(method, edit=digest(edit.header), seconds=seconds)
-
-    @contextmanager
-    def _trained(self, train: TrainUnet, plan: PipelinePlan) -> Iterator[float]:
-        """Train the UNet by a method; restore it after the block. Yields the seconds."""
-        pipeline = self.pipe.pipeline
-        denoiser = Denoiser(pipeline, self.pipe.device)
-        training = UnetTraining(denoiser, self.judged, self.store, self.times.manifest)
-        before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
-        start = perf_counter()
-        try:
-            with in_fp32(pipeline):
-                train(training, plan)
-            yield perf_counter() - start
-        finally:
-            pipeline.unet.load_state_dict(before)
-
-    def _judged(
-        self,
-        method: Method,
-        *,
-        plan: PipelinePlan | None = None,
-        edit: str | None = None,
-        seconds: float = 0.0,
-    ) -> PipelineOutcome:
-        """Generate, judge and store images by the pipeline as it is now."""
-        judged = self.judged
-        prompts = [*judged.of_concept, *judged.of_others]
-        images = []
-        with progress.bar(f"images of {label_of(method)}", len(prompts)) as ticker:
+        judged, at = self.judged, self.at(method, setting)
+        prompts, images = [*judged.of_concept, *judged.of_others], []
+        with (
+            self._applied(method, self._plan(setting)) as seconds,
+            progress.bar(f"images of {label_of(method)}", len(prompts)) as ticker,
+        ):
             for image in judged.generated(self.pipe, prompts):
                 images.append(image)
                 ticker.advance()
-        split = len(judged.of_concept)
-        shown, rest = images[:split], images[split:]
-        original = rest
-        if method is not Method.ORIGINAL:
-            original = self.pictures(self.row(Method.ORIGINAL))[split:]
+        split, is_original = len(judged.of_concept), method is Method.ORIGINAL
+        original = images if is_original else self.pictures(self.row(Method.ORIGINAL))
         features = judged.judge.features
         outcome = PipelineOutcome(
             method=method,
-            plan=plan,
-            edit=edit,
-            effect=judged.effects(shown, rest)[str(judged.judge.spec)],
-            distance=frechet_distance(features(original), features(rest)),
+            plan=self._plan(setting),
+            edit=at.edit,
+            effect=judged.effects(images[:split], images[split:])[str(judged.judge.spec)],
+            distance=frechet_distance(features(original[split:]), features(images[split:])),
             seconds=seconds,
-            where=None if method is Method.ORIGINAL else self.times.where,
+            where=None if is_original else self.times.where,
         )
         for place, image in enumerate(images):
             self.store.write_bytes(self._file(outcome, place), image)
         return outcome
+
+    @contextmanager
+    def _applied(self, method: Method, plan: PipelinePlan | None) -> Iterator[float]:
+        """Apply a method to the pipeline for a block; yield the seconds that it took."""
+        spec, pipeline = baseline(method), self.pipe.pipeline
+        if method is Method.ORIGINAL:
+            yield 0.0
+        elif plan is None or spec is None or spec.train_unet is None:
+            edit, seconds = self.our_edit
+            seconds += self.times.seconds(self.pointer, ROLES, squares=False)
+            with self.pipe.edited(new_values(self.pipe.encoders, [edit])):
+                yield seconds
+        else:
+            before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+            manifest = self.times.manifest
+            blocks = (
+                DataBlock.open(self.store, each) for each in (manifest.forget, manifest.retain)
+            )
+            start = perf_counter()
+            try:
+                with in_fp32(pipeline):
+                    denoiser = Denoiser(pipeline, self.pipe.device)
+                    spec.train_unet(denoiser, self.judged, *blocks, plan)
+                yield perf_counter() - start
+            finally:
+                pipeline.unet.load_state_dict(before)
 
     def pictures(self, outcome: PipelineOutcome) -> list[bytes]:
         """Return the stored images of a row, the concept's first."""

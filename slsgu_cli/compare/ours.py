@@ -1,7 +1,7 @@
 """Our edit and the original model as rows of a comparison."""
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 
 from slsgu_cli import progress
@@ -11,8 +11,8 @@ from slsgu_cli.engine.set_edits import current_edit, ensure_edit
 from slsgu_cli.errors import NotForgottenError, StaleError
 from slsgu_cli.records.comparison import ClipOutcome, Method
 from slsgu_cli.records.directions import Direction
-from slsgu_cli.records.figures import Accuracy, Figures
-from slsgu_cli.records.method import EditHeader, GradientPointer, Trial, Trials
+from slsgu_cli.records.figures import Figures
+from slsgu_cli.records.method import GradientPointer, Trial, Trials
 from slsgu_cli.records.options import MARGIN, SearchOptions
 from slsgu_cli.store.artifacts import Artifact, digests_of
 from slsgu_cli.store.store import Store
@@ -20,12 +20,12 @@ from slsgu_cli.store.store import Store
 
 @dataclass(frozen=True, slots=True)
 class OurEdit:
-    """A set's edit: its header, its trial, and all trials of its search.
+    """A set's edit: its figures on the test rows, its trial, and all trials of its search.
 
     `seconds` is the time of the search on this device, None if unknown.
     """
 
-    header: EditHeader
+    figures: Figures
     trial: Trial
     trials: Trials
     seconds: float | None
@@ -37,57 +37,33 @@ class OurEdit:
         Raises StaleError if the edit is not one of the recorded trials.
         """
         store, name = times.store, pointer.name
-        missing = not store.exists(Artifact.EDIT.path(name))
-        start = perf_counter()
-        if missing:
+        start, seconds = perf_counter(), None
+        if not store.exists(Artifact.EDIT.path(name)):
             try:
-                ensure_edit(store, name, options=SearchOptions(device=times.device_option))
+                ensure_edit(store, name, options=SearchOptions(device=times.device))
             except NotForgottenError as error:
                 progress.warn(error.message)
-        seconds = perf_counter() - start
-        edit = cls.standing(pointer, times)
-        if edit is None:
-            raise StaleError(
-                f"the edit {name} is not among the trials of its search on the current sets",
-                hint=f"run `{Artifact.EDIT.command(name)}`",
-            )
-        return replace(edit, seconds=seconds) if missing else edit
-
-    @classmethod
-    def standing(cls, pointer: GradientPointer, times: PassTimes) -> "OurEdit | None":
-        """Return the set's edit if it is one of the trials on the current sets.
-
-        Raises StaleError if it was made from other gradients.
-        """
-        store, name = times.store, times.manifest.name
-        if not all(store.exists(kind.path(name)) for kind in (Artifact.EDIT, Artifact.TRIALS)):
-            return None
+            seconds = perf_counter() - start
         header = current_edit(store, name).header
         trials = store.read_record(Artifact.TRIALS.path(name), Trials)
-        if (
-            header.forget is None
-            or header.joint
-            or header.after
-            or Artifact.TRIALS.changed(trials, digests_of(times.manifest, pointer))
-        ):
-            return None
-        took = trials.took
-        seconds = took.seconds if took and took.where == times.where else None
-        edited = ((header.layer, header.direction), header.step)
-        for trial in trials.trials:
-            if (trial.move, trial.step) == edited and trial.utility is not None:
-                return cls(header, trial, trials, seconds)
-        return None
+        if seconds is None and trials.took and trials.took.where == times.where:
+            seconds = trials.took.seconds
+        is_current = not Artifact.TRIALS.changed(trials, digests_of(times.manifest, pointer))
+        if is_current and header.forget and header.utility and not (header.joint or header.after):
+            figures = Figures(header.forget, header.utility)
+            for trial in trials.trials:
+                edited = trial.layer, trial.direction, trial.step
+                if edited == (header.layer, header.direction, header.step) and trial.utility:
+                    return cls(figures, trial, trials, seconds)
+        raise StaleError(
+            f"the edit {name} is not among the trials of its search on the current sets",
+            hint=f"run `{Artifact.EDIT.command(name)}`",
+        )
 
     @property
     def label(self) -> str:
         """The layer, step and direction of the edit, which identify its row."""
         return f"{self.trial.layer} at {self.trial.step:.10g}, {self.trial.direction}"
-
-    @property
-    def before(self) -> Figures:
-        """The test figures of the original model."""
-        return _figures(self.header.baseline_forget, self.header.baseline_utility)
 
     def outcome(self, pointer: GradientPointer, times: PassTimes) -> ClipOutcome:
         """Return the row of the set's edit, on the test rows.
@@ -98,26 +74,18 @@ class OurEdit:
         seconds = self.seconds
         if seconds is None:
             progress.detail("the search runs again to measure its time")
-            seconds = _timed_search(times.store, self.trials, times.device_option)
-        figures = _figures(self.header.forget, self.header.utility)
+            seconds = _timed_search(times.store, self.trials, times.device)
         return ClipOutcome(
             method=Method.OURS,
             edit=self.label,
-            forget=figures.forget,
-            utility=figures.utility,
+            forget=self.figures.forget,
+            utility=self.figures.utility,
             seconds=seconds + times.seconds(pointer, ROLES, squares=False),
             forget_passes=1.0,
             retain_passes=1.0,
             where=times.where,
-            chosen_by=_figures(self.trial.forget, self.trial.utility),
+            chosen_by=Figures(self.trial.forget, self.trial.utility or {}),
         )
-
-
-def _figures(forget: Accuracy | None, utility: dict[str, Accuracy] | None) -> Figures:
-    """Return the figures of a searched edit."""
-    if forget is None or utility is None:
-        raise ValueError("the edit of a search has figures")
-    return Figures(forget, utility)
 
 
 def original_outcome(figures: Figures) -> ClipOutcome:

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from time import perf_counter
 
 from torch import nn
 
-from slsgu_cli.clip.devices import device_name, pick_device
+from slsgu_cli.clip.devices import device_name
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.engine.gradient_pass import GradientPass
 from slsgu_cli.engine.gradients import compute_gradients, load_graded, open_pairs
@@ -24,29 +23,24 @@ ROLES = ("forget", "retain")
 
 @dataclass
 class PassTimes:
-    """The times of the gradient passes of one set.
+    """The times of the gradient passes of one set on a device.
 
     `known` has those measured or recorded so far, by the digest of the gradient.
     """
 
     store: Store
     manifest: SetManifest
-    device_option: str
+    device: str
     known: dict[str, PassTime] = field(default_factory=dict)
 
-    @cached_property
-    def device(self) -> str:
-        """The device that passes run on."""
-        return pick_device(self.device_option)
-
-    @cached_property
+    @property
     def where(self) -> str:
         """The name of the device."""
         return device_name(self.device)
 
     def compute(self, pointer: GradientPointer | None, *, squares: bool) -> GradientPointer:
         """Compute missing gradients or squares, and record the time."""
-        options = PassOptions(device=self.device_option)
+        options = PassOptions(device=self.device)
         if pointer is not None:
             options = replace(
                 options,

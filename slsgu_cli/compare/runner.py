@@ -1,7 +1,7 @@
 """Runs of trained baselines on the original model, loaded once for all of them."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -16,10 +16,9 @@ from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.compare.epochs import Weights, figures_of, follow, set_weights, weights_of
 from slsgu_cli.compare.pass_times import PassTimes
 from slsgu_cli.compare.registry import Trained, baseline
-from slsgu_cli.compare.training import LossTerm, Mask, train
+from slsgu_cli.compare.training import LossTerm, train
 from slsgu_cli.engine.gradient_pass import GradientPass, arithmetic
 from slsgu_cli.engine.gradients import load_graded
-from slsgu_cli.errors import SlsguError, once
 from slsgu_cli.records.comparison import ClipOutcome, ClipPlan, Method
 from slsgu_cli.records.figures import Figures
 from slsgu_cli.records.method import GradientHeader, GradientPointer, Precision
@@ -58,7 +57,6 @@ class BaselineRunner:
     validation: Evaluation
     test: Evaluation
     original_weights: Weights
-    _terms: dict[str, LossTerm | SlsguError] = field(init=False, default_factory=dict)
 
     @classmethod
     def open(cls, pointer: GradientPointer, plan: ClipPlan, times: PassTimes) -> "BaselineRunner":
@@ -87,7 +85,7 @@ class BaselineRunner:
         hint = None if spec.hyperparameter else "a smaller --lr"
         label = f"{method} {name} {setting:g}"
         with arithmetic(Precision.FP32), counted_by(label, hint=hint):
-            epochs = spec.epochs(self, setting)
+            epochs = self.epochs(spec, setting)
             reported = follow(epochs, self.validation, label=label, total=self.plan.epochs)
             same = self.test is self.validation
             figures = reported.figures if same else figures_of(self.test)
@@ -108,12 +106,13 @@ class BaselineRunner:
             chosen_by=reported.figures,
         )
 
-    def train(
-        self, losses: tuple[str, ...], rate: float, *, mask: Mask | None = None
-    ) -> Iterator[int]:
-        """Train the model on the losses of roles at a learning rate; yield each epoch."""
-        terms = [once(self._terms, role, partial(self.term, role)) for role in losses]
-        return train(self.model, terms, rate=rate, plan=self.plan, mask=mask)
+    def epochs(self, spec: Trained, setting: float) -> Iterator[int]:
+        """Train the model by a baseline at a setting; yield the number of each epoch."""
+        if spec.epochs is not None:
+            return spec.epochs(self, setting)
+        terms = [self.term(role) for role in spec.losses]
+        mask = spec.mask(self) if spec.mask else None
+        return train(self.model, terms, rate=setting, plan=self.plan, mask=mask)
 
     def gradient(self, role: str, *, squares: bool = False) -> Mapping[str, Array]:
         """Return the stored gradient of a role, or the mean of its squares."""
@@ -137,6 +136,10 @@ class BaselineRunner:
             self.times.compute(pointer, squares=True)
         return self.times.seconds(pointer, spec.gradients, squares=squares, model=self.model)
 
+    def block(self, role: str) -> DataBlock:
+        """Return the rows of the set to forget or to retain."""
+        return DataBlock.open(self.times.store, getattr(self.times.manifest, role))
+
     def term(self, role: str) -> LossTerm:
         """Return the loss of the forget set, which methods ascend, or of the retain set."""
         store, manifest = self.times.store, self.times.manifest
@@ -145,7 +148,7 @@ class BaselineRunner:
         path = Artifact.GRADIENT.path(getattr(self.pointer, role))
         kind, spec = store.read_header(path, GradientHeader).loss, manifest.input
         loss = GradientPass.prepare(self.model, kind, spec=spec, options=options)
-        block = DataBlock.open(store, getattr(manifest, role))
+        block = self.block(role)
         images, tokens = block.images(0, rows), np.asarray(block.tokens[:rows])
         sign = -1 if role == "forget" else 1
         return LossTerm(images, tokens, loss, sign, shuffled=role == "retain")

@@ -12,7 +12,7 @@ from slsgu_cli.records.figures import Accuracy
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """A method at one setting: its mean figures over `concepts`."""
+    """A method at one setting: its mean figures over concepts."""
 
     method: Method
     setting: float | None
@@ -23,7 +23,6 @@ class TableRow:
     seconds: float
     forget_passes: float
     retain_passes: float
-    concepts: int
     chosen: bool
 
     @property
@@ -77,7 +76,6 @@ def _row(outcomes: Sequence[ClipOutcome], sets: Sequence[str], *, chosen: bool) 
         seconds=mean(lambda o: o.seconds),
         forget_passes=mean(lambda o: o.forget_passes),
         retain_passes=mean(lambda o: o.retain_passes),
-        concepts=len(outcomes),
         chosen=chosen,
     )
 

@@ -1,4 +1,4 @@
-"""The UNet of a diffusion pipeline: its conditions, latents and predictions, and training."""
+"""The UNet of a diffusion pipeline: its conditions, latents and predictions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,16 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slsgu_cli import progress
-from slsgu_cli.clip.batches import spans
-from slsgu_cli.engine.covariance import chosen_rows
 from slsgu_cli.errors import InputError
-from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.store.blocks import DataBlock
-from slsgu_cli.store.store import Store
-from slsgu_cli.targets.judged_prompts import JudgedPrompts
-
-# Images whose latents are computed at a time.
-ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +20,6 @@ class Condition:
 
     states: Tensor
     added: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def repeated(self, rows: int) -> "Condition":
-        """Return the condition of one prompt, repeated for `rows`."""
-        return Condition(
-            self.states.expand(rows, -1, -1),
-            {name: value.expand(rows, -1) for name, value in self.added.items()},
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,42 +147,20 @@ class Denoiser:
         return signal.sqrt().view(shape), (1 - signal).sqrt().view(shape)
 
 
-@dataclass(frozen=True, slots=True)
-class UnetTraining:
-    """A UNet to train, the judged prompts, and the rows of the set to forget."""
-
-    denoiser: Denoiser
-    judged: JudgedPrompts
-    store: Store
-    manifest: SetManifest
-
-    def latents(self, role: str) -> tuple[Tensor, Sequence[str]]:
-        """Return latents and captions of a role, of at most as many rows as covariances take."""
-        block = DataBlock.open(self.store, getattr(self.manifest, role))
-        rows = chosen_rows(block.rows)
-        parts = [
-            self.denoiser.latents(block.take(rows[start:stop]))
-            for start, stop in spans(len(rows), ROWS)
-        ]
-        return torch.cat(parts), [block.captions[row] for row in rows]
-
-
 @contextmanager
 def in_fp32(pipeline: Any) -> Iterator[None]:
     """Run a block with UNet and VAE in fp32; then restore their precision.
 
     The UNet keeps the weights that the block gave it.
     """
-    kinds = pipeline.unet.dtype, pipeline.vae.dtype
-    _cast((pipeline.unet, torch.float32), (pipeline.vae, torch.float32))
+    precisions = [(module, module.dtype) for module in (pipeline.unet, pipeline.vae)]
+    # diffusers warns of any change of precision.
+    with progress.quiet():
+        for module, _ in precisions:
+            module.float()
     try:
         yield
     finally:
-        _cast((pipeline.unet, kinds[0]), (pipeline.vae, kinds[1]))
-
-
-def _cast(*parts: tuple[nn.Module, torch.dtype]) -> None:
-    # diffusers warns of any change of precision.
-    with progress.quiet():
-        for module, kind in parts:
-            module.to(kind)
+        with progress.quiet():
+            for module, precision in precisions:
+                module.to(precision)

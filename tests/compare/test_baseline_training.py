@@ -34,7 +34,7 @@ def bench(shared_world):
 def trained(bench, method):
     """Return a fresh copy of the model after all epochs of a method."""
     set_weights(bench.model, bench.original_weights)
-    for _ in baseline(method).epochs(bench, RATE):
+    for _ in bench.epochs(baseline(method), RATE):
         pass
     return copy.deepcopy(bench.model)
 

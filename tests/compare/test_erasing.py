@@ -165,14 +165,14 @@ def test_salun_says_of_the_concept_what_it_says_of_another_class(denoiser, lesso
 
     monkeypatch.setattr(salun, "RETAIN_WEIGHT", 0.0)
 
-    (star, _), (blue, _) = (denoiser.conditions([text]) for text in ("a star", "blue"))
+    (star, _), (blue, _) = (denoiser.conditions(8 * [text]) for text in ("a star", "blue"))
 
     def apart():
         generator = torch.Generator().manual_seed(3)
         times = denoiser.drawn_times(8, generator)
         noisy = denoiser.noised(lessons.forget[:8], denoiser.noise(8, generator), times)
         with torch.no_grad():
-            said = [denoiser.predict(noisy, times, each.repeated(8)) for each in (star, blue)]
+            said = [denoiser.predict(noisy, times, each) for each in (star, blue)]
         return float((said[0] - said[1]).norm())
 
     before = apart()

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from slsgu_cli import progress
-from slsgu_cli.compare.registry import OnUnet, register
-from slsgu_cli.compare.unet import Condition, Denoiser, UnetTraining
+from slsgu_cli.compare.registry import Baseline, register
+from slsgu_cli.compare.unet import Condition, Denoiser
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.comparison import Method, PipelinePlan
+from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.targets.judged_prompts import JudgedPrompts
 
 # The strength of the negative guidance.
 ERASING = 1.0
@@ -85,11 +87,16 @@ def cross_attention(unet: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def on_pipeline(training: UnetTraining, plan: PipelinePlan) -> None:
+def train_unet(
+    denoiser: Denoiser,
+    judged: JudgedPrompts,
+    _forget: DataBlock,
+    _retain: DataBlock,
+    plan: PipelinePlan,
+) -> None:
     """Train the pipeline's UNet on the judged prompts of the concept."""
-    judged = training.judged
     prompts = [judged.prompt(judged.name, number) for number in range(len(judged.templates))]
-    erase(training.denoiser, prompts, plan)
+    erase(denoiser, prompts, plan)
 
 
-register(Method.ESD, OnUnet(label="ESD-x", train=on_pipeline))
+register(Method.ESD, Baseline(label="ESD-x", train_unet=train_unet))

@@ -1,6 +1,6 @@
 """SalUn: train only the weights that the forget gradient moves most, on CLIP and on a UNet."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,24 +10,19 @@ from torch import Tensor, nn
 
 from slsgu_cli import progress
 from slsgu_cli.clip.batches import spans
-from slsgu_cli.compare.registry import OnUnet, Trained, register
+from slsgu_cli.compare.registry import Trained, register
 from slsgu_cli.compare.runner import BaselineRunner
 from slsgu_cli.compare.training import mask_gradients
-from slsgu_cli.compare.unet import Denoiser, UnetTraining
+from slsgu_cli.compare.unet import Denoiser
+from slsgu_cli.engine.covariance import chosen_rows
 from slsgu_cli.records.comparison import Method, PipelinePlan
+from slsgu_cli.store.blocks import DataBlock
+from slsgu_cli.targets.judged_prompts import JudgedPrompts
 
-LOSSES = ("forget", "retain")
-BATCH = 8
+# Rows of a mini-batch of the UNet, and images whose latents are computed at a time.
+BATCH, ROWS = 8, 16
 # The weight of the retain loss, relative to that of the wrong labels.
 RETAIN_WEIGHT = 0.1
-
-
-def salun(runner: BaselineRunner, rate: float) -> Iterator[int]:
-    """Train as GAFT does, masked, at a learning rate."""
-    return runner.train(LOSSES, rate, mask=mask_of(runner))
-
-
-register(Method.SALUN, Trained(label="SalUn", losses=LOSSES, gradients=("forget",), epochs=salun))
 
 
 def mask_of(runner: BaselineRunner) -> dict[str, Tensor]:
@@ -144,20 +139,41 @@ def _drawn(rows: int, generator: torch.Generator, count: int = BATCH) -> list[in
     return torch.randint(rows, (count,), generator=generator).tolist()
 
 
-def on_pipeline(training: UnetTraining, plan: PipelinePlan) -> None:
+def train_unet(
+    denoiser: Denoiser,
+    judged: JudgedPrompts,
+    forget: DataBlock,
+    retain: DataBlock,
+    plan: PipelinePlan,
+) -> None:
     """Train the pipeline's UNet on the set's forget and retain rows."""
-    forget, _ = training.latents("forget")
-    retain, captions = training.latents("retain")
-    judged = training.judged
     data = SalunData(
-        forget=forget,
-        retain=retain,
-        captions=captions,
+        forget=_latents(denoiser, forget),
+        retain=_latents(denoiser, retain),
+        captions=[retain.captions[row] for row in chosen_rows(retain.rows)],
         concept=judged.name,
         others=[name for name in judged.judge.names if name != judged.name],
         prompt=judged.prompt,
     )
-    unlearn(training.denoiser, data, plan)
+    unlearn(denoiser, data, plan)
 
 
-register(Method.SALUN, OnUnet(label="SalUn", train=on_pipeline))
+def _latents(denoiser: Denoiser, block: DataBlock) -> Tensor:
+    """Return the latents of at most as many rows as covariances take."""
+    rows = chosen_rows(block.rows)
+    parts = [
+        denoiser.latents(block.take(rows[start:stop])) for start, stop in spans(len(rows), ROWS)
+    ]
+    return torch.cat(parts)
+
+
+register(
+    Method.SALUN,
+    Trained(
+        label="SalUn",
+        losses=("forget", "retain"),
+        gradients=("forget",),
+        mask=mask_of,
+        train_unet=train_unet,
+    ),
+)
