@@ -32,7 +32,7 @@ def demo(session: Session, options: DemoOptions) -> None:
     from slsgu_cli.engine.examples import draw_examples
     from slsgu_cli.engine.gradients import compute_gradients
     from slsgu_cli.engine.plots import rank_and_plot, search_and_plot
-    from slsgu_cli.engine.set_edits import require_forgotten
+    from slsgu_cli.engine.search import require_forgotten
     from slsgu_cli.sets.build import build_sets
     from slsgu_cli.store.artifacts import plot_path
 

@@ -66,7 +66,7 @@ def search(
 def search_sets(session: Session, names: Sequence[str], options: SearchOptions) -> None:
     """Search sets one after another, then raise NotForgottenError if any was not forgotten."""
     from slsgu_cli.engine.plots import draw_steps, search_and_plot
-    from slsgu_cli.engine.set_edits import require_forgotten
+    from slsgu_cli.engine.search import require_forgotten, search_each
 
     store, console = session.store, session.console
     if len(names) == 1:
@@ -74,8 +74,6 @@ def search_sets(session: Session, names: Sequence[str], options: SearchOptions) 
         show_search(console, store, result)
         require_forgotten(result)
         return
-    from slsgu_cli.engine.search import search_each
-
     failed: list[NotForgottenError] = []
     for result in search_each(store, names, options=options):
         name = result.trials.name

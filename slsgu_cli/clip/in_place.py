@@ -1,37 +1,39 @@
 """Edits of a model in memory, for the length of a block."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from slsgu_cli.checkpoints.layers import Layer
 
+# A layer, what is added to it, and a factor on that.
+Change = tuple[str, Tensor, float]
+
 
 @contextmanager
-def edited(model: nn.Module, name: str, values: Tensor) -> Iterator[None]:
-    """Replace a layer's values for the length of a block."""
-    layer = Layer.parse(name)
-    parameter = model.get_parameter(layer.parameter)
-    original = parameter.data
-    parameter.data = layer.replaced(original, new=values)
+def edited(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Replace the values of layers for the length of a block."""
+    originals: dict[str, Tensor] = {}
     try:
+        for name, new in values.items():
+            layer = Layer.parse(name)
+            parameter = model.get_parameter(layer.parameter)
+            originals.setdefault(layer.parameter, parameter.data)
+            parameter.data = layer.replaced(parameter.data, new=new)
         yield
     finally:
-        parameter.data = original
+        for name, original in originals.items():
+            model.get_parameter(name).data = original
 
 
-@contextmanager
-def moved(model: nn.Module, moves: Iterable[tuple[str, Tensor, float]]) -> Iterator[None]:
-    """Add moves, each a layer's change and its factor, to a model for the length of a block."""
+def changed_values(model: nn.Module, changes: Iterable[Change]) -> dict[str, Tensor]:
+    """Return the values of parameters after changes; changes of one parameter are summed."""
     values: dict[str, Tensor] = {}
-    for name, change, factor in moves:
+    for name, change, factor in changes:
         layer = Layer.parse(name)
-        whole = values.get(layer.parameter)
-        if whole is None:
-            whole = values[layer.parameter] = model.get_parameter(layer.parameter).data.clone()
+        if layer.parameter not in values:
+            values[layer.parameter] = model.get_parameter(layer.parameter).data.clone()
+        whole = values[layer.parameter]
         layer.rows(whole).add_(change.to(whole.device), alpha=factor)
-    with ExitStack() as stack:
-        for name, value in values.items():
-            stack.enter_context(edited(model, name, value))
-        yield
+    return values

@@ -7,7 +7,7 @@ weight W; summed over tokens, G = R K^T with the inputs K and the gradients R at
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from time import perf_counter
 from typing import Any, TypeVar
@@ -166,9 +166,9 @@ class LayerEdits:
                 step = search.choose().step
             settle(runner.model)
             seconds = perf_counter() - start + self.charged
-            chosen_by = report(validation, [(move, step)]).after
-            reported = (replace(move, evaluation=test), step)
-            figures = chosen_by if test is validation else report(test, [reported]).after
+            changes = [move.change(step)]
+            chosen_by = report(validation, changes).after
+            figures = chosen_by if test is validation else report(test, changes).after
         pointer, model = runner.pointer, runner.model
         seconds += runner.times.seconds(pointer, spec.gradients, squares=False, model=model)
         progress.detail(f"{label}: FA@1 {figures.forget.top1:.1f} on {layer}")

@@ -6,13 +6,8 @@ from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import Criterion, Trial, Trials, UtilityMetric
 
 
-def residual(trial: Trial, criterion: Criterion, margin: float | None) -> float:
+def residual(forget: Accuracy, gap: float, criterion: Criterion, margin: float | None) -> float:
     """Return what the search drives to zero: a forget accuracy, or the rest of the margin."""
-    return residual_of(trial.forget, trial.gap, criterion, margin)
-
-
-def residual_of(forget: Accuracy, gap: float, criterion: Criterion, margin: float | None) -> float:
-    """Return the residual of a forget accuracy and the gap that comes with it."""
     if criterion is Criterion.MARGIN:
         return max(0.0, (margin or 0.0) - gap)
     return forget.top1 if criterion is Criterion.FA1 else forget.top5
@@ -41,7 +36,7 @@ def best_of_each(trials: Trials, chosen: Trial | None) -> list[Trial]:
 
     def order(trial: Trial) -> tuple[bool, float, float, float]:
         utility = mean_top1(trial.utility) if trial.utility else -1.0
-        left = residual(trial, trials.criterion, trials.margin)
+        left = residual(trial.forget, trial.gap, trials.criterion, trials.margin)
         return trial != chosen, left, -utility, trial.step
 
     return [min(trials_of_layer, key=order) for trials_of_layer in layers.values()]

@@ -1,22 +1,19 @@
 """`eval`: figures of the original model and of another one."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import Edit, earlier_edits, load_edit
 from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.clip.evaluation import SharedEvaluation
 from slsgu_cli.clip.finite import counted_by
-from slsgu_cli.clip.in_place import moved
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import fingerprint, resolve
+from slsgu_cli.engine.edited_model import UNEDITED, EditedModel, edited_model, edited_values
 from slsgu_cli.engine.gradients import check_inputs
-from slsgu_cli.engine.moved_model import UNMOVED, MovedModel, fitting, model_with
 from slsgu_cli.engine.search_plan import (
     evaluation_digest,
     require_alike,
@@ -104,8 +101,8 @@ def evaluate(
             evaluation = _run_model(store, manifests, model, device)
             models.append(_figures(evaluation, manifests, str(model)))
         elif edits:
-            edited = model_with(evaluation, edits)
-            with counted_by(label), with_edits(evaluation.model, edits):
+            values = edited_values(evaluation.model, edits)
+            with counted_by(label), edited_model(evaluation, values) as edited:
                 models.append(_figures(evaluation, manifests, label, edited))
     path = plot_path(joint_label(names) if len(names) > 1 else names[0], "cosines")
     plot = cosine_plot(
@@ -141,23 +138,11 @@ def _run_model(
     )
 
 
-@contextmanager
-def with_edits(model: nn.Module, edits: Sequence[Edit]) -> Iterator[None]:
-    """Apply edits to a model within the context; edits of one layer are summed.
-
-    Raises StaleError if a layer is not the one that an edit was made for.
-    """
-    fitting(model, edits)
-    moves = ((e.header.layer, torch.from_numpy(e.delta()), e.factor) for e in edits)
-    with moved(model, moves):
-        yield
-
-
 def _figures(
     evaluation: SharedEvaluation,
     manifests: Sequence[SetManifest],
     label: str,
-    model: MovedModel = UNMOVED,
+    model: EditedModel = UNEDITED,
 ) -> EvaluatedModel:
     """Return the figures of the model of the last base pass, or of one with edits in place."""
     return EvaluatedModel(

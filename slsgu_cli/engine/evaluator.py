@@ -9,31 +9,21 @@ import torch
 from torch import Tensor
 
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.clip.evaluation import (
-    Evaluation,
-)
+from slsgu_cli.clip.evaluation import Evaluation
 from slsgu_cli.clip.finite import counted_by
-from slsgu_cli.clip.in_place import edited
+from slsgu_cli.clip.in_place import Change, edited
 from slsgu_cli.clip.metrics import least_gap, ranks_of_truth
-from slsgu_cli.clip.zeroshot import PromptSide
+from slsgu_cli.engine.edited_model import EditedModel
 from slsgu_cli.errors import NotFiniteError
 from slsgu_cli.method.scores import norm
 from slsgu_cli.method.step_search import first_step
 from slsgu_cli.records.directions import FALLBACK, DirectionSpec
-from slsgu_cli.records.method import (
-    LayerScore,
-    Move,
-    Tower,
-    Trial,
-)
+from slsgu_cli.records.method import LayerScore, Move, Trial
 
 
 @dataclass(slots=True)
 class Evaluator:
-    """Measures the steps of one layer of the CLIP, `along` a tensor of the layer's shape.
-
-    `direction` says which direction that is.
-    """
+    """Measures steps of one layer of the CLIP along a tensor of the layer's shape."""
 
     evaluation: Evaluation
     score: LayerScore
@@ -42,7 +32,8 @@ class Evaluator:
     weight: Tensor = field(init=False)
     norm: float = field(init=False)
     stage: int = field(init=False)
-    _embeddings: dict[float, Tensor] = field(init=False, default_factory=dict)
+    # The edited models by step, with their class embeddings.
+    _models: dict[float, EditedModel] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         layer = Layer.parse(self.score.layer)
@@ -66,20 +57,25 @@ class Evaluator:
         """The first step to try."""
         return first_step(self.score.weight_norm, self.norm)
 
+    def change(self, step: float) -> Change:
+        """Return the change of the layer by a step; a positive one ascends the forget loss."""
+        return self.score.layer, self.along, step
+
     @contextmanager
-    def stepped(self, step: float) -> Iterator[None]:
-        """Take a step for the length of a block; a positive one ascends the forget loss."""
+    def stepped(self, step: float) -> Iterator[EditedModel]:
+        """Take a step within the context."""
         values = torch.add(self.weight, self.along, alpha=step)
         with (
             counted_by(f"{self.score.layer} at step {step:.4g}"),
-            edited(self.evaluation.model, self.score.layer, values),
+            edited(self.evaluation.model, {self.score.layer: values}),
         ):
-            yield
+            yield self._models.setdefault(step, EditedModel({self.score.tower: self.stage}))
 
     def measure(self, step: float) -> Trial:
-        """Return how well the concept is still recognised after a step; utility is left out."""
-        forget, logits = self.evaluation.forget, self._forget_logits(step)
-        labels = forget.images.labels
+        """Return the trial of a step, without its utility."""
+        forget = self.evaluation.forget
+        with self.stepped(step) as model:
+            logits, labels = model.cosines(forget)
         return Trial(
             layer=self.score.layer,
             tower=self.score.tower,
@@ -90,18 +86,3 @@ class Evaluator:
             gap=least_gap(logits, labels),
             utility=None,
         )
-
-    def _forget_logits(self, step: float) -> Tensor:
-        """Return the cosines of the forget images with all names after a step."""
-        images, prompts = self.evaluation.forget.images, self.evaluation.forget.prompts
-        with self.stepped(step):
-            if self.score.tower is Tower.VISION:
-                return images.after_edit(self.stage) @ prompts.embeddings.T
-            embeddings = self._embeddings[step] = prompts.after_edit(self.stage)
-        return images.features @ embeddings.T
-
-    def class_embeddings(self, prompts: PromptSide, step: float) -> Tensor:
-        """Return the classes after a step of a text layer, which must be in place."""
-        if prompts is self.evaluation.forget.prompts and step in self._embeddings:
-            return self._embeddings[step]
-        return prompts.after_edit(self.stage)

@@ -11,12 +11,10 @@ from slsgu_cli.checkpoints.edits import earlier_edits, load_edit
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation, prepare_shared
 from slsgu_cli.clip.finite import counted_by
 from slsgu_cli.clip.loading import load
-from slsgu_cli.clip.memory import spare
 from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.clip.tokenizers import tokenizer
-from slsgu_cli.engine.evaluate import with_edits
+from slsgu_cli.engine.edited_model import UNEDITED, EditedModel, edited_model, edited_values
 from slsgu_cli.engine.gradients import check_inputs
-from slsgu_cli.engine.moved_model import UNMOVED, MovedModel, model_with
 from slsgu_cli.engine.shown_classes import (
     Matrix,
     ShownClasses,
@@ -57,7 +55,7 @@ def draw_examples(
         examples = _examples(choose_shown(opened, [manifest]), EXAMPLES_DRAWN)
         with torch.no_grad(), progress.silent(), counted_by(str(spec)):
             _run_on(opened, examples)
-            guesses.append(_guesses_of_each(opened, examples, UNMOVED))
+            guesses.append(_guesses_of_each(opened, examples, UNEDITED))
     return before_after_plot(_labelled(examples, *guesses), concept=manifest.concept)
 
 
@@ -107,17 +105,11 @@ class GuessingModels:
         shown = choose_shown(opened, [manifest]).first(IMAGES_A_NAME)
         edit = load_edit(self.store, header.name)
         edits = [edit, *earlier_edits(self.store, [edit])]
-        edited = model_with(opened, edits)
         with torch.no_grad(), counted_by(f"{header.model} with edit {header.name}"):
-            _run_on(
-                opened,
-                (*shown.concepts, shown.others),
-                *(each.header.layer for each in edits),
-                cache_bytes=spare(self.device),
-            )
+            _run_on(opened, (*shown.concepts, shown.others))
             examples = _examples(shown, EXAMPLES_SHOWN)
-            before = shown.cosines(UNMOVED), _guesses_of_each(opened, examples, UNMOVED)
-            with with_edits(module, edits):
+            before = shown.cosines(UNEDITED), _guesses_of_each(opened, examples, UNEDITED)
+            with edited_model(opened, edited_values(module, edits)) as edited:
                 after = shown.cosines(edited), _guesses_of_each(opened, examples, edited)
         labels = shown.others.images.labels
         return BeforeAfter(
@@ -133,7 +125,7 @@ class GuessingModels:
         )
 
 
-def guesses_of(group: EvaluationSet, scale: float, model: MovedModel = UNMOVED) -> list[Guesses]:
+def guesses_of(group: EvaluationSet, scale: float, model: EditedModel = UNEDITED) -> list[Guesses]:
     """Return the most probable names of each image, the most probable first."""
     logits = scale * model.features(group.images) @ model.classes(group.prompts).T
     top = logits.softmax(dim=-1).topk(min(GUESSES, len(group.names)))
@@ -143,13 +135,11 @@ def guesses_of(group: EvaluationSet, scale: float, model: MovedModel = UNMOVED) 
     ]
 
 
-def _run_on(
-    opened: SharedEvaluation, groups: Sequence[EvaluationSet], *layers: str, cache_bytes: int = 0
-) -> None:
-    """Run the base pass over a concept and other classes, and cache activations for `layers`."""
+def _run_on(opened: SharedEvaluation, groups: Sequence[EvaluationSet]) -> None:
+    """Run the base pass over images of a concept and of other classes."""
     concept, others = groups
     few = Evaluation(opened.model, opened.vision, opened.text, concept, {"others": others})
-    few.base_pass(layers, cache_bytes=cache_bytes)
+    few.base_pass((), cache_bytes=0)
 
 
 def _examples(shown: ShownClasses, count: int) -> list[EvaluationSet]:
@@ -159,7 +149,7 @@ def _examples(shown: ShownClasses, count: int) -> list[EvaluationSet]:
 
 
 def _guesses_of_each(
-    opened: SharedEvaluation, examples: Sequence[EvaluationSet], model: MovedModel
+    opened: SharedEvaluation, examples: Sequence[EvaluationSet], model: EditedModel
 ) -> list[Guesses]:
     scale = float(opened.model.get_parameter("logit_scale").exp())
     return [guess for group in examples for guess in guesses_of(group, scale, model)]

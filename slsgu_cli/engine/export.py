@@ -30,9 +30,9 @@ from slsgu_cli.checkpoints.target_layers import SECOND_WIDTH
 from slsgu_cli.checkpoints.targets import KINDS, Encoder, Family, read_target
 from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.clip.evaluation import SharedEvaluation
-from slsgu_cli.clip.in_place import moved
+from slsgu_cli.clip.in_place import changed_values
+from slsgu_cli.engine.edited_model import EditedModel, edited_model, edited_values
 from slsgu_cli.engine.effect import residuals
-from slsgu_cli.engine.moved_model import MovedModel, fitting, model_with
 from slsgu_cli.engine.search_plan import (
     SearchPlan,
     evaluation_digest,
@@ -285,7 +285,8 @@ class _Measured:
         ]
         with torch.no_grad():
             shared = share_evaluation(store, plans)
-            fitting(shared.model, edits)
+            # Refuses a model that the edits were not made for.
+            edited_values(shared.model, edits)
         return cls(store, edits, parts, plans, shared)
 
     def least_ranks(self, ranks: Sequence[int]) -> list[int]:
@@ -327,14 +328,15 @@ class _Measured:
     @contextmanager
     def _in_place(
         self, evaluation: SharedEvaluation, ranks: Sequence[int], strength: float
-    ) -> Iterator[MovedModel]:
+    ) -> Iterator[EditedModel]:
         """Apply edits of some ranks to the model, at a strength, within the context."""
-        moves = [
+        changes = [
             (part.header.layer, torch.from_numpy(part.delta(rank)), strength)
             for part, rank in zip(self.parts, ranks, strict=True)
         ]
-        with torch.no_grad(), moved(evaluation.model, moves):
-            yield model_with(evaluation, self.edits)
+        values = changed_values(evaluation.model, changes)
+        with torch.no_grad(), edited_model(evaluation, values) as model:
+            yield model
 
 
 def smallest(suffices: Callable[[int], bool], full: int) -> int:

@@ -17,7 +17,7 @@ from slsgu_cli.checkpoints.layers import Layer, find_layers, layers_of, selected
 from slsgu_cli.checkpoints.number_formats import Floats
 from slsgu_cli.checkpoints.target_layers import TargetLayers, layers_read_by
 from slsgu_cli.clip.models import ResolvedModel, model_layer
-from slsgu_cli.engine.directions import as_vector, implementation, layer_gradient, operand
+from slsgu_cli.engine.directions import as_tensor, implementation, layer_gradient
 from slsgu_cli.engine.gradients import graded_model
 from slsgu_cli.engine.stored_covariances import (
     Covariances,
@@ -238,7 +238,8 @@ def _score(
     metric = chosen.metric(statistics)
 
     def scaled(gradient: Floats) -> Vector:
-        return as_vector(metric.scaled(operand(gradient, chosen, statistics)))
+        values = metric.scaled(as_tensor(gradient, statistics)).cpu().numpy()
+        return values.ravel(order="K")
 
     forget, retain = scaled(forget), scaled(retain)
     return LayerScore(

@@ -1,26 +1,31 @@
 """`search`: a step size for each layer of the fronts, and the best of them.
 
-A search tries steps of moves, each one layer in one direction, by doubling and bisection, or
-where these would end by what steps lack.
-What a step leaves to forget is measured on the CLIP here, and in `downstream.search` on a
-model that is built on it.
+A search tries steps of layers along directions, finds the shortest step of each that forgets,
+and chooses among these by utility. `targets.search` measures the residual of a step on a model
+that is built on CLIP instead.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from shlex import quote
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import Self
+
+from torch import no_grad
 
 import slsgu_cli
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.edits import Edit, by_layer, original_values, write_edit
+from slsgu_cli.checkpoints.edits import Edit, by_layer, edit_digests, original_values, write_edit
 from slsgu_cli.clip.devices import device_name
+from slsgu_cli.clip.evaluation import Evaluation, SharedEvaluation
+from slsgu_cli.clip.memory import return_memory
 from slsgu_cli.engine.choice import residual
+from slsgu_cli.engine.effect import EarlierConcepts, report
+from slsgu_cli.engine.evaluator import Evaluator
+from slsgu_cli.engine.gradient_pass import arithmetic
 from slsgu_cli.engine.layer_search import LayerSearch
-from slsgu_cli.engine.layer_steps import LayerStep, unmeasured_edit
 from slsgu_cli.engine.search_plan import (
     SearchPlan,
     grouped,
@@ -29,39 +34,21 @@ from slsgu_cli.engine.search_plan import (
     report_evaluation,
     share_evaluation,
 )
-from slsgu_cli.engine.step_trials import Candidate
+from slsgu_cli.engine.step_edit import step_edit
 from slsgu_cli.errors import NotForgottenError, SlsguError
 from slsgu_cli.records.figures import PassTime, Report
-from slsgu_cli.records.method import (
-    Criterion,
-    JointRef,
-    LayerScore,
-    Trial,
-    TrialKey,
-    Trials,
-)
-from slsgu_cli.records.options import NO_BOUND, SearchOptions
+from slsgu_cli.records.method import Criterion, JointRef, LayerScore, Trial, TrialKey, Trials
+from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.store.artifacts import Artifact, resume
 from slsgu_cli.store.store import Store
 
-if TYPE_CHECKING:
-    from slsgu_cli.clip.evaluation import Evaluation, SharedEvaluation
-    from slsgu_cli.engine.effect import EarlierConcepts
-    from slsgu_cli.engine.evaluator import Evaluator
-    from slsgu_cli.engine.utility import Bar
-
-
-# Seconds between two writes of the trials, and how often as long as the last one took: to write
-# all of them takes as long as to try one.
+# Trials are written at most so often, in seconds, and in multiples of the time of the last write.
 WRITE_SECONDS, WRITE_TIMES = 1.0, 50
 
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """Every trial, the chosen one, whether it forgets, and what it does to test images.
-
-    Trials are measured on the images to choose by.
-    """
+    """All trials on validation rows, the chosen one, and its effect on test rows."""
 
     trials: Trials
     chosen: Trial
@@ -71,138 +58,49 @@ class SearchResult:
 
 
 class SetSearch(LayerSearch):
-    """The search of one set's layers, with its record in a file of a store."""
+    """The search of one set's layers, recorded in a file of a store.
+
+    Used as a context: it writes new trials at the end, also after an interruption.
+    """
 
     def __init__(
-        self,
-        records: Store,
-        kind: Artifact,
-        plan: SearchPlan,
-        evaluation: "Evaluation",
-        earlier: "EarlierConcepts | None" = None,
+        self, records: Store, kind: Artifact, plan: SearchPlan, evaluation: Evaluation
     ) -> None:
-        self._header = resume(records, kind, plan.name, fresh_trials(plan, evaluation))
+        self._header = resume(records, kind, plan.name, _fresh_trials(plan, evaluation))
         super().__init__(self._header.trials, evaluation, plan.options)
         self.records, self.file, self.plan = records, kind.path(plan.name), plan
-        self.earlier = earlier
         self.reused = len(self.trials)
-        self._took: PassTime | None = None
-        self._next_write, self._on_file = perf_counter() + WRITE_SECONDS, True
+        self.took: PassTime | None = None
+        self._next_write, self._unwritten = perf_counter() + WRITE_SECONDS, False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        with suppress(SlsguError) if error else nullcontext():
+            if self._unwritten or not error:
+                self.write()
 
     @property
     def record(self) -> Trials:
-        """The trials so far, as an artifact; the time of an earlier search stands for its own."""
-        took = self._header.took if len(self.trials) == self.reused else self._took
+        """The trials so far; without a new one, the time of the earlier search remains."""
+        took = self._header.took if len(self.trials) == self.reused else self.took
         return replace(self._header, trials=tuple(self.trials.values()), took=took)
 
     def write(self) -> None:
-        """Put the trials so far on file."""
-        began = perf_counter()
+        """Write the trials so far."""
+        start = perf_counter()
         self.records.write_record(self.file, self.record)
         now = perf_counter()
-        self._next_write = now + max(WRITE_SECONDS, WRITE_TIMES * (now - began))
-        self._on_file = True
+        self._next_write = now + max(WRITE_SECONDS, WRITE_TIMES * (now - start))
+        self._unwritten = False
 
     def keep(self, key: TrialKey, trial: Trial) -> None:
-        """Keep a trial; a killed search loses those of seconds, an interrupted one none."""
+        """Record a trial; a killed search loses those of the last seconds."""
         super().keep(key, trial)
-        self._on_file = False
+        self._unwritten = True
         if perf_counter() >= self._next_write:
             self.write()
-
-    def trial(self, candidate: Candidate[Trial], step: float) -> Trial:
-        """Return the trial of a step: the one on file, else measured now."""
-        with self._kept():
-            return super().trial(candidate, step)
-
-    def with_utility(self, evaluator: "Evaluator", trial: Trial, bar: "Bar | None" = None) -> Trial:
-        """Return a trial with its utility, measured now unless it is known or below a bar."""
-        with self._kept():
-            return super().with_utility(evaluator, trial, bar)
-
-    @contextmanager
-    def _kept(self) -> Iterator[None]:
-        """Put the trials on file that are not, where a block is left by an exception."""
-        try:
-            yield
-        except BaseException:
-            if not self._on_file:
-                with suppress(SlsguError):
-                    self.write()
-            raise
-
-    def choose_standing(self) -> Trial:
-        """Return the best step that brings back nothing of what earlier edits forget.
-
-        Only steps that win are looked at. Raises NotForgottenError where none is left.
-        """
-        if self.earlier is None:
-            return self.choose()
-        back: set[str] = set()
-        while len(self.refused) < len(set(self.path)):
-            chosen = self.choose()
-            move = chosen.move
-            returned = self.earlier.returned([(self.evaluators[move], chosen.step)])
-            if not returned:
-                if back:
-                    progress.note(
-                        f"of the best steps {len(self.refused)} would bring back "
-                        f"{', '.join(sorted(back))} and were not chosen"
-                    )
-                return chosen
-            back.update(returned)
-            self.refused.add((move, chosen.step))
-        raise NotForgottenError(
-            f"every step of {self.plan.name} brings back what earlier edits forget",
-            hint=f"search all of them together: `slsgu search ... {quote(self.plan.name)} --joint`",
-        )
-
-    def run(
-        self,
-        evaluators: "Iterable[Evaluator]",
-        reported: "Callable[[LayerScore], SharedEvaluation]",
-        started: float | None = None,
-    ) -> SearchResult:
-        """Search along every evaluator; write the trials, and the best one as an edit.
-
-        `reported` opens the rows that an edit of a layer is reported on, once it is chosen.
-        `started` is when the search began, by `perf_counter`, if all that it took is to be on
-        record.
-        """
-        with self._kept():
-            return self._run(evaluators, reported, started)
-
-    def _run(
-        self,
-        evaluators: "Iterable[Evaluator]",
-        reported: "Callable[[LayerScore], SharedEvaluation]",
-        started: float | None,
-    ) -> SearchResult:
-        from slsgu_cli.engine.effect import report
-
-        for evaluator in evaluators:
-            self.along(evaluator)
-        chosen = self.choose_standing()
-        if self.residual(chosen) == 0 and self.options.max_class_loss < NO_BOUND:
-            warn_of_harm(chosen, self.options.max_class_loss)
-        evaluator = self.evaluators[chosen.move]
-        opened = reported(evaluator.score)
-        earlier = self.plan.guard(opened) if self.plan.earlier else None
-        effect = report(self.plan.measured(opened), [(evaluator, chosen.step)], earlier)
-        write_edit(self.records, searched_edit(self.plan, evaluator, self.record, chosen, effect))
-        if started is not None and not self.reused:
-            self._took = PassTime(perf_counter() - started, device_name(self.options.device))
-        self.write()
-        return SearchResult(self.record, chosen, self.residual(chosen) == 0, self.reused, effect)
-
-
-def warn_of_harm(chosen: Trial, bound: float) -> None:
-    """Warn where every step that forgets takes more from a class than it may lose."""
-    if chosen.worst is not None and chosen.worst.lost > bound:
-        progress.warn(
-            f"no step that keeps as much spares every class: {chosen.worst.name} loses "
-            f"{chosen.worst.lost:.0f} points, more than --max-class-loss {bound:g}"
-        )
 
 
 def search(
@@ -217,76 +115,118 @@ def search(
     Trials are looked up and written in `records`, and so is the edit; default: the store.
     Raises MissingError, StaleError, InputError and UsageError.
     """
-    from torch import no_grad
-
-    from slsgu_cli.engine.gradient_pass import arithmetic
-
-    started = perf_counter()
     plan = read_plan(store, name, options=options)
-    with no_grad(), arithmetic(plan.options.precision):
-        shared = share_evaluation(store, [plan])
-        reported = _reporting(store, [plan], shared)
-        return _searched(store, records or store, plan, shared, reported, started)
+    (result,) = _search_plans(store, [plan], records or store)
+    return result
 
 
 def search_each(
     store: Store, names: Sequence[str], *, options: SearchOptions
 ) -> Iterator[SearchResult]:
     """Search the sets one after another, those that can on one model and one base pass."""
-    from torch import no_grad
-
-    from slsgu_cli.clip.memory import return_memory
-    from slsgu_cli.engine.gradient_pass import arithmetic
-
-    for group in grouped(read_plans(store, names, options=options)):
-        began = perf_counter()
-        with no_grad(), arithmetic(options.precision):
-            shared = share_evaluation(store, group)
-        loading = perf_counter() - began
-        reported = _reporting(store, group, shared)
-        for plan in group:
-            started = perf_counter() - loading
-            with no_grad(), arithmetic(options.precision):
-                result = _searched(store, store, plan, shared, reported, started)
-            return_memory()
-            yield result
+    for plans in grouped(read_plans(store, names, options=options)):
+        yield from _search_plans(store, plans, store)
 
 
-def _reporting(
-    store: Store, plans: Sequence[SearchPlan], shared: "SharedEvaluation"
-) -> "Callable[[LayerScore], SharedEvaluation]":
-    """Return what opens the rows to report the edit of a layer on: once, of several plans."""
-    if len(plans) == 1:
-        return lambda score: report_evaluation(store, plans, shared, [score])
+def _search_plans(
+    store: Store, plans: Sequence[SearchPlan], records: Store
+) -> Iterator[SearchResult]:
+    """Search plans one after another on one base pass, whose time counts for each."""
+    start = perf_counter()
+    with no_grad(), arithmetic(plans[0].options.precision):
+        shared = share_evaluation(store, plans)
+    loading = perf_counter() - start
     opened = cache(partial(report_evaluation, store, plans, shared))
-    return lambda _: opened()
+    for plan in plans:
+        start = perf_counter() - loading
+        with no_grad(), arithmetic(plan.options.precision):
+            # With one plan, its edit resumes from cached activations of the test rows.
+            reported = (lambda layer: opened((layer,))) if len(plans) == 1 else lambda _: opened()
+            result = _search_set(store, plan, records, shared, reported, start)
+        return_memory()
+        yield result
 
 
-def _searched(
+def _search_set(
     store: Store,
-    records: Store,
     plan: SearchPlan,
-    shared: "SharedEvaluation",
-    reported: "Callable[[LayerScore], SharedEvaluation]",
-    started: float,
+    records: Store,
+    shared: SharedEvaluation,
+    reported: Callable[[LayerScore], SharedEvaluation],
+    start: float,
 ) -> SearchResult:
-    """Search one plan on a base pass that others may share."""
+    """Search one set; write the trials, and the best one as an edit."""
     evaluation = plan.measured(shared, resumed=True)
-    earlier = plan.guard(shared) if plan.earlier else None
-    run = SetSearch(records, Artifact.TRIALS, plan, evaluation, earlier)
-    return run.run(plan.evaluators(store, evaluation), reported, started)
+    with SetSearch(records, Artifact.TRIALS, plan, evaluation) as run:
+        for evaluator in plan.evaluators(store, evaluation):
+            run.along(evaluator)
+        chosen = _choose(run, EarlierConcepts(shared, plan.earlier))
+        forgotten, worst = run.residual(chosen) == 0, chosen.worst
+        if forgotten and worst and worst.lost > plan.options.max_class_loss:
+            progress.warn(
+                f"no step with comparable utility spares every class: {worst.name} loses "
+                f"{worst.lost:.0f} points, more than --max-class-loss "
+                f"{plan.options.max_class_loss:g}"
+            )
+        evaluator = run.evaluators[chosen.move]
+        opened = reported(evaluator.score)
+        earlier = EarlierConcepts(opened, plan.earlier) if plan.earlier else None
+        effect = report(plan.measured(opened), [evaluator.change(chosen.step)], earlier)
+        write_edit(records, searched_edit(plan, evaluator, run.record, chosen, effect))
+        if not run.reused:
+            run.took = PassTime(perf_counter() - start, device_name(plan.options.device))
+    return SearchResult(run.record, chosen, forgotten, run.reused, effect)
 
 
-def fresh_trials(plan: SearchPlan, evaluation: "Evaluation") -> Trials:
-    """Return a record without trials, with what they will be made from."""
+def _choose(run: SetSearch, earlier: EarlierConcepts) -> Trial:
+    """Return the best step that brings back no concept of earlier edits.
+
+    Raises NotForgottenError if every step does.
+    """
+    back: set[str] = set()
+    while len(run.refused) < len(set(run.path)):
+        chosen = run.choose()
+        change = run.evaluators[chosen.move].change(chosen.step)
+        returned = earlier.returned(change) if earlier.edits else []
+        if not returned:
+            if back:
+                progress.note(
+                    f"of the best steps {len(run.refused)} would bring back "
+                    f"{', '.join(sorted(back))} and were not chosen"
+                )
+            return chosen
+        back.update(returned)
+        run.refused.add((chosen.move, chosen.step))
+    name = run.plan.name
+    raise NotForgottenError(
+        f"every step of {name} brings back what earlier edits forget",
+        hint=f"search all of them together: `slsgu search ... {quote(name)} --joint`",
+    )
+
+
+def require_forgotten(result: SearchResult) -> None:
+    """Raise NotForgottenError unless the chosen step meets the criterion."""
+    if result.forgotten:
+        return
+    chosen, trials = result.chosen, result.trials
+    margin = "" if trials.margin is None else f", and a gap of {chosen.gap:.3f}"
+    raise NotForgottenError(
+        f"no step forgets {trials.name}: the best, {chosen.layer} at {chosen.step:.4g}, leaves "
+        f"FA@1 {chosen.forget.top1:.1f} and FA@5 {chosen.forget.top5:.1f} "
+        f"of {trials.baseline_forget.top1:.1f} and {trials.baseline_forget.top5:.1f}{margin}",
+        hint="the trials and this edit are saved; try --steps 20, or another --layer",
+    )
+
+
+def _fresh_trials(plan: SearchPlan, evaluation: Evaluation) -> Trials:
+    """Return a record of the inputs of a search, without trials."""
     manifest, pointer, options = plan.manifest, plan.pointer, plan.options
+    whitened = any(each.needs_inputs for each in plan.directions)
     return Trials(
         name=manifest.name,
         forget=pointer.forget,
         directions=tuple(each.kind for each in plan.directions),
-        retain_data=pointer.retain_data
-        if any(each.needs_inputs for each in plan.directions)
-        else None,
+        retain_data=pointer.retain_data if whitened else None,
         model_fingerprint=pointer.model_fingerprint,
         evals=manifest.evaluation_blocks(),
         precision=options.precision,
@@ -296,30 +236,32 @@ def fresh_trials(plan: SearchPlan, evaluation: "Evaluation") -> Trials:
         baseline_utility={n: g.base_accuracy() for n, g in evaluation.utility.items()},
         trials=(),
         version=slsgu_cli.__version__,
-        after=plan.after,
+        after=edit_digests(plan.earlier),
     )
 
 
 def searched_edit(
     plan: SearchPlan,
-    evaluator: "Evaluator",
+    evaluator: Evaluator,
     trials: Trials,
     chosen: Trial,
     effect: Report,
     joint: JointRef | None = None,
 ) -> Edit:
-    """Return the edit that a chosen trial of a search amounts to, with what it does."""
-    step = LayerStep.of(
-        chosen, direction=chosen.direction, along=evaluator.along, weight=evaluator.weight
-    )
-    if below := by_layer(plan.earlier).get(chosen.layer):
-        step = replace(step, before=original_values(below))
-    edit = unmeasured_edit(plan.manifest, plan.pointer, step)
-    measured = replace(
-        edit.header,
+    """Return the edit of a chosen trial, with its effect."""
+    earlier = by_layer(plan.earlier).get(chosen.layer)
+    return step_edit(
+        plan.manifest,
+        plan.pointer,
+        chosen.layer,
+        step=chosen.step,
+        share=chosen.share,
+        direction=chosen.direction,
+        along=evaluator.along.cpu().numpy(),
+        before=original_values(earlier) if earlier else evaluator.weight.cpu().numpy(),
         criterion=trials.criterion,
         margin=trials.margin,
-        forgotten=residual(chosen, trials.criterion, trials.margin) == 0,
+        forgotten=residual(chosen.forget, chosen.gap, trials.criterion, trials.margin) == 0,
         baseline_forget=effect.before.forget,
         baseline_utility=effect.before.utility,
         forget=effect.after.forget,
@@ -329,4 +271,3 @@ def searched_edit(
         nearest=effect.nearest,
         base_edits=effect.base_edits,
     )
-    return replace(edit, header=measured)

@@ -4,10 +4,11 @@ Sets that are measured on the same rows share one base pass.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from shlex import quote
-from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
 
 import slsgu_cli
 from slsgu_cli import processes, progress
@@ -21,9 +22,14 @@ from slsgu_cli.checkpoints.edits import (
 from slsgu_cli.checkpoints.layers import in_whole_and_in_part
 from slsgu_cli.checkpoints.targets import prompt_note
 from slsgu_cli.clip.devices import pick_device
+from slsgu_cli.clip.evaluation import Evaluation, SharedEvaluation, prepare_shared
+from slsgu_cli.clip.finite import counted_by
+from slsgu_cli.clip.memory import return_memory, spare
 from slsgu_cli.clip.models import ResolvedModel, resolve
 from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.engine.directions import forget_direction
+from slsgu_cli.engine.edited_model import add_edits
+from slsgu_cli.engine.evaluator import Evaluator
 from slsgu_cli.engine.gradients import load_graded
 from slsgu_cli.engine.ranking import ranked_layers, search_directions
 from slsgu_cli.engine.stored_covariances import Covariances, ensure_covariances, warn_of_fallback
@@ -43,15 +49,7 @@ from slsgu_cli.store.artifacts import (
 )
 from slsgu_cli.store.store import Store
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from slsgu_cli.clip.evaluation import Evaluation, SharedEvaluation
-    from slsgu_cli.engine.effect import EarlierConcepts
-    from slsgu_cli.engine.evaluator import Evaluator
-
-
-# Part of every address of features: a change in what is computed must change it.
+# Part of every address of features: change it with the computation.
 FEATURES_REVISION = 1
 
 
@@ -81,48 +79,28 @@ class SearchPlan:
     def base_pass_digest(self) -> str:
         """A digest that plans have in common if they can share a model and a base pass."""
         measured = [self.pointer.model_fingerprint, evaluation_digest(self.manifest)]
-        return digest([*measured, self.after] if self.earlier else measured)
+        return digest([*measured, edit_digests(self.earlier)] if self.earlier else measured)
 
-    @property
-    def after(self) -> dict[str, str]:
-        """The digests of the earlier edits, by name."""
-        return edit_digests(self.earlier)
-
-    def measured(self, shared: "SharedEvaluation", *, resumed: bool = False) -> "Evaluation":
+    def measured(self, shared: SharedEvaluation, *, resumed: bool = False) -> Evaluation:
         """Return the evaluation of the concept, without concepts that are forgotten already.
 
         With `resumed`, it can measure many edits.
         """
         return shared.of(self.manifest, beside=self.earlier_sets, resumed=resumed)
 
-    def guard(self, shared: "SharedEvaluation") -> "EarlierConcepts":
-        """Return the concepts that no step may bring back."""
-        from slsgu_cli.engine.effect import EarlierConcepts
-
-        return EarlierConcepts(shared, self.earlier)
-
-    def evaluators(self, store: Store, evaluation: "Evaluation") -> "Iterator[Evaluator]":
+    def evaluators(self, store: Store, evaluation: Evaluation) -> Iterator[Evaluator]:
         """Yield an evaluator for each layer and each of its directions.
 
         A layer that none of the directions can use moves along its gradient.
         """
-        import torch
-
-        from slsgu_cli.engine.evaluator import Evaluator
-
+        known, device = self.covariances, self.options.device
         for score in self.layers:
-            has_inputs = self.covariances is not None and self.covariances.has(score.layer)
-            able = [each for each in self.directions if has_inputs or not each.needs_inputs]
+            layer = score.layer
+            inputs = known.inputs(layer) if known is not None and known.has(layer) else None
+            able = [each for each in self.directions if inputs or not each.needs_inputs]
             for direction in able or [FALLBACK]:
-                along = forget_direction(
-                    store,
-                    self.pointer,
-                    score.layer,
-                    direction=direction,
-                    covariances=self.covariances,
-                )
-                on_device = torch.from_numpy(along).to(self.options.device)
-                yield Evaluator(evaluation, score, on_device, direction)
+                along = forget_direction(store, self.pointer, layer, direction, inputs)
+                yield Evaluator(evaluation, score, along.to(device), direction)
 
 
 def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
@@ -249,20 +227,14 @@ def require_distinct_names(names: Sequence[str]) -> None:
 
 def share_evaluation(
     store: Store, plans: Sequence[SearchPlan], split: Split = Split.VALIDATION
-) -> "SharedEvaluation":
+) -> SharedEvaluation:
     """Load the model of some plans, apply their earlier edits, and run their joint base pass."""
-    from slsgu_cli.clip.memory import return_memory
-    from slsgu_cli.engine.moved_model import add_edits
-
     first = plans[0]
     return_memory()
     _, module = load_graded(first.manifest, first.pointer, first.options.device)
     add_edits(module, first.earlier)
     layers = [score for plan in plans for score in plan.layers]
     shared = _base_pass(store, plans, module, split, layers)
-    for tower in {score.tower for score in layers}:
-        if not shared.tower(tower).exact_split:
-            progress.detail(f"the {tower} tower is not split: every trial runs all of it")
     return_memory()
     return shared
 
@@ -270,9 +242,9 @@ def share_evaluation(
 def report_evaluation(
     store: Store,
     plans: Sequence[SearchPlan],
-    evaluation: "SharedEvaluation",
+    evaluation: SharedEvaluation,
     layers: Sequence[LayerScore] = (),
-) -> "SharedEvaluation":
+) -> SharedEvaluation:
     """Run the model of an evaluation over test rows.
 
     Sets without a test split are reported on the rows of the evaluation. With `layers`, edits of
@@ -288,10 +260,10 @@ def report_evaluation(
 def _base_pass(
     store: Store,
     plans: Sequence[SearchPlan],
-    module: "nn.Module",
+    module: nn.Module,
     split: Split,
     layers: Sequence[LayerScore],
-) -> "SharedEvaluation":
+) -> SharedEvaluation:
     first = plans[0]
     sets = [manifest for plan in plans for manifest in (plan.manifest, *plan.earlier_sets)]
     return run_base_pass(
@@ -310,27 +282,23 @@ def run_base_pass(
     store: Store,
     manifests: Sequence[SetManifest],
     *,
-    module: "nn.Module",
+    module: nn.Module,
     model: ResolvedModel,
     weights: str | None,
     split: Split,
     options: SearchOptions,
     layers: Sequence[LayerScore] = (),
-) -> "SharedEvaluation":
+) -> SharedEvaluation:
     """Run a model over the evaluation rows of sets, within the cache budget.
 
     `weights` is the fingerprint of an original model, whose image features are cached in the
     store; None for any other model. Edits of `layers` resume from cached activations.
     """
-    from slsgu_cli.clip.evaluation import prepare_shared
-    from slsgu_cli.clip.finite import counted_by
-    from slsgu_cli.clip.memory import spare
-
     device, budget = options.device, options.cache_budget
     shared = prepare_shared(
         store, manifests, module, tokenize=tokenizer(model), device=device, split=split
     )
-    features: AbstractContextManager[None] = nullcontext()
+    header = None
     if weights is not None:
         header = FeatureHeader(
             model=weights,
@@ -340,38 +308,30 @@ def run_base_pass(
             device=device.partition(":")[0],
             version=slsgu_cli.__version__,
         )
-        features = _cached_features(store, shared, manifests[0], header, device)
-    with counted_by(str(model.spec)), features:
-        if budget is None:
-            budget = spare(device)
+        made_from = [weights, split, options.precision, header.device]
+        address = digest([FEATURES_REVISION, *made_from, evaluation_digest(manifests[0])])
+        path = Artifact.FEATURES.path(address)
+        if _use_features(store, path, shared):
+            header = None
+    with counted_by(str(model.spec)):
+        budget = spare(device) if budget is None else budget
         shared.base_pass((score.layer for score in layers), cache_bytes=budget)
+    if header is not None:
+        arrays = {name: group.images.features.cpu().numpy() for name, group in shared.sets.items()}
+        try:
+            store.write_tensors(path, arrays, header)
+        except InputError as error:
+            progress.detail(f"{error.message}; the image features are not cached")
     return shared
 
 
-@contextmanager
-def _cached_features(
-    store: Store,
-    shared: "SharedEvaluation",
-    manifest: SetManifest,
-    header: FeatureHeader,
-    device: str,
-) -> Iterator[None]:
-    """Let a base pass load image features from the store, or save them there."""
-    import torch
-
-    made_from = [header.model, header.split, header.precision, header.device]
-    address = digest([FEATURES_REVISION, *made_from, evaluation_digest(manifest)])
-    path = Artifact.FEATURES.path(address)
+def _use_features(store: Store, path: str, shared: SharedEvaluation) -> bool:
+    """Give a base pass the image features of an earlier one, if the store has them."""
     known = processes.from_first(lambda: read_features(store, path))
-    fits = {name: len(group.images) for name, group in shared.sets.items()}
-    if {name: len(values) for name, values in known.items()} == fits:
-        for name, values in known.items():
-            shared.sets[name].images.known = torch.from_numpy(values).to(device)
-        yield
-        return
-    yield
-    arrays = {name: group.images.features.cpu().numpy() for name, group in shared.sets.items()}
-    try:
-        store.write_tensors(path, arrays, header)
-    except InputError as error:
-        progress.detail(f"{error.message}; the image features are not cached")
+    if {name: len(values) for name, values in known.items()} != {
+        name: len(group.images) for name, group in shared.sets.items()
+    }:
+        return False
+    for name, group in shared.sets.items():
+        group.images.known = torch.from_numpy(known[name]).to(group.images.labels.device)
+    return True

@@ -1,34 +1,20 @@
 """The edit of a set: from the store, searched, or given by layer and step."""
 
-from dataclasses import replace
 from shlex import quote
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.edits import (
-    Edit,
-    load_edit,
-)
+from slsgu_cli.checkpoints.edits import Edit, load_edit
 from slsgu_cli.checkpoints.layers import Layer, find_layers, layers_of
 from slsgu_cli.clip.models import model_layer, resolve
 from slsgu_cli.engine.directions import forget_direction
-from slsgu_cli.engine.layer_steps import LayerStep, unmeasured_edit
-from slsgu_cli.engine.plots import rank_and_plot, search_and_plot
 from slsgu_cli.engine.ranking import named_layers
-from slsgu_cli.engine.search import SearchResult
+from slsgu_cli.engine.step_edit import step_edit
 from slsgu_cli.engine.stored_covariances import ensure_covariances
-from slsgu_cli.errors import NotForgottenError, StaleError
+from slsgu_cli.errors import InputError, StaleError
 from slsgu_cli.method.scores import norm
-from slsgu_cli.records.directions import DirectionSpec
-from slsgu_cli.records.method import (
-    EditHeader,
-    GradientHeader,
-    GradientPointer,
-    Qkv,
-)
-from slsgu_cli.records.options import (
-    RankOptions,
-    SearchOptions,
-)
+from slsgu_cli.records.directions import FALLBACK, DirectionSpec
+from slsgu_cli.records.method import EditHeader, GradientHeader, GradientPointer, Qkv
+from slsgu_cli.records.options import RankOptions, SearchOptions
 from slsgu_cli.store.artifacts import Artifact, digests_of, read_manifest, read_pointer
 from slsgu_cli.store.store import Store
 
@@ -45,6 +31,10 @@ def ensure_edit(
     if is_edit_file(name) or not store.exists(Artifact.SET.path(name)):
         return load_edit(store, name)
     if not store.exists(Artifact.EDIT.path(name)) and store.exists(Artifact.POINTER.path(name)):
+        # An edit that exists needs no PyTorch.
+        from slsgu_cli.engine.plots import rank_and_plot, search_and_plot
+        from slsgu_cli.engine.search import require_forgotten
+
         if not store.exists(Artifact.RANKING.path(name)):
             progress.note(f"{name} has no ranking yet: ranking its layers")
             rank_and_plot(store, name, options=ranking or rank_options(options))
@@ -57,25 +47,21 @@ def ensure_edit(
 
 def _require_options(header: EditHeader, options: SearchOptions) -> None:
     """Raise StaleError unless an edit has the direction, kind of layer and damping of `options`."""
-    name = header.name
-    ranks, searches = f"`slsgu rank {quote(name)}", f"`slsgu search {quote(name)}"
-    if options.direction is not None and header.direction.kind not in options.direction.each:
-        raise StaleError(
-            f"the edit {name} moves along the direction {header.direction.kind}, "
-            f"not {options.direction}",
-            hint=f"run {ranks} --direction {options.direction}` and {searches}`",
-        )
+    kind, unmet = header.direction.kind, []
+    if options.direction is not None and kind not in options.direction.each:
+        unmet.append(f"--direction {options.direction}")
     if options.qkv and not Layer.parse(header.layer).is_of(options.qkv):
+        unmet.append(f"--qkv {options.qkv}")
+    if options.damping is not None and header.direction != DirectionSpec.of(
+        kind, damping=options.damping
+    ):
+        unmet.append(f"--damping {options.damping:g}")
+    if unmet:
+        name = quote(header.name)
         raise StaleError(
-            f"the edit {name} changes {header.layer}, which is no layer where query, key "
-            f"and value are {options.qkv}",
-            hint=f"run {ranks} --qkv {options.qkv}` and {searches}`",
-        )
-    wanted = DirectionSpec.of(header.direction.kind, damping=options.damping)
-    if options.damping is not None and header.direction != wanted:
-        raise StaleError(
-            f"the edit {name} moves along {header.direction}, not with damping {options.damping:g}",
-            hint=f"run {searches} --damping {options.damping:g}`",
+            f"the edit {header.name} moves {header.layer} along {header.direction}, which does "
+            f"not match {' '.join(unmet)}",
+            hint=f"run `slsgu rank {name} {' '.join(unmet)}` and `slsgu search {name}`",
         )
 
 
@@ -89,15 +75,10 @@ def current_edit(store: Store, name: str) -> Edit:
     if not store.exists(Artifact.POINTER.path(name)):
         return edit
     pointer = read_pointer(store, read_manifest(store, name))
-    change = Artifact.EDIT.changed(edit.header, digests_of(None, pointer))
-    if change:
-        others = {
-            "gradient": f"the edit {name} was made from other gradients than the set has now",
-            "retain_data": f"the direction of the edit {name} was made with other retain rows "
-            "than the set has now",
-        }
+    if change := Artifact.EDIT.changed(edit.header, digests_of(None, pointer)):
+        made_from = "retain rows" if change.field == "retain_data" else "gradients"
         raise StaleError(
-            others[change.field],
+            f"the edit {name} was made from other {made_from} than the set has now",
             hint=f"run `{Artifact.RANKING.command(name)}` and `{Artifact.EDIT.command(name)}`",
         )
     return edit
@@ -105,12 +86,8 @@ def current_edit(store: Store, name: str) -> Edit:
 
 def rank_options(options: SearchOptions) -> RankOptions:
     """Return the options of the ranking that a search needs."""
-    chosen = RankOptions(device=options.device)
-    if options.direction is not None:
-        chosen = replace(chosen, direction=options.direction)
-    if options.qkv is not None:
-        chosen = replace(chosen, qkv=options.qkv)
-    return chosen if options.damping is None else replace(chosen, damping=options.damping)
+    values = {name: getattr(options, name) for name in ("direction", "qkv", "damping", "device")}
+    return RankOptions(**{name: value for name, value in values.items() if value is not None})
 
 
 def direct_edit(
@@ -118,55 +95,43 @@ def direct_edit(
 ) -> Edit:
     """Return the edit that moves `layer` by `step` along its direction, without a search.
 
-    The direction is the last one of `options`. Raises UsageError if there is no such layer.
+    The direction is the last one of `options`. Raises UsageError if there is no such layer, and
+    InputError if the direction needs inputs of the layer that cannot be captured.
     """
     options = options or RankOptions()
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
-    moved = named_layer(store, pointer, layer)
-    direction = options.specs[-1]
-    covariances = None
+    layer = named_layer(store, pointer, layer).name
+    direction, inputs = options.specs[-1], None
     if direction.needs_inputs:
-        covariances = ensure_covariances(
-            store, manifest, pointer, [moved.name], device=options.device
-        )
-    along = forget_direction(
-        store, pointer, moved.name, direction=direction, covariances=covariances
-    )
-    before = model_layer(resolve(pointer.model), moved.name)
-    layer_step = LayerStep(
-        layer=moved.name,
-        tower=moved.recorded_tower,
+        covariances = ensure_covariances(store, manifest, pointer, [layer], device=options.device)
+        if not covariances.has(layer):
+            raise InputError(
+                f"{layer} cannot move along {direction}: its inputs cannot be captured",
+                hint=f"--direction {FALLBACK.kind}, or another layer",
+            )
+        inputs = covariances.inputs(layer)
+    along = forget_direction(store, pointer, layer, direction, inputs).cpu().numpy()
+    before = model_layer(resolve(pointer.model), layer)
+    return step_edit(
+        manifest,
+        pointer,
+        layer,
         step=step,
         share=step * norm(along) / (norm(before) or 1.0),
         direction=direction,
-        delta=step * along,
+        along=along,
         before=before,
     )
-    return unmeasured_edit(manifest, pointer, layer_step)
 
 
 def named_layer(store: Store, pointer: GradientPointer, text: str) -> Layer:
     """Return the only layer that `text` matches. Raises UsageError."""
     header = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader)
-    whole, thirds = (layers_of(header.weights, qkv) for qkv in (Qkv.FUSED, Qkv.SPLIT))
-    names = whole if find_layers(text, whole) else thirds
+    whole, slices = (layers_of(header.weights, qkv) for qkv in (Qkv.FUSED, Qkv.SPLIT))
+    names = whole if find_layers(text, whole) else slices
     hint = f"run `slsgu rank {quote(pointer.name)}` for their names"
     return Layer.parse(named_layers([text], names, among="layers", hint=hint)[0])
-
-
-def require_forgotten(result: SearchResult) -> None:
-    """Raise NotForgottenError unless the chosen step brings the accuracy of the criterion to 0."""
-    if result.forgotten:
-        return
-    chosen, trials = result.chosen, result.trials
-    margin = "" if trials.margin is None else f", and a gap of {chosen.gap:.3f}"
-    raise NotForgottenError(
-        f"no step forgets {trials.name}: the best, {chosen.layer} at {chosen.step:.4g}, leaves "
-        f"FA@1 {chosen.forget.top1:.1f} and FA@5 {chosen.forget.top5:.1f} "
-        f"of {trials.baseline_forget.top1:.1f} and {trials.baseline_forget.top5:.1f}{margin}",
-        hint="the trials and this edit are kept; try --steps 20, or another --layer",
-    )
 
 
 def is_edit_file(name: str) -> bool:

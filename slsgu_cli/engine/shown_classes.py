@@ -9,7 +9,7 @@ import torch
 
 from slsgu_cli.clip.evaluation import EvaluationSet, SharedEvaluation
 from slsgu_cli.clip.metrics import cosine_matrix
-from slsgu_cli.engine.moved_model import UNMOVED, MovedModel
+from slsgu_cli.engine.edited_model import UNEDITED, EditedModel
 from slsgu_cli.figures.pictures import Images
 from slsgu_cli.records.sets import SetManifest
 
@@ -55,7 +55,7 @@ class ShownClasses:
         concepts = tuple(first_images(concept, images) for concept in self.concepts)
         return replace(self, concepts=concepts, others=self.others.some(np.concatenate(rows)))
 
-    def cosines(self, model: MovedModel = UNMOVED) -> Matrix:
+    def cosines(self, model: EditedModel = UNEDITED) -> Matrix:
         """Return the mean cosine of each class's images with each name, (names, names)."""
         features, owners, texts = [], [], []
         for place, concept in enumerate(self.concepts):

@@ -1,8 +1,7 @@
 """The utility of a step, measured until it can no longer be the best."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from math import ceil, isfinite
 
 import numpy as np
@@ -11,25 +10,12 @@ import torch
 from torch import Tensor
 
 from slsgu_cli import processes
-from slsgu_cli.clip.evaluation import (
-    Evaluation,
-    EvaluationSet,
-    class_losses,
-)
+from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, class_losses
 from slsgu_cli.clip.metrics import margins, ranks_of_truth
 from slsgu_cli.engine.evaluator import Evaluator
 from slsgu_cli.engine.race import Race, RowDraw
 from slsgu_cli.method.scores import Vector
-from slsgu_cli.records.figures import (
-    Accuracy,
-    ClassLoss,
-)
-from slsgu_cli.records.method import (
-    Measurement,
-    Tower,
-    TrialKey,
-    UtilityMetric,
-)
+from slsgu_cli.records.method import Measurement, Tower, Trial, TrialKey, UtilityMetric
 
 # Images in a round of a vision trial, at least: measured in full, and in a race.
 MIN_ROWS, ROWS_A_ROUND = 16, 32
@@ -39,24 +25,10 @@ TOLERANCE, DRAW_SEED = 0.05, 0
 ROUNDING = 1e-11
 # Images whose cosines with all classes are in memory together.
 ROWS_AT_ONCE = 8192
-# Images that a class needs for its loss to say something.
+# A class with fewer images has no reliable loss.
 LEAST_ROWS = 5
 # Spread of the margins of similar images, as a fraction of that of the original model's.
 SPREAD = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class StepUtility:
-    """The accuracy on each evaluation set after a step, and the class with the largest loss.
-
-    Classes with at least LEAST_ROWS images count, by the expected loss of similar images.
-    `expected` and `moved` are as in a trial.
-    """
-
-    utility: dict[str, Accuracy]
-    worst: ClassLoss | None
-    expected: float
-    moved: float
 
 
 def expected_hits(leads: Tensor, spread: Tensor | float) -> Tensor:
@@ -69,69 +41,89 @@ def expected_hits(leads: Tensor, spread: Tensor | float) -> Tensor:
     return hits.nan_to_num(0.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """The utility that a step must exceed to be measured in full, in percent.
-
-    A race also stops a step whose utility is at most TOLERANCE above `beat`, with an error
-    probability of `risk`; at 0 there is no race. `least` is the lowest `beat` of all races. Rows
-    are compared with the original model's, and with those of the step of a `rival`.
-    """
-
-    beat: float = float("-inf")
-    least: float = float("-inf")
-    risk: float = 0.0
-    rival: tuple[Evaluator, float] | None = None
-
-
-def names_kept(group: EvaluationSet, concepts: Iterable[EvaluationSet]) -> Tensor:
+def retained_names(group: EvaluationSet, concepts: Iterable[EvaluationSet]) -> Tensor:
     """Return the indices of the classes of a set without those of the concepts."""
     forgotten = {int(c.images.labels[0]) for c in concepts if c.prompts is group.prompts}
     names = [index for index in range(len(group.names)) if index not in forgotten]
     return torch.tensor(names, device=group.images.labels.device)
 
 
-@dataclass(slots=True)
-class _Look:
-    """The images of all sets after an edit, as far as they were evaluated.
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """The utility that a step must exceed to be measured in full, in percent.
 
-    Each has the rank and the margin of its class, and the mean squared change of its cosines
-    with `names` (indices of classes).
+    A race also stops a step whose utility is at most TOLERANCE above `beat`, with an error
+    probability of `risk`; at 0 there is no race. `least` is the lowest `beat` of all races. Rows
+    are compared with the original model's, and with those of the trial of a `rival`.
     """
 
-    groups: Mapping[str, EvaluationSet]
-    names: Mapping[str, Tensor]
-    ranks: dict[str, Tensor] = field(init=False)
-    leads: dict[str, Tensor] = field(init=False)
-    moved: dict[str, Tensor] = field(init=False)
+    beat: float = float("-inf")
+    least: float = float("-inf")
+    risk: float = 0.0
+    rival: tuple[Evaluator, Trial] | None = None
+
+
+@dataclass(slots=True)
+class _Original:
+    """An evaluation set with the original model: margins and hits of similar images.
+
+    `names` are the indices of the classes to retain.
+    """
+
+    group: EvaluationSet
+    names: Tensor
+    leads: Tensor = field(init=False)
+    spread: Tensor = field(init=False)
+    hits: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        labels = {name: group.images.labels for name, group in self.groups.items()}
-        self.ranks = {name: torch.full_like(each, -1) for name, each in labels.items()}
-        self.leads = {
-            name: torch.zeros_like(each, dtype=torch.float) for name, each in labels.items()
-        }
-        self.moved = {name: each.clone() for name, each in self.leads.items()}
+        images = self.group.images
+        self.leads = margins(images.features @ self.group.prompts.embeddings.T, images.labels)
+        self.spread = (SPREAD * self.leads.double().std(correction=0)).clamp(min=1e-6)
+        self.hits = expected_hits(self.leads, self.spread)
 
-    def after_vision_edit(self, name: str, rows: Tensor, stage: int) -> None:
-        """Evaluate some images of a set, in the order of their rows, which reads fastest."""
-        group, rows = self.groups[name], rows.sort().values
-        self._see(name, rows, group.images.after_edit(stage, rows), group.prompts.embeddings)
 
-    def after_text_edit(self, name: str, classes: Tensor) -> None:
-        """Evaluate all images of a set with new class embeddings."""
-        images = self.groups[name].images
-        places = torch.arange(len(images), device=images.labels.device)
-        for rows in torch.split(places, ROWS_AT_ONCE):
-            self._see(name, rows, images.features[rows], classes)
+@dataclass(slots=True)
+class _Edited:
+    """The images of an evaluation set after an edit, as far as they were evaluated.
 
-    def _see(self, name: str, rows: Tensor, features: Tensor, classes: Tensor) -> None:
-        group, kept = self.groups[name], self.names[name]
+    Each has the rank and the margin of its class, and the mean squared change of its cosines
+    with the names to retain.
+    """
+
+    original: _Original
+    ranks: Tensor = field(init=False)
+    leads: Tensor = field(init=False)
+    changes: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ranks = torch.full_like(self.original.group.images.labels, -1)
+        self.leads = torch.zeros_like(self.ranks, dtype=torch.float)
+        self.changes = torch.zeros_like(self.leads)
+
+    def after_vision_edit(self, rows: Tensor, stage: int) -> None:
+        """Evaluate some images, in the order of their rows, which reads fastest."""
+        group, rows = self.original.group, rows.sort().values
+        self._evaluate(rows, group.images.after_edit(stage, rows), group.prompts.embeddings)
+
+    def after_text_edit(self, classes: Tensor) -> None:
+        """Evaluate all images with new class embeddings."""
+        images = self.original.group.images
+        every = torch.arange(len(images), device=images.labels.device)
+        for rows in torch.split(every, ROWS_AT_ONCE):
+            self._evaluate(rows, images.features[rows], classes)
+
+    def _evaluate(self, rows: Tensor, features: Tensor, classes: Tensor) -> None:
+        group, names = self.original.group, self.original.names
         logits, labels = features @ classes.T, group.images.labels[rows]
-        self.leads[name][rows] = margins(logits, labels)
-        self.ranks[name][rows] = ranks_of_truth(logits, labels)
-        before = group.images.features[rows] @ group.prompts.embeddings[kept].T
-        self.moved[name][rows] = (logits[:, kept] - before).square().mean(dim=1)
+        self.leads[rows] = margins(logits, labels)
+        self.ranks[rows] = ranks_of_truth(logits, labels)
+        before = group.images.features[rows] @ group.prompts.embeddings[names].T
+        self.changes[rows] = (logits[:, names] - before).square().mean(dim=1)
+
+    def hits(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Return the probabilities that images similar to those of `rows` are recognised."""
+        return expected_hits(self.leads[rows], self.original.spread)
 
 
 @dataclass(slots=True)
@@ -144,63 +136,56 @@ class UtilityMeter:
     evaluation: Evaluation
     utility: UtilityMetric = UtilityMetric.EXPECTED
     seed: int = DRAW_SEED
-    _lead: dict[str, Tensor] = field(init=False, default_factory=dict)
-    _spread: dict[str, Tensor] = field(init=False, default_factory=dict)
-    _base_hits: dict[str, Tensor] = field(init=False, default_factory=dict)
-    _names: dict[str, Tensor] = field(init=False, default_factory=dict)
+    _sets: dict[str, _Original] = field(init=False)
     # The figure of each row after steps that were measured in full, and the draws by rival.
     _row_figures: dict[TrialKey, Vector] = field(init=False, default_factory=dict)
     _draws: dict[TrialKey | None, RowDraw] = field(init=False, default_factory=dict)
 
-    def measure(
-        self, evaluator: Evaluator, step: float, *, bar: Bar | None = None
-    ) -> StepUtility | Measurement:
-        """Return the utility of a step, or why its measurement stopped."""
-        groups, bar = self.evaluation.utility, bar or Bar()
-        if not self._lead:
-            self._look_at_original()
-        look, by_rows = _Look(groups, self._names), self._all_rows
-        if bar.risk > 0 and isfinite(bar.beat):
-            by_rows = partial(self._race, draw=self._draw_against(bar.rival))
-        with evaluator.stepped(step):
+    def __post_init__(self) -> None:
+        forget = self.evaluation.forget
+        self._sets = {
+            name: _Original(group, retained_names(group, [forget]))
+            for name, group in self.evaluation.utility.items()
+        }
+
+    def measure(self, evaluator: Evaluator, trial: Trial, *, bar: Bar | None = None) -> Trial:
+        """Return a trial with its utility, or with the reason why its measurement stopped."""
+        sets = {name: _Edited(original) for name, original in self._sets.items()}
+        bar = bar or Bar()
+        raced = bar.risk > 0 and isfinite(bar.beat)
+        draw = self._draw_against(bar.rival) if raced else None
+        with evaluator.stepped(trial.step) as model:
             if evaluator.score.tower is Tower.VISION:
-                if below := by_rows(look, evaluator.stage, bar):
-                    return below
-                left = torch.cat([self._figures(look, name, slice(None)) for name in groups])
-                self._row_figures[evaluator.move, step] = processes.agreed(left.cpu().numpy())
+                stage = evaluator.stage
+                stopped = (
+                    self._race(sets, stage, bar, draw) if draw else self._run(sets, stage, bar)
+                )
+                if stopped:
+                    return replace(trial, worst=None, expected=None, measurement=stopped)
+                figures = torch.cat([self._figures(each, slice(None)) for each in sets.values()])
+                self._row_figures[evaluator.move, trial.step] = processes.agreed(
+                    figures.cpu().numpy()
+                )
             else:
-                for name, group in groups.items():
-                    look.after_text_edit(name, evaluator.class_embeddings(group.prompts, step))
-        hits = {name: self._hits(name, each) for name, each in look.leads.items()}
-        moved = [
-            float(each.double().mean() / self._spread[name] ** 2)
-            for name, each in look.moved.items()
-        ]
-        losses = [
-            loss
-            for name, group in groups.items()
-            for loss in class_losses(group, self._base_hits[name], hits[name])
-            if loss.rows >= LEAST_ROWS
-        ]
-        return StepUtility(
-            {name: groups[name].accuracy_of(each) for name, each in look.ranks.items()},
-            max(losses, key=lambda loss: loss.lost, default=None),
-            100 * sum(float(each.mean()) for each in hits.values()) / len(hits),
-            sum(moved) / len(moved),
+                for each in sets.values():
+                    each.after_text_edit(model.classes(each.original.group.prompts))
+        losses, expected, moved = [], [], []
+        for each in sets.values():
+            original, hits = each.original, each.hits()
+            losses += class_losses(original.group, original.hits, hits)
+            expected.append(float(hits.mean()))
+            moved.append(float(each.changes.double().mean() / original.spread**2))
+        losses = [loss for loss in losses if loss.rows >= LEAST_ROWS]
+        return replace(
+            trial,
+            utility={n: each.original.group.accuracy_of(each.ranks) for n, each in sets.items()},
+            worst=max(losses, key=lambda loss: loss.lost, default=None),
+            expected=100 * sum(expected) / len(expected),
+            moved=sum(moved) / len(moved),
+            measurement=Measurement.COMPLETE,
         )
 
-    def _look_at_original(self) -> None:
-        for name, group in self.evaluation.utility.items():
-            logits = group.images.features @ group.prompts.embeddings.T
-            self._lead[name] = leads = margins(logits, group.images.labels)
-            self._spread[name] = (SPREAD * leads.double().std(correction=0)).clamp(min=1e-6)
-            self._base_hits[name] = self._hits(name, leads)
-            self._names[name] = names_kept(group, [self.evaluation.forget])
-
-    def _hits(self, name: str, leads: Tensor) -> Tensor:
-        return expected_hits(leads, self._spread[name])
-
-    def _all_rows(self, look: _Look, stage: int, bar: Bar) -> Measurement | None:
+    def _run(self, sets: Mapping[str, _Edited], stage: int, bar: Bar) -> Measurement | None:
         """Evaluate the same fraction of every set, the rows that most likely fail first.
 
         Rows are ordered by the original model's margin, so the measurement of an edit does not
@@ -208,38 +193,39 @@ class UtilityMeter:
         evaluates at least as many rows as would have to fail to rule the step out, and a
         sixteenth of those before it.
         """
-        order = {name: torch.argsort(lead) for name, lead in self._lead.items()}
-        sizes = {name: len(rows) for name, rows in order.items()}
-        least = MIN_ROWS / sum(sizes.values())
+        order = {name: torch.argsort(each.leads) for name, each in self._sets.items()}
+        least = MIN_ROWS / sum(map(len, order.values()))
         looked, missed = 0.0, 0.0
         while (slack := 1 - missed - max(bar.beat, 0) / 100) >= -ROUNDING:
             if looked >= 1:
                 return None
             before, looked = looked, min(1, looked + max(slack, looked / 16, least))
-            for name, size in sizes.items():
-                start, stop = (ceil(share * size) for share in (before, looked))
+            for name, every in order.items():
+                start, stop = (ceil(share * len(every)) for share in (before, looked))
                 if start < stop:
-                    rows = order[name][start:stop]
-                    look.after_vision_edit(name, rows, stage)
-                    hits = self._figures(look, name, rows)
-                    missed += float((1 - hits).sum()) / size / len(sizes)
+                    rows = every[start:stop]
+                    sets[name].after_vision_edit(rows, stage)
+                    hits = self._figures(sets[name], rows)
+                    missed += float((1 - hits).sum()) / len(every) / len(sets)
             missed = processes.agreed(missed)
         return Measurement.RULED_OUT
 
-    def _race(self, look: _Look, stage: int, bar: Bar, *, draw: RowDraw) -> Measurement | None:
+    def _race(
+        self, sets: Mapping[str, _Edited], stage: int, bar: Bar, draw: RowDraw
+    ) -> Measurement | None:
         """Evaluate rows of all sets in one random order, the same for all edits with this rival."""
-        sizes = {name: len(lead) for name, lead in self._lead.items()}
         order, tolerance = draw.order, TOLERANCE / 100
         race = Race(draw, bar.beat / 100 + tolerance, bar.least / 100 + tolerance)
         while race.looked < len(order):
             rows, start = order[race.looked :][: max(ROWS_A_ROUND, race.looked // 8)], 0
             figures = np.zeros(len(rows))
-            for name, size in sizes.items():
+            for each in sets.values():
+                size = len(each.leads)
                 of_set = (rows >= start) & (rows < start + size)
-                chosen = torch.from_numpy(rows[of_set] - start).to(self._lead[name].device)
+                chosen = torch.from_numpy(rows[of_set] - start).to(each.leads.device)
                 if len(chosen):
-                    look.after_vision_edit(name, chosen, stage)
-                    figures[of_set] = self._figures(look, name, chosen).cpu().numpy()
+                    each.after_vision_edit(chosen, stage)
+                    figures[of_set] = self._figures(each, chosen).cpu().numpy()
                 start += size
             race.look(processes.agreed(figures))
             if race.missed > 1 - max(bar.beat, 0) / 100 + ROUNDING:
@@ -248,16 +234,16 @@ class UtilityMeter:
                 return Measurement.EARLY_STOPPED
         return None
 
-    def _draw_against(self, rival: tuple[Evaluator, float] | None) -> RowDraw:
+    def _draw_against(self, rival: tuple[Evaluator, Trial] | None) -> RowDraw:
         """Return the draw of rows against a rival, whose figures are measured if necessary."""
-        key = (rival[0].move, rival[1]) if rival else None
+        key = (rival[0].move, rival[1].step) if rival else None
         if key not in self._draws:
-            known = [torch.cat(list(self._base_hits.values())).cpu().numpy()]
+            known = [torch.cat([each.hits for each in self._sets.values()]).cpu().numpy()]
             if rival and key:
-                if key not in self._row_figures:  # It is on file, by an earlier search.
+                if key not in self._row_figures:  # An earlier search recorded the rival.
                     self.measure(*rival)
                 known.append(self._row_figures[key])
-            sizes = [len(lead) for lead in self._lead.values()]
+            sizes = [len(each.leads) for each in self._sets.values()]
             weights = np.concatenate([np.full(size, 1 / size / len(sizes)) for size in sizes])
             self._draws[key] = RowDraw.of(weights, np.stack(known), self._waits())
         return self._draws[key]
@@ -268,14 +254,14 @@ class UtilityMeter:
         So concepts evaluate the same rows first, and share their cached activations.
         """
         waits = []
-        for number, group in enumerate(self.evaluation.utility.values()):
-            rows = group.images.rows
+        for number, each in enumerate(self._sets.values()):
+            rows = each.group.images.rows
             drawn = np.random.default_rng([self.seed, number]).exponential(size=rows.max() + 1)
             waits.append(drawn[rows])
         return np.concatenate(waits)
 
-    def _figures(self, look: _Look, name: str, rows: Tensor | slice) -> Tensor:
+    def _figures(self, edited: _Edited, rows: Tensor | slice) -> Tensor:
         """Return the figure of evaluated rows of a set, in [0, 1]."""
         if self.utility is UtilityMetric.EXPECTED:
-            return self._hits(name, look.leads[name][rows])
-        return (look.ranks[name][rows] == 0).double()
+            return edited.hits(rows)
+        return (edited.ranks[rows] == 0).double()

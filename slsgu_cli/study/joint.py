@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from shlex import join
-from time import monotonic
 from typing import Self
 
 import numpy as np
@@ -15,13 +14,14 @@ import slsgu_cli
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation
+from slsgu_cli.clip.evaluation import EvaluationSet, SharedEvaluation
+from slsgu_cli.clip.in_place import changed_values
 from slsgu_cli.clip.metrics import gaps, least_gap, margins, ranks_of_truth
-from slsgu_cli.engine.choice import residual_of, utility_of
-from slsgu_cli.engine.effect import report
+from slsgu_cli.engine.choice import residual, utility_of
+from slsgu_cli.engine.edited_model import UNEDITED, EditedModel, edited_model
+from slsgu_cli.engine.effect import class_effects
 from slsgu_cli.engine.evaluator import Evaluator
 from slsgu_cli.engine.gradient_pass import arithmetic
-from slsgu_cli.engine.moved_model import UNMOVED, MovedModel, moved_model
 from slsgu_cli.engine.search import SetSearch, searched_edit
 from slsgu_cli.engine.search_plan import (
     SearchPlan,
@@ -30,12 +30,13 @@ from slsgu_cli.engine.search_plan import (
     require_alike,
     share_evaluation,
 )
-from slsgu_cli.engine.shown_classes import choose_shown
-from slsgu_cli.engine.utility import SPREAD, expected_hits, names_kept
+from slsgu_cli.engine.shown_classes import ShownClasses, choose_shown
+from slsgu_cli.engine.utility import SPREAD, expected_hits, retained_names
 from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.figures.curves import several_plot
 from slsgu_cli.figures.pictures import CosineMap, cosine_maps
 from slsgu_cli.records.codec import digest
+from slsgu_cli.records.figures import Figures, Report
 from slsgu_cli.records.method import Criterion, JointRef, Tower, Trial, Trials
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import FORGET
@@ -56,13 +57,9 @@ PRICE_OF_MOVING = 0.1
 RETAINED_IMAGES = 256
 # The least spread of margins among similar images, as cosines.
 LEAST_SPREAD = 1e-6
-# An interrupted search loses at most this many seconds of trials.
-UNWRITTEN = 5.0
 # With more concepts, only the first and the last cosine map are drawn, and stages have
 # 1, 2, 5, 10, 20, 50, ... and all concepts.
 MOST_MAPS = 10
-# Hints name at most this many concepts.
-MOST_NAMED = 10
 Moves = tuple[JointMove, ...]
 
 
@@ -92,30 +89,22 @@ def search_alone(store: Store, plan: SearchPlan, shared: SharedEvaluation) -> Jo
     Choose those with the lowest cost at their shortest forgetting step, overshoot included. One
     edit hardly costs any accuracy, but the effects of many on retained images add up.
     """
-    evaluation = shared.of(plan.manifest, resumed=True)
-    run = SetSearch(store, Artifact.TRIALS, plan, evaluation)
-    for evaluator in plan.evaluators(store, evaluation):
-        run.along(evaluator)
+    evaluation, options = shared.of(plan.manifest, resumed=True), plan.options
     worth = {}
-    for move, evaluator in run.evaluators.items():
-        if (step := run.shortest(move)) is not None:
-            trial = run.trials[run.key(move, plan.options.overshoot * step)]
-            if trial.moved is None:
-                trial = run.with_utility(evaluator, replace(trial, utility=None))
-            moved = 100 * PRICE_OF_MOVING * (trial.moved or 0.0)
-            worth[move] = utility_of(trial, plan.options.utility) - moved, -trial.share
-    if worth:
-        best = max(worth, key=lambda move: worth[move])
-        alone = run.trials[best, run.shortest(best) or 0.0]
-    else:
-        alone = run.choose()
-    run.write()
-    evaluator = run.evaluators[alone.move]
-    # Release the cached activations of this search.
-    light = Evaluator(
-        shared.of(plan.manifest), evaluator.score, evaluator.along, evaluator.direction
-    )
-    return JointConcept(plan, run.record, light, alone)
+    with SetSearch(store, Artifact.TRIALS, plan, evaluation) as run:
+        for evaluator in plan.evaluators(store, evaluation):
+            run.along(evaluator)
+        for move, evaluator in run.evaluators.items():
+            if (step := run.shortest(move)) is not None:
+                trial = run.trials[run.key(move, options.overshoot * step)]
+                if trial.moved is None:
+                    trial = run.with_utility(evaluator, replace(trial, utility=None))
+                moved = 100 * PRICE_OF_MOVING * (trial.moved or 0.0)
+                worth[move, step] = utility_of(trial, options.utility) - moved, -trial.share
+        alone = run.trials[max(worth, key=lambda key: worth[key])] if worth else run.choose()
+    # Another evaluation releases the cached activations of this search.
+    evaluator = replace(run.evaluators[alone.move], evaluation=shared.of(plan.manifest))
+    return JointConcept(plan, run.record, evaluator, alone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +153,13 @@ class JointCost:
             for name, group in sets.items():
                 rows = np.linspace(0, len(group.images) - 1, RETAINED_IMAGES).round().astype(int)
                 sets[name] = group.some(np.unique(rows))
-        leads = [margins(*UNMOVED.cosines(group)) for group in sets.values()]
+        leads = [margins(*UNEDITED.cosines(group)) for group in sets.values()]
         deviations = [float(each.double().std(correction=0)) for each in leads]
         spread = max(SPREAD * sum(deviations) / len(deviations), LEAST_SPREAD)
         retained = []
         for group, lead in zip(sets.values(), leads, strict=True):
-            names = names_kept(group, evaluation.forget.values())
-            cosines = UNMOVED.cosines(group)[0][:, names]
+            names = retained_names(group, evaluation.forget.values())
+            cosines = UNEDITED.cosines(group)[0][:, names]
             retained.append(RetainedImages(group, names, expected_hits(lead, spread), cosines))
         return cls(evaluation, options, spread, tuple(retained))
 
@@ -184,11 +173,11 @@ class JointCost:
             leads = leads + self.options.margin
         return expected_hits(leads, self.spread).mean()
 
-    def of_retained(self, model: MovedModel) -> Tensor:
+    def of_retained(self, model: EditedModel) -> Tensor:
         """Return the cost of the moves in place on retained images."""
         return torch.stack([self._of(model, images) for images in self.retained]).mean()
 
-    def _of(self, model: MovedModel, images: RetainedImages) -> Tensor:
+    def _of(self, model: EditedModel, images: RetainedImages) -> Tensor:
         logits, labels = model.cosines(images.group)
         lost = (images.hits - expected_hits(margins(logits, labels), self.spread)).clamp(min=0)
         moved = (logits[:, images.names] - images.cosines).double() / self.spread
@@ -207,8 +196,7 @@ class JointSearchRun:
     options: SearchOptions
     cost: JointCost
     trials: dict[Moves, JointTrial]
-    write: Callable[[Iterable[JointTrial]], None]
-    _written: float = field(init=False, default_factory=monotonic)
+    write: Callable[[Iterable[JointTrial]], object]
 
     def run(self) -> JointTrial:
         """Balance the steps of all concepts, extend insufficient ones, and return the best trial.
@@ -226,12 +214,12 @@ class JointSearchRun:
                 ticker.advance()
                 if self._settled(tried):
                     break
-                steps.observe(trial.slopes or {}, self._left(trial))
+                steps.observe(trial.slopes or {}, self._residuals(trial))
             trial = min(tried, key=self._price)
             for _ in range(self.options.steps):
                 if self.forgets(trial):
                     break
-                left = self._left(trial)
+                left = self._residuals(trial)
                 longer = {m.name: m.step * (RAISE if left[m.name] else 1) for m in trial.moves}
                 trial = self._trial(longer)
                 tried.append(trial)
@@ -253,25 +241,17 @@ class JointSearchRun:
 
         One of two concepts may cost half of all other images, one of a hundred a hundredth.
         """
-        left = self._left(trial).values()
+        left = self._residuals(trial).values()
         return (trial.cost or 0.0) + sum(each > 0 for each in left) / len(left)
 
     def forgets(self, trial: JointTrial) -> bool:
         """Return whether a trial meets the criterion for all its concepts."""
-        return not any(self._left(trial).values())
+        return not any(self._residuals(trial).values())
 
-    def in_place(self, moves: Moves) -> AbstractContextManager[MovedModel]:
-        """Apply moves to the model within a block."""
-        return moved_model(self.evaluation, self.evaluated(moves))
-
-    def evaluated(self, moves: Moves) -> list[tuple[Evaluator, float]]:
-        """Return the evaluator and the step of each move."""
-        return [(self.concepts[move.name].evaluator, move.step) for move in moves]
-
-    def _left(self, trial: JointTrial) -> dict[str, float]:
+    def _residuals(self, trial: JointTrial) -> dict[str, float]:
         criterion, margin = self.options.criterion, self.options.margin
         return {
-            name: residual_of(accuracy, trial.gaps[name], criterion, margin)
+            name: residual(accuracy, trial.gaps[name], criterion, margin)
             for name, accuracy in trial.forget.items()
         }
 
@@ -281,26 +261,26 @@ class JointSearchRun:
         known = self.trials.get(moves)
         if known is not None and known.cost is not None and (known.slopes or not slopes):
             return known
-        with self.in_place(moves) as model, torch.set_grad_enabled(slopes):
-            trial = self._measured(moves, model)
-        self.trials[moves] = trial
-        if monotonic() - self._written > UNWRITTEN:
-            self.write(self.trials.values())
-            self._written = monotonic()
+        trial = self.trials[moves] = self._measured(moves, slopes=slopes)
+        self.write(self.trials.values())
         return trial
 
-    def _measured(self, moves: Moves, model: MovedModel) -> JointTrial:
-        """Measure moves that are in place, with slopes of the cost if grad is enabled."""
+    def _measured(self, moves: Moves, *, slopes: bool) -> JointTrial:
+        """Measure moves, on demand with the slopes of the cost."""
         forget, gap, recognised = {}, {}, []
-        for move in moves:
-            group = self.evaluation.forget[move.name]
-            logits, labels = model.cosines(group)
-            recognised.append(self.cost.recognised(logits, labels))
-            forget[move.name] = group.accuracy_of(ranks_of_truth(logits.detach(), labels))
-            gap[move.name] = least_gap(logits.detach(), labels)
-        cost = torch.stack(recognised).mean() + self.cost.of_retained(model)
-        slopes = self._slopes(moves, cost) if torch.is_grad_enabled() else None
-        return JointTrial(moves, forget, gap, None, float(cost.detach()), slopes)
+        with (
+            _edited(self.evaluation, self.concepts, moves) as model,
+            torch.set_grad_enabled(slopes),
+        ):
+            for move in moves:
+                group = self.evaluation.forget[move.name]
+                logits, labels = model.cosines(group)
+                recognised.append(self.cost.recognised(logits, labels))
+                forget[move.name] = group.accuracy_of(ranks_of_truth(logits.detach(), labels))
+                gap[move.name] = least_gap(logits.detach(), labels)
+            cost = torch.stack(recognised).mean() + self.cost.of_retained(model)
+            by_step = self._slopes(moves, cost) if slopes else None
+        return JointTrial(moves, forget, gap, None, float(cost.detach()), by_step)
 
     def _slopes(self, moves: Moves, cost: Tensor) -> dict[str, float]:
         """Return the slope of the cost along the logarithm of each step.
@@ -322,6 +302,14 @@ class JointSearchRun:
         return slopes
 
 
+def _edited(
+    evaluation: SharedEvaluation, concepts: Mapping[str, JointConcept], moves: Moves
+) -> AbstractContextManager[EditedModel]:
+    """Apply moves to the model of an evaluation within the context."""
+    changes = [concepts[move.name].evaluator.change(move.step) for move in moves]
+    return edited_model(evaluation, changed_values(evaluation.model, changes))
+
+
 @dataclass(frozen=True, slots=True)
 class JointResult:
     """A joint search, the number of trials from earlier runs, and the paths of its plots."""
@@ -333,7 +321,7 @@ class JointResult:
 
     @property
     def chosen(self) -> JointTrial:
-        """The trial behind the written edits."""
+        """The trial behind the written edits, on test rows."""
         return self.record.stages[-1]
 
 
@@ -352,7 +340,7 @@ def joint_search(store: Store, names: Sequence[str], *, options: SearchOptions) 
         )
     plans = read_plans(store, names, options=options)
     require_alike({plan.name: plan.base_pass_digest for plan in plans})
-    options = plans[0].options
+    options, label = plans[0].options, joint_label(names)
     with torch.no_grad(), arithmetic(options.precision):
         shared = share_evaluation(store, plans)
         reported = report_evaluation(store, plans, shared)
@@ -362,41 +350,42 @@ def joint_search(store: Store, names: Sequence[str], *, options: SearchOptions) 
                 concepts[plan.name] = search_alone(store, plan, shared)
                 ticker.advance()
         fresh = _fresh(concepts, reported, options)
-        path = Artifact.JOINT.path(joint_label(names))
-        recorded = resume(store, Artifact.JOINT, joint_label(names), fresh).trials
+        recorded = resume(store, Artifact.JOINT, label, fresh).trials
 
-        def write(trials: Iterable[JointTrial]) -> None:
-            store.write_record(path, replace(fresh, trials=tuple(trials)))
+        def write(trials: Iterable[JointTrial], stages: Sequence[JointTrial] = ()) -> JointSearch:
+            record = replace(fresh, trials=tuple(trials), stages=tuple(stages))
+            store.write_record(Artifact.JOINT.path(label), record)
+            return record
 
-        cost = JointCost.of(shared, concepts, options)
         known = {trial.moves: trial for trial in recorded}
+        cost = JointCost.of(shared, concepts, options)
         run = JointSearchRun(shared, concepts, options, cost, known, write)
         chosen = run.run()
-        utility = reported.utility([plan.manifest for plan in plans])
-        stages = tuple(
-            _reported(run, reported, chosen.moves[:count], utility)
-            for count in growth(len(chosen.moves))
-        )
-        record = replace(fresh, stages=stages, trials=tuple(run.trials.values()))
-        _write_edits(store, run, reported, record, chosen)
-        store.write_record(path, record)
-        plots = _draw(store, run, reported, record)
-    return JointResult(record, run.forgets(chosen), len(recorded), plots)
+        manifests = [plan.manifest for plan in plans]
+        shown, utility = choose_shown(reported, manifests), reported.utility(manifests)
+        stages, maps = [], [CosineMap("original", shown.cosines(), ())]
+        for count in growth(len(chosen.moves)):
+            moves, forgotten = chosen.moves[:count], shown.names[:count]
+            with _edited(reported, concepts, moves) as model:
+                stage, ranks = _reported(reported, model, moves, utility)
+                stages.append(stage)
+                maps.append(CosineMap(f"{count} forgotten", shown.cosines(model), forgotten))
+        _write_edits(store, run, reported, fresh, chosen, stages[-1], ranks)
+        record = write(run.trials.values(), stages)
+    return JointResult(
+        record, run.forgets(chosen), len(recorded), _draw(store, record, shown, maps)
+    )
 
 
 def require_joint(result: JointResult) -> None:
     """Raise NotForgottenError unless all concepts meet the criterion."""
     if result.forgotten:
         return
-    names = result.record.names
     worst = sorted(result.chosen.forget.items(), key=lambda pair: (-pair[1].top1, -pair[1].top5))
     left = [f"{name} FA@1 {each.top1:.1f} and FA@5 {each.top5:.1f}" for name, each in worst]
-    again = f"`slsgu search {join(names)} --joint --steps 20`"
-    if len(names) > MOST_NAMED:
-        again = "the same with --steps 20"
     raise NotForgottenError(
-        f"no steps forget {listed(names)} together; the best leave {listed(left)}",
-        hint=f"the trials and the edits are saved; try {again}",
+        f"no steps forget {listed(result.record.names)} together; the best leave {listed(left)}",
+        hint="the trials and the edits are saved; try the same with --joint --steps 20",
     )
 
 
@@ -441,17 +430,17 @@ def _fresh(
 
 
 def _reported(
-    run: JointSearchRun,
-    reported: SharedEvaluation,
+    evaluation: SharedEvaluation,
+    model: EditedModel,
     moves: Moves,
     utility: Mapping[str, EvaluationSet],
-) -> JointTrial:
-    """Return the figures of moves on test rows."""
-    with moved_model(reported, run.evaluated(moves)) as model:
-        figures = {move.name: model.forget_figures(reported.forget[move.name]) for move in moves}
-        retained = model.accuracies(utility)
+) -> tuple[JointTrial, dict[str, Tensor]]:
+    """Return the figures of moves that are in place, and the ranks of retained images."""
+    figures = {move.name: model.forget_figures(evaluation.forget[move.name]) for move in moves}
+    ranks = model.ranks(utility)
+    retained = {name: utility[name].accuracy_of(each) for name, each in ranks.items()}
     forget = {name: accuracy for name, (accuracy, _) in figures.items()}
-    return JointTrial(moves, forget, {name: gap for name, (_, gap) in figures.items()}, retained)
+    return JointTrial(moves, forget, {n: gap for n, (_, gap) in figures.items()}, retained), ranks
 
 
 def _write_edits(
@@ -460,52 +449,39 @@ def _write_edits(
     reported: SharedEvaluation,
     record: JointSearch,
     chosen: JointTrial,
+    stage: JointTrial,
+    ranks: Mapping[str, Tensor],
 ) -> None:
     """Write each concept's edit, with the figures of all edits in place."""
     joint = JointRef(record.names, digest([record.gradients, record.retain_data, chosen.moves]))
     utility = reported.utility([concept.plan.manifest for concept in run.concepts.values()])
-    with moved_model(reported, run.evaluated(chosen.moves)) as model:
-        effects = {
-            move.name: report(
-                Evaluation(
-                    reported.model,
-                    reported.vision,
-                    reported.text,
-                    reported.forget[move.name],
-                    utility,
-                ),
-                model,
-            )
-            for move in chosen.moves
-        }
+    before = UNEDITED.ranks(utility)
     for move in chosen.moves:
-        concept = run.concepts[move.name]
-        trial = Trial(
-            layer=move.layer,
-            tower=move.tower,
-            direction=move.direction,
+        concept, name = run.concepts[move.name], move.name
+        most, nearest = class_effects(utility, before, ranks, reported.forget[name], UNEDITED)
+        effect = Report(
+            Figures(record.baseline_forget[name], record.baseline_utility),
+            Figures(stage.forget[name], stage.utility or {}),
+            most,
+            nearest,
+        )
+        trial = replace(
+            concept.alone,
             step=move.step,
             share=move.share,
-            forget=chosen.forget[move.name],
-            gap=chosen.gaps[move.name],
-            utility=None,
+            forget=chosen.forget[name],
+            gap=chosen.gaps[name],
         )
-        effect = effects[move.name]
         edit = searched_edit(concept.plan, concept.evaluator, concept.record, trial, effect, joint)
         write_edit(store, edit)
 
 
 def _draw(
-    store: Store, run: JointSearchRun, reported: SharedEvaluation, record: JointSearch
+    store: Store, record: JointSearch, shown: ShownClasses, maps: Sequence[CosineMap]
 ) -> tuple[str, ...]:
     """Draw utility against the number of concepts, and the cosine matrix at each number."""
-    shown = choose_shown(reported, [each.plan.manifest for each in run.concepts.values()])
-    maps = [CosineMap("original", shown.cosines(UNMOVED), ())]
-    for stage in record.stages if len(record.names) <= MOST_MAPS else record.stages[-1:]:
-        count = len(stage.moves)
-        with moved_model(reported, run.evaluated(stage.moves)) as model:
-            forgotten = shown.names[:count]
-            maps.append(CosineMap(f"{count} forgotten", shown.cosines(model), forgotten))
+    if len(record.names) > MOST_MAPS:
+        maps = [maps[0], maps[-1]]
     drawn = {
         "several": several_plot(record),
         "cosines": cosine_maps(maps, shown.names, thumbnails=shown.thumbnails),

@@ -14,11 +14,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from shlex import quote
-from typing import TYPE_CHECKING
+
+import torch
 
 import slsgu_cli
 from slsgu_cli import processes, progress
+from slsgu_cli.clip.memory import return_memory
 from slsgu_cli.clip.models import fingerprint, resolve
+from slsgu_cli.engine.evaluator import Evaluator
+from slsgu_cli.engine.gradient_pass import arithmetic
 from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import SearchResult, SetSearch, search_each
@@ -51,9 +55,6 @@ from slsgu_cli.store.artifacts import (
     resume,
 )
 from slsgu_cli.store.store import Store
-
-if TYPE_CHECKING:
-    from slsgu_cli.engine.evaluator import Evaluator
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +108,6 @@ def sweep(store: Store, request: SweepRequest) -> SweepResult:
 
 def _rows(store: Store, request: SweepRequest, pending: Sequence[str]) -> Iterator[SweepRow]:
     """Do the job for each pending class; yield its row on every rank, as soon as it is done."""
-    from slsgu_cli.clip.memory import return_memory
-
     mine = processes.split(pending)
     if pending and processes.world_size() > 1:
         # All ranks compute what the classes share, with the first class.
@@ -235,22 +234,17 @@ def trajectory(store: Store, name: str, *, options: TrajectoryOptions) -> Trajec
 
     Raises MissingError, StaleError, InputError and UsageError.
     """
-    import torch
-
-    from slsgu_cli.engine.gradient_pass import arithmetic
-
     plan = read_plan(store, name, options=options.search)
     followed = []
     with torch.no_grad(), arithmetic(plan.options.precision):
         shared = share_evaluation(store, [plan], Split.TEST)
         evaluation = plan.measured(shared, resumed=True)
-        run = SetSearch(store, Artifact.TRAJECTORY, plan, evaluation)
-        for evaluator in plan.evaluators(store, evaluation):
-            with progress.bar(evaluator.score.layer, options.points) as ticker:
-                for step in _grid(evaluator, run, options):
-                    followed.append(run.with_utility(evaluator, run.trial(evaluator, step)))
-                    ticker.advance()
-            run.write()
+        with SetSearch(store, Artifact.TRAJECTORY, plan, evaluation) as run:
+            for evaluator in plan.evaluators(store, evaluation):
+                with progress.bar(evaluator.score.layer, options.points) as ticker:
+                    for step in _grid(evaluator, run, options):
+                        followed.append(run.with_utility(evaluator, run.trial(evaluator, step)))
+                        ticker.advance()
     trials = replace(run.record, trials=tuple(followed))
     return Trajectory(trials, len(run.trials) - run.reused)
 
@@ -274,7 +268,7 @@ def trajectory_and_plots(
     return result, [store.where(plot_path(name, kind)) for kind in drawn]
 
 
-def _grid(evaluator: "Evaluator", run: SetSearch, options: TrajectoryOptions) -> list[float]:
+def _grid(evaluator: Evaluator, run: SetSearch, options: TrajectoryOptions) -> list[float]:
     """Return evenly spaced steps, the last one at the end of the trajectory."""
     if options.until is not None:
         end = options.until / 0.1 * evaluator.first

@@ -23,8 +23,8 @@ from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.engine.directions import layer_gradient
 from slsgu_cli.engine.evaluator import Evaluator
 from slsgu_cli.engine.gradients import load_graded
-from slsgu_cli.engine.layer_steps import LayerStep, unmeasured_edit
 from slsgu_cli.engine.ranking import named_layers
+from slsgu_cli.engine.step_edit import step_edit
 from slsgu_cli.engine.step_trials import Candidate, StepSearch
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.step_search import bisection
@@ -354,16 +354,21 @@ class TargetSearch(StepSearch[TargetTrial]):
     def write_edit(self, plan: TargetPlan, chosen: TargetTrial, figures: TargetFigures) -> None:
         """Write the edit of a chosen trial, with its figures."""
         record, move = self.record, self.moves[chosen.layer]
-        step = LayerStep.of(chosen, direction=move.direction, along=move.along, weight=move.weight)
-        edit = unmeasured_edit(plan.manifest, plan.pointer, step)
-        measured = replace(
-            edit.header,
+        edit = step_edit(
+            plan.manifest,
+            plan.pointer,
+            chosen.layer,
+            step=chosen.step,
+            share=chosen.share,
+            direction=move.direction,
+            along=move.along.cpu().numpy(),
+            before=move.weight.cpu().numpy(),
             name=self.edit,
             retain_data=record.retain_data,
             forgotten=self.reaches(chosen),
             target=figures,
         )
-        write_edit(self.store, replace(edit, header=measured))
+        write_edit(self.store, edit)
 
     def _reported(self, layer: str | None, step: float, subject: Subject) -> dict[str, Effect]:
         """Return the report of a step, or of the original; measure it unless it is recorded."""

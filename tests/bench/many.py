@@ -37,8 +37,8 @@ from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.engine.apply import apply
+from slsgu_cli.engine.edited_model import UNEDITED
 from slsgu_cli.engine.gradients import compute_gradients
-from slsgu_cli.engine.moved_model import UNMOVED
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search, search_each
 from slsgu_cli.errors import NotForgottenError, SlsguError
@@ -190,9 +190,9 @@ class Bench:
     def figures(self, spec: ModelSpec, names: Sequence[str]) -> "Figures":
         """Return a model's accuracy on some concepts, and on the classes never forgotten."""
         evaluation = self._opened(spec)
-        forget = {name: UNMOVED.forget_figures(evaluation.forget[name])[0] for name in names}
+        forget = {name: UNEDITED.forget_figures(evaluation.forget[name])[0] for name in names}
         manifests = [read_manifest(self.store, name) for name in self.names]
-        return Figures(forget, UNMOVED.accuracies(evaluation.utility(manifests)))
+        return Figures(forget, UNEDITED.accuracies(evaluation.utility(manifests)))
 
     def _opened(self, spec: ModelSpec) -> SharedEvaluation:
         model = resolve(spec)

@@ -15,7 +15,7 @@ from slsgu_cli.checkpoints.edits import load_edit
 from slsgu_cli.checkpoints.layers import Layer, in_whole_and_in_part, layers_of
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.cli.app import app
-from slsgu_cli.clip.in_place import moved
+from slsgu_cli.clip.in_place import changed_values, edited
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.engine.ranking import rank
@@ -166,7 +166,8 @@ def test_moves_of_a_whole_and_a_third_are_summed(world):
     model = load(resolve(world.model))
     original = model.get_parameter(VISION).data.clone()
     change = torch.ones_like(original)
-    with moved(model, [(VISION, change, 2.0), (f"{VISION}.k", change[: len(change) // 3], 0.5)]):
+    changes = [(VISION, change, 2.0), (f"{VISION}.k", change[: len(change) // 3], 0.5)]
+    with edited(model, changed_values(model, changes)):
         q, k, v = (model.get_parameter(VISION).data - original).chunk(3)
         assert [float(part.mean()) for part in (q, k, v)] == pytest.approx([2.0, 2.5, 2.0])
     assert torch.equal(model.get_parameter(VISION).data, original)

@@ -141,7 +141,7 @@ def test_accuracy_counts_rows(shared_world):
 def test_an_edit_lasts_as_long_as_its_block(shared_world):
     model = loading.load(models.resolve(shared_world.model))
     before = model.visual.proj.data.clone()
-    with pytest.raises(KeyError), edited(model, "visual.proj", torch.zeros_like(before)):
+    with pytest.raises(KeyError), edited(model, {"visual.proj": torch.zeros_like(before)}):
         assert not model.visual.proj.any()
         raise KeyError
     assert torch.equal(model.visual.proj.data, before)

@@ -199,9 +199,9 @@ def test_taking_an_earlier_edit_out_again_brings_its_concept_back(after):
         shared = share_evaluation(world.store, [plan])
         score = LayerScore.unranked(blue.header.layer, blue.header.tower, (), 1.0)
         undo = Evaluator(plan.measured(shared), score, torch.from_numpy(-blue.delta()))
-        guard = plan.guard(shared)
-        assert guard.returned([(undo, 1.0)]) == ["blue"]
-        assert guard.returned([(undo, 0.0)]) == []
+        earlier = EarlierConcepts(shared, plan.earlier)
+        assert earlier.returned(undo.change(1.0)) == ["blue"]
+        assert earlier.returned(undo.change(0.0)) == []
         # Images of what is forgotten already are not among those that something is kept on.
         rows = sum(len(group.images) for group in undo.evaluation.utility.values())
         of_red = sum(len(group.images) for group in shared.of(plan.manifest).utility.values())

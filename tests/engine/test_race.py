@@ -153,10 +153,10 @@ def bars(monkeypatch):
     """What each step must keep, in the order in which steps are measured."""
     noted, measure = [], UtilityMeter.measure
 
-    def measured(self, probe, step, *, bar=None):
+    def measured(self, evaluator, trial, *, bar=None):
         if bar:
             noted.append(bar)
-        return measure(self, probe, step, bar=bar)
+        return measure(self, evaluator, trial, bar=bar)
 
     monkeypatch.setattr(UtilityMeter, "measure", measured)
     return noted

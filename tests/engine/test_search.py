@@ -22,8 +22,8 @@ from slsgu_cli.engine.choice import residual
 from slsgu_cli.engine.evaluator import Evaluator
 from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
-from slsgu_cli.engine.search import search
-from slsgu_cli.engine.set_edits import ensure_edit, require_forgotten
+from slsgu_cli.engine.search import require_forgotten, search
+from slsgu_cli.engine.set_edits import ensure_edit
 from slsgu_cli.engine.stored_covariances import find_covariances
 from slsgu_cli.errors import InputError, MissingError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.records.directions import FALLBACK, Direction, DirectionSpec
@@ -276,7 +276,7 @@ def test_steps_sought_by_what_they_lack_are_those_of_bisection(criterion, world)
     def ends(result, layer):
         """Return the longest step that leaves something, and the shortest that does not."""
         trials = [trial for trial in result.trials.trials if trial.layer == layer]
-        left = {trial.step: residual(trial, criterion, margin) for trial in trials}
+        left = {t.step: residual(t.forget, t.gap, criterion, margin) for t in trials}
         enough = min((step for step in left if left[step] == 0), default=math.inf)
         return max((step for step in left if left[step] and step < enough), default=0.0), enough
 
@@ -620,7 +620,7 @@ def test_covariances_of_other_retain_rows_are_not_used(world):
     world.build(retain_samples=40)
     world.grade()
     assert not find_covariances(world.store, world.pointer).places
-    with pytest.raises(StaleError, match="made with other retain rows") as error:
+    with pytest.raises(StaleError, match="made from other retain rows") as error:
         ensure_edit(world.store, "blue", options=SearchOptions())
     assert "slsgu search blue" in error.value.hint
     assert whitened(world, layers=SOME, steps=1).reused == 0

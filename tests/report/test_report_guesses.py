@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from slsgu_cli.checkpoints.edits import load_edit, write_edit
+from slsgu_cli.clip import in_place
 from slsgu_cli.clip.evaluation import prepare_shared
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.tokenizers import tokenizer
-from slsgu_cli.engine.evaluate import with_edits
+from slsgu_cli.engine.edited_model import edited_values
 from slsgu_cli.engine.examples import GuessingModels, guesses_of
 from slsgu_cli.engine.set_edits import direct_edit
 from slsgu_cli.engine.shown_classes import choose_shown
@@ -56,7 +57,7 @@ def test_what_is_shown_is_what_the_whole_models_say(layer, edited):
         scale = float(module.logit_scale.exp())
         plain = [choose_shown(evaluation, [world.manifest]).cosines()]
         guesses = [guesses_of(evaluation.forget[world.name], scale)]
-        with with_edits(module, [edit]):
+        with in_place.edited(module, edited_values(module, [edit])):
             evaluation.base_pass((), cache_bytes=0)
         plain.append(choose_shown(evaluation, [world.manifest]).cosines())
         guesses.append(guesses_of(evaluation.forget[world.name], scale))

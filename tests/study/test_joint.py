@@ -210,7 +210,7 @@ def test_to_forget_all_may_cost_what_its_share_is_worth(concepts, forgets, monke
 def test_a_joint_search_again_measures_nothing_anew(apart, monkeypatch):
     world, result = apart
     before = world.store.read_bytes(Artifact.JOINT.path(joint_label(NAMES)))
-    monkeypatch.setattr("slsgu_cli.study.joint.JointSearchRun.in_place", None)
+    monkeypatch.setattr(JointSearchRun, "_measured", None)
     again = find(world)
     assert again.record == result.record
     assert again.reused == len(result.record.trials)
@@ -227,18 +227,16 @@ def test_a_search_that_is_interrupted_goes_on_to_the_same_bytes(apart, monkeypat
     before = world.store.read_bytes(path)
     edits = [world.store.read_bytes(Artifact.EDIT.path(name)) for name in NAMES]
     world.store.remove(path)
-    # Every trial is put on file at once.
-    monkeypatch.setattr(joint_module, "UNWRITTEN", -1.0)
-    in_place = joint_module.JointSearchRun.in_place
+    measure = JointSearchRun._measured
     measured = []
 
-    def counted(run, moves):
+    def counted(run, moves, **options):
         measured.append(moves)
         if len(measured) == 4:
             raise Interrupted
-        return in_place(run, moves)
+        return measure(run, moves, **options)
 
-    monkeypatch.setattr(joint_module.JointSearchRun, "in_place", counted)
+    monkeypatch.setattr(JointSearchRun, "_measured", counted)
     with pytest.raises(Interrupted):
         find(world)
     left = world.store.read_record(path, JointSearch)
@@ -297,8 +295,8 @@ def test_whether_a_concept_is_forgotten_is_told_by_the_images_to_choose_by(apart
     reported = joint_module._reported
 
     def recognised(*asked):
-        trial = reported(*asked)
-        return replace(trial, forget=dict.fromkeys(trial.forget, Accuracy(50.0, 50.0, 2)))
+        trial, ranks = reported(*asked)
+        return replace(trial, forget=dict.fromkeys(trial.forget, Accuracy(50.0, 50.0, 2))), ranks
 
     monkeypatch.setattr(joint_module, "_reported", recognised)
     result = find(world)

@@ -71,7 +71,7 @@ def counted(monkeypatch):
 
     counting(gradients._Job, "compute", None)
     counting(SharedEvaluation, "base_pass", "base")
-    counting(search_module.SetSearch, "run", "search")
+    counting(search_module, "_search_set", "search")
     return counts
 
 
@@ -101,15 +101,15 @@ def test_classes_share_the_retain_gradient_and_the_base_pass(few, store, counted
 def test_a_sweep_goes_on_where_it_was_interrupted(few, store, counted, monkeypatch):
     whole = sweep(Store(store.root + "-whole"), few).sweep
     counted.update(dict.fromkeys(counted, 0))
-    run = search_module.SetSearch.run
+    run = search_module._search_set
 
-    def interrupted(search, *arguments):
-        if search.plan.name == "red":
+    def interrupted(store, plan, *arguments):
+        if plan.name == "red":
             raise KeyboardInterrupt
-        return run(search, *arguments)
+        return run(store, plan, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(search_module.SetSearch, "run", interrupted)
+        patch.setattr(search_module, "_search_set", interrupted)
         with pytest.raises(KeyboardInterrupt):
             sweep(store, few)
     assert [row.name for row in store.read_record(Artifact.SWEEP.path("colours"), Sweep).rows] == [

@@ -53,7 +53,7 @@ def test_the_grid_is_even_and_ends_where_the_concept_is_forgotten(world):
             steps = [trial.step for trial in found.of(line)]
             assert steps == pytest.approx([steps[-1] * k / 4 for k in (1, 2, 3, 4)])
             last = found.of(line)[-1]
-            forget = residual(last, criterion, 0.02)
+            forget = residual(last.forget, last.gap, criterion, 0.02)
             assert last.share in (pytest.approx(0.1 * 2**k) for k in range(7))
             assert forget == 0 or last.share == pytest.approx(FARTHEST)
 

@@ -14,6 +14,7 @@ import torch
 
 from slsgu_cli.clip.evaluation import EvaluationSet
 from slsgu_cli.engine.choice import utility_of
+from slsgu_cli.engine.edited_model import UNEDITED
 from slsgu_cli.engine.layer_search import LayerSearch
 from slsgu_cli.engine.utility import UtilityMeter
 from slsgu_cli.records.directions import FALLBACK
@@ -101,10 +102,9 @@ class GivenFigures:
     def keeps(self, utility=UtilityMetric.EXPECTED) -> list[float]:
         """Return the utility of each step, in percent."""
         meter = UtilityMeter(self, utility)
-        every = [(evaluator, meter.measure(evaluator, 1.0)) for evaluator in self.evaluators()]
         return [
-            utility_of(evaluator.measure(1.0, found.utility, found.expected), utility)
-            for evaluator, found in every
+            utility_of(meter.measure(evaluator, evaluator.measure(1.0)), utility)
+            for evaluator in self.evaluators()
         ]
 
     def evaluators(self):
@@ -123,7 +123,7 @@ class Given:
         tower = self.world.towers[self.index] if self.world.towers else Tower.VISION
         self.score, self.stage = SimpleNamespace(tower=tower), 0
 
-    def measure(self, step, utility=None, expected=None):
+    def measure(self, step):
         return Trial(
             layer=self.move[0],
             tower=self.score.tower,
@@ -132,18 +132,14 @@ class Given:
             share=float(self.index + 1),
             forget=Accuracy(0.0, 0.0, 8),
             gap=0.1,
-            utility=utility,
-            expected=expected,
+            utility=None,
         )
 
     @contextmanager
     def stepped(self, step):
         self.world.placed = self.world.steps[self.index]
-        yield
+        yield UNEDITED
         self.world.placed = None
-
-    def class_embeddings(self, prompts, step):
-        return prompts.embeddings
 
 
 def made_up(seed: int, *, steps=8, sizes=(300, 900)) -> GivenFigures:

@@ -47,13 +47,9 @@ class Metric(ABC):
 
 
 class Direction(ABC):
-    """A direction: steepest ascent of the forget loss in a metric of its own.
-
-    One that `takes_arrays` works on numpy arrays as well, without PyTorch.
-    """
+    """A direction: steepest ascent of the forget loss in a metric of its own."""
 
     needs_inputs = False
-    takes_arrays = False
 
     @abstractmethod
     def metric(self, layer: LayerStatistics) -> Metric:
