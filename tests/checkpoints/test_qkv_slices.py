@@ -181,7 +181,7 @@ def test_what_was_ranked_otherwise_is_told(world):
     chosen = SearchOptions(layers=[f"{VISION}.v"], steps=1)
     search(world.store, world.name, options=chosen)
     assert world.store.exists(Artifact.EDIT.path(world.name))
-    with pytest.raises(StaleError, match="no layer where query, key and value are fused"):
+    with pytest.raises(StaleError, match="does not match --qkv fused"):
         ensure_edit(world.store, world.name, options=options)
     assert (
         ensure_edit(world.store, world.name, options=SearchOptions(qkv=Qkv.SPLIT)).header.layer
