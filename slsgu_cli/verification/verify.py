@@ -16,8 +16,8 @@ from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.clip.finite import counted_by
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import ResolvedModel, fingerprint, resolve
-from slsgu_cli.engine.gradients import check_inputs
 from slsgu_cli.engine.edited_model import add_edits
+from slsgu_cli.engine.gradients import check_inputs
 from slsgu_cli.engine.resumable import SavedSums
 from slsgu_cli.engine.set_edits import current_edit
 from slsgu_cli.errors import MissingError
