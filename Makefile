@@ -30,6 +30,7 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=tests/bench:tests/support $(BIN)/mypy --config-file=tests/bench/mypy.ini tests/bench/*.py
 	$(BIN)/lint-imports
 
 $(VENV)/bin/python:

@@ -117,9 +117,9 @@ def main() -> None:
             sys.exit(f"the run ended before it could be killed in {step}")
         print(f"killed in {step}", flush=True)
     run(folder / "killed")
-    whole, killed = (digests(folder / name).items() for name in ("whole", "killed"))
-    differing = sorted({name for name, _ in whole ^ killed})
-    print(f"{len(whole)} files, not the same: {', '.join(differing) or 'none'}")
+    files, others = (digests(folder / name).items() for name in ("whole", "killed"))
+    differing = sorted({name for name, _ in files ^ others})
+    print(f"{len(files)} files, not the same: {', '.join(differing) or 'none'}")
 
 
 if __name__ == "__main__":

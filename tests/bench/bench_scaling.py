@@ -278,7 +278,8 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        measure(*args.measure, args.device, args.layers)
+        folder, name = args.measure
+        measure(folder, name, args.device, args.layers)
         return
     with tempfile.TemporaryDirectory() as folder:
         for table in args.tables:

@@ -23,6 +23,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -89,7 +90,8 @@ def plain_evaluation(store: Store, manifest: SetManifest, device: str) -> float:
     """Return the seconds that open_clip takes to classify every evaluation image once."""
     start = clock(device)
     resolved = resolve(manifest.model)
-    model, tokenize = load(resolved, device), tokenizer(resolved)
+    model: Any = load(resolved, device)
+    tokenize = tokenizer(resolved)
     normalize = pixel_normalizer(manifest.input, device)
     with torch.no_grad():
         for ref in manifest.evals.values():

@@ -87,7 +87,7 @@ def write(
                 kept[name] = layer
                 held |= {(path.parent, slot.key) for slot in tensor_places(name, place)}
             for slot in tensor_places(name, place):
-                tensors[slot.key] = np.ascontiguousarray(slot.take(layer))
+                tensors[slot.key] = np.ascontiguousarray(slot.from_layer(layer))
         file = path if shards == 1 else path.with_stem(f"{path.stem}-{shard + 1:05}-of-{shards:05}")
         save(file, tensors)
     return Made(kept, held)
@@ -162,12 +162,13 @@ def digests(path: Path) -> dict[tuple[Path, str], str]:
         folder = file.parent.relative_to(path if path.is_dir() else path.parent)
         if file.suffix == ".safetensors":
             opened = open_weights(file)
-            start = min(opened.entry(name).offset for name in opened.names())
             with file.open("rb") as head:
-                whole = head.read(start) + str(file.stat().st_size).encode()
+                length = head.read(8)
+                header = length + head.read(int.from_bytes(length, "little"))
+            whole = header + str(file.stat().st_size).encode()
             found[folder, file.name] = hashlib.sha256(whole).hexdigest()
             for name in opened.names():
-                found[folder, name] = hashlib.sha256(opened.stored(name)).hexdigest()
+                found[folder, name] = hashlib.sha256(opened.stored(name).tobytes()).hexdigest()
         elif file.is_file():
             found[folder, file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found

@@ -15,6 +15,7 @@ import argparse
 import json
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -33,7 +34,7 @@ MODELS = ["ViT-B-32", "ViT-L-14", "ViT-SO400M-14-SigLIP", "EVA01-g-14"]
 PARTS = ("forward", "backward: inputs", "backward: candidates", "backward: other parameters")
 
 
-def shapes_of(name: str) -> nn.Module:
+def shapes_of(name: str) -> Any:
     """Return a model of real size on the meta device."""
     with torch.device("meta"):
         return open_clip.create_model(name, device="meta").eval()

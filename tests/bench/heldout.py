@@ -163,18 +163,18 @@ def main() -> None:
     for name, kind in concepts.items():
         store = Store(str(folder / "store"))
         try:
-            took = prepared(store, requests[name])
+            seconds = prepared(store, requests[name])
         except SlsguError as error:
             print(f"{name}\tall\t{error}")
             continue
-        preparing += [took] if took is not None else []
+        preparing += [seconds] if seconds is not None else []
         for way in options.ways:
             try:
-                header, seconds = searched(store, name, way, folder)
+                header, searching = searched(store, name, way, folder)
             except SlsguError as error:
                 print(f"{name}\t{way}\t{error}")
                 continue
-            rows.append(Row(name, kind, way, header, seconds))
+            rows.append(Row(name, kind, way, header, searching))
             show(rows[-1])
     print("\nway\tconcepts\tof\tFA@1\tworst\tFA@5\tworst\tbrands\tworst\tobjects\tworst\tseconds")
     for way in options.ways:
@@ -182,12 +182,12 @@ def main() -> None:
         for kind in sorted(set(concepts.values())):
             summarise(f"{way}, {kind}", [row for row in searches if row.kind == kind])
         summarise(way, searches)
-    for stage, seconds in {
+    for stage, took in {
         "build-sets, grad and rank": preparing,
         **{f"search, {way}": [r.seconds for r in rows if r.way == way] for way in options.ways},
     }.items():
-        if seconds:
-            print(f"{stage}: {median(seconds):.1f} s a concept, {sum(seconds):.0f} s in all")
+        if took:
+            print(f"{stage}: {median(took):.1f} s a concept, {sum(took):.0f} s in all")
 
 
 def show(row: Row) -> None:

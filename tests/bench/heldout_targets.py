@@ -90,16 +90,15 @@ def rows(name: str, result: TargetSearchResult) -> list[list[str]]:
 
 
 def main() -> None:
+    usual = TargetSearchOptions(target=Path())
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=Path, required=True, help="folder of a pipeline or LLaVA")
     parser.add_argument("--concepts", default="5", help="how many, or names with commas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--store", type=Path, help="keep everything here, to resume later")
     parser.add_argument("--judge", action="append", default=[], help="another model, by its folder")
-    parser.add_argument(
-        "--direction", type=Direction, default=TargetSearchOptions(target="").direction
-    )
-    parser.add_argument("--overshoot", type=float, default=TargetSearchOptions(target="").overshoot)
+    parser.add_argument("--direction", type=Direction, default=usual.direction)
+    parser.add_argument("--overshoot", type=float, default=usual.overshoot)
     wanted = parser.parse_args()
     further = [ModelSpec(f"{LOCAL}{folder}") for folder in wanted.judge]
     options = TargetSearchOptions(

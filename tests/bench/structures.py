@@ -17,6 +17,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
@@ -39,7 +40,7 @@ from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.directions import Direction
+from slsgu_cli.records.directions import Direction, DirectionSpec
 from slsgu_cli.records.method import GradientHeader, Qkv
 from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
@@ -248,7 +249,8 @@ def gradient_error(world):
 
     It is the larger of both losses' |stored - plain| / |plain|, over all parameters.
     """
-    module, spec = load(resolve(world.model)), world.manifest.input
+    module: Any = load(resolve(world.model))
+    spec = world.manifest.input
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
     errors = []
     for which in ("forget", "retain"):
@@ -303,11 +305,11 @@ def measured(config, sources, folder):
         direction: {score.layer for score in scores}
         for direction, scores in ranking.by_direction().items()
     }
-    whitened = by_direction.get(Direction.WHITENED, set())
+    whitened = by_direction.get(DirectionSpec.of(Direction.WHITENED), set())
     scored = whitened.union(*by_direction.values())
-    heard = "\n".join(listener.heard)
+    messages = "\n".join(listener.heard)
     left = candidates - scored
-    silent = {name for name in left if name not in heard}
+    silent = {name for name in left if name not in messages}
     along = sorted(scored - whitened)
     why = [
         text.rpartition(": ")[0] for text in listener.heard if re.match(r"\d+ layers are ", text)
@@ -329,20 +331,20 @@ def searched_and_written(world, folder):
     options = SearchOptions(steps=4)
     try:
         result = search(world.store, "blue", options=options)
-        told = "forgets" if result.forgotten else "does not reach 0"
+        outcome = "forgets" if result.forgotten else "does not reach 0"
         words = {}
     except SlsguError as error:
-        told, words = first_lines(error)[:80], {}
+        outcome, words = first_lines(error)[:80], {}
         best = next(score.layer for score in world.ranking.scores if score.front)
         words = {"layer": best, "step": 1.0}
     request = ApplyRequest(names=["blue"], out=folder / "out", **words)
-    result = apply(world.store, request)
+    applied = apply(world.store, request)
     written = open_clip.create_model(f"local-dir:{folder / 'out'}", pretrained_text=False)
     before, after = load(resolve(world.model)).state_dict(), written.state_dict()
     moved = [name for name in before if not torch.equal(before[name], after[name])]
-    (change,) = result.files[0].changes
-    loads = moved == [change.layer] and result.model is not None
-    return [told, "yes" if loads else f"moved {moved[:3]}, said {result.model}"]
+    (change,) = applied.files[0].changes
+    loads = moved == [change.layer] and applied.model is not None
+    return [outcome, "yes" if loads else f"moved {moved[:3]}, said {applied.model}"]
 
 
 def sources_in(folder):

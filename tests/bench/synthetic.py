@@ -11,6 +11,7 @@ and the search has something to forget; captions then name the classes.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -46,7 +47,7 @@ def random_model(folder: Path, name: str) -> ModelSpec:
 
 
 @torch.no_grad()
-def _centre(model: torch.nn.Module) -> None:
+def _centre(model: Any) -> None:
     """Subtract the mean output of each tower's last norm from that norm's bias."""
     size, context = model.visual.image_size, model.context_length
     height = size[0] if isinstance(size, tuple) else size
@@ -197,7 +198,7 @@ def synthetic_set(
         concept = concept or names[_concept(labels, classes)]
         kept += [name for name in names if name != concept]
         refs[key] = labelled_block(
-            store, f"{name}-{key}", labels=labels, names=names, size=spec.height, seed=seed
+            store, f"{name}-{key}", labels=labels.tolist(), names=names, size=spec.height, seed=seed
         )
 
     def pairs(part: str, rows: int, shown: str = "") -> DataRef:
