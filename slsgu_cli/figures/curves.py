@@ -78,14 +78,17 @@ def step_plot(trials: Trials, *, move: Move, chosen: float | None = None) -> byt
 def draw_layers(axes: Axes, scores: Sequence[LayerScore]) -> list[tuple[float, float]]:
     """Draw the front in colours and the other layers as crosses; return the front's points.
 
-    Both axes are logarithmic; signed alignments get a symmetric logarithmic axis. Zeros
-    are drawn at the edge, with a note.
+    Both axes are logarithmic, and symmetric if a value is 0 or negative.
     """
     dress(axes)
     axes.set_xlabel("alignment: cosine of forget and retain gradient (less is better)", color=INK)
     axes.set_ylabel("importance: forget gradient / weights (more is better)", color=INK)
-    x = _scaled(axes, "x", [score.alignment for score in scores])
-    y = _scaled(axes, "y", [score.importance for score in scores])
+    x = [score.alignment for score in scores]
+    y = [score.importance for score in scores]
+    axes.set_xscale(**_symmetric_scale(x) if min(x) <= 0 else {"value": "log"})
+    axes.set_yscale(**_symmetric_scale(y) if min(y) <= 0 else {"value": "log"})
+    if min(x) < 0:
+        axes.axvline(0, color=FAINT, linewidth=2, zorder=1)
     others = [i for i, score in enumerate(scores) if not score.front]
     front = [i for i, score in enumerate(scores) if score.front]
     for rank, i in enumerate(front):
@@ -179,25 +182,11 @@ def _scale_steps(axes: Axes, tried: Sequence[Trial]) -> None:
     above.tick_params(labelsize=9, labelcolor=MUTED)
 
 
-def _scaled(axes: Axes, which: str, values: Sequence[float]) -> list[float]:
-    """Set a logarithmic scale that fits `values`; return them with zeros moved to its edge."""
-    magnitudes = [abs(value) for value in values if value != 0]
-    least, most = min(magnitudes, default=1e-3), max(magnitudes, default=1e-3)
-    set_scale = axes.set_xscale if which == "x" else axes.set_yscale
-    if any(value < 0 for value in values):
-        set_scale("symlog", linthresh=10 ** math.floor(math.log10(max(least, most / 1000))))
-        axes.axvline(0, color=FAINT, linewidth=2, zorder=1)
-        return list(values)
-    set_scale("log")
-    zeros = sum(value == 0 for value in values)
-    if zeros:
-        what, edge, place = {
-            "x": ("alignment", "left", (0.01, 0.02)),
-            "y": ("importance", "lower", (0.01, 0.06)),
-        }[which]
-        note = f"{zeros} with {what} 0, drawn at the {edge} edge"
-        axes.text(*place, note, transform=axes.transAxes, color=MUTED, fontsize=8)
-    return [value or least / 3 for value in values]
+def _symmetric_scale(values: Sequence[float]) -> dict[str, Any]:
+    """Return the arguments of a logarithmic scale with a linear part around 0."""
+    magnitudes = [abs(value) for value in values if value] or [1e-3]
+    least = max(min(magnitudes), max(magnitudes) / 1000)
+    return {"value": "symlog", "linthresh": 10 ** math.floor(math.log10(least))}
 
 
 ACROSS = 3

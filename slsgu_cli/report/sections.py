@@ -51,7 +51,7 @@ class Column(NamedTuple):
     """A column of a table.
 
     `kind` is "" for text, "figure" for right-aligned numbers, "code" for names and digests,
-    "link" for links to the article with the number of the row, "whole" for text on one line.
+    "link" for links to the article with the number of the row.
     """
 
     label: str

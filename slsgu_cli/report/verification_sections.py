@@ -1,12 +1,11 @@
 """The section on verification: what may recover the concept, and whether it does."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from itertools import zip_longest
 
 from markupsafe import Markup
 
-from slsgu_cli.figures.numbers import change, cosine, count, interval, number, percent
-from slsgu_cli.records.figures import Share
+from slsgu_cli.figures.numbers import change, cosine, percent
 from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.verification import Check, Verification, VerifiedModel
 from slsgu_cli.report.charts import training_chart
@@ -80,14 +79,7 @@ def _verification(record: Verification, original: VerifiedModel, edited: Verifie
         *texts("verdict", "note"),
     ]
     counts = [(word, sum(row.verdict is word for row in variants)) for word in Verdict]
-    details = (
-        _attempts(original, edited),
-        _neighbourhood(original, edited),
-        *_losses(original, edited),
-        _classifiers(original, edited),
-        *_retrieved(original, edited),
-        _membership(original, edited),
-    )
+    details = (_attempts(original, edited), _neighbourhood(original, edited))
     return fill(
         "verification.html",
         conclusion=conclusion(record.concept, original, edited).text,
@@ -102,6 +94,7 @@ def _verification(record: Verification, original: VerifiedModel, edited: Verifie
             if _has_curves(original, check) and _has_curves(edited, check)
         ],
         details=[table for table in details if table is not None],
+        name=record.name,
     )
 
 
@@ -147,144 +140,3 @@ def _neighbourhood(original: VerifiedModel, edited: VerifiedModel) -> Table | No
         ),
     ]
     return Table("Where the concept went", columns, cells)
-
-
-def _losses(original: VerifiedModel, edited: VerifiedModel) -> Iterator[Table]:
-    """Yield the losses of the nearest names, and of the classes that lost most."""
-    from slsgu_cli.engine.utility import LEAST_ROWS
-    from slsgu_cli.verification.checks.nearest import losses, most_harmed, nearest_names
-
-    known = losses(original, edited)
-    captions = {
-        f"The names nearest to the concept's, on {name}": classes
-        for name, classes in nearest_names(known).items()
-    }
-    captions[f"The largest losses among classes with {LEAST_ROWS} images or more"] = most_harmed(
-        known
-    )
-    columns = [
-        *texts("class"),
-        *figures(
-            "cosine of names",
-            "images",
-            "TA@1, original",
-            "TA@1, edited",
-            "change, points",
-            "95% interval, edited",
-        ),
-    ]
-    for caption, classes in captions.items():
-        cells = [
-            (
-                row.name,
-                cosine(row.cosine),
-                count(row.rows),
-                percent(row.before),
-                percent(row.after),
-                change(-row.lost),
-                interval(Share.of(row.after, row.rows)),
-            )
-            for row in classes
-        ]
-        if cells:
-            yield Table(caption, columns, cells)
-
-
-def _classifiers(original: VerifiedModel, edited: VerifiedModel) -> Table | None:
-    """Return how well classifiers on image features recognise the concept's images."""
-    from slsgu_cli.verification.checks.probe import score_pairs
-
-    cells: list[tuple[Cell, ...]] = [
-        (
-            f"{now.classifier}, {now.subject}",
-            count(now.images),
-            percent(was.accuracy),
-            percent(now.accuracy),
-            percent(was.recall),
-            percent(now.recall),
-        )
-        for was, now in score_pairs(original, edited)
-    ]
-    if not cells:
-        return None
-    columns = [
-        *texts("classifier and subject"),
-        *figures(
-            "training images",
-            "accuracy, original",
-            "accuracy, edited",
-            "recall, original",
-            "recall, edited",
-        ),
-    ]
-    caption = (
-        "Classifiers on image features: accuracy (50% is chance), and recall at 1% false positives"
-    )
-    return Table(caption, columns, cells)
-
-
-def _retrieved(original: VerifiedModel, edited: VerifiedModel) -> Iterator[Table]:
-    """Yield how well queries find the concept's images, and how far features moved."""
-    from slsgu_cli.verification.checks.retrieval import retrievals
-
-    pair = retrievals(original, edited)
-    if pair is None:
-        return
-    queries: list[tuple[Cell, ...]] = [
-        (
-            f"{now.query}, in {now.index} index",
-            percent(was.precision),
-            percent(now.precision),
-            percent(was.recall1),
-            percent(now.recall1),
-            percent(now.recall10),
-        )
-        for was, now in zip(pair[0].queries, pair[1].queries, strict=True)
-    ]
-    columns = [
-        *texts("query"),
-        *figures(
-            "mAP, original",
-            "mAP, edited",
-            "recall@1, original",
-            "recall@1, edited",
-            "recall@10, edited",
-        ),
-    ]
-    yield Table("Retrieval of the concept's images among all others", columns, queries)
-    moved: list[tuple[Cell, ...]] = [
-        (
-            side.images,
-            count(side.rows),
-            percent(100 * side.identical / side.rows),
-            percent(100 * side.far / side.rows),
-            number(side.mean),
-            number(side.largest),
-        )
-        for side in pair[1].shifts
-    ]
-    columns = [
-        *texts("features of"),
-        *figures("images", "bit-identical", "moved by more than 0.01", "mean move", "largest move"),
-    ]
-    yield Table("Changes of an existing index; a move is 1 - cosine", columns, moved)
-
-
-def _membership(original: VerifiedModel, edited: VerifiedModel) -> Table | None:
-    from slsgu_cli.verification.checks.membership import exposure
-
-    before, after = original.finding(Check.MEMBERSHIP), edited.finding(Check.MEMBERSHIP)
-    if before is None or after is None:
-        return None
-    cells = [
-        (
-            f"{was.figure}, against {was.against}",
-            f"{was.mean:.1f} ± {was.deviation:.1f}%",
-            f"{now.mean:.1f} ± {now.deviation:.1f}%",
-            str(exposure(was, now)),
-        )
-        for was, now in zip(before.membership, after.membership, strict=True)
-    ]
-    columns = [*texts("attack"), *figures("original", "edited"), *texts("verdict")]
-    caption = "Membership inference: how often an attack recognises forget pairs; 50% is chance"
-    return Table(caption, columns, cells)

@@ -16,15 +16,7 @@ from slsgu_cli.targets.judge import Judge, called, measured_classes, words_of
 from slsgu_cli.targets.models import ImageJob, Pipeline, encoded
 
 
-@dataclass(frozen=True, slots=True)
-class JudgedPrompt:
-    """An image to generate, and the class that it should show."""
-
-    label: str
-    job: ImageJob
-
-
-def agrees(judge: Judge, prompts: Sequence[JudgedPrompt], images: Sequence[bytes]) -> list[bool]:
+def agrees(judge: Judge, prompts: Sequence[ImageJob], images: Sequence[bytes]) -> list[bool]:
     """Return for each image whether the judge recognises the class that its prompt names."""
     verdicts = judge.verdicts(images)
     return [prompt.label == name for prompt, name in zip(prompts, verdicts, strict=True)]
@@ -86,8 +78,8 @@ class JudgedPrompts:
     budget: Budget
     templates: Sequence[str]
     split: Split
-    of_concept: list[JudgedPrompt] = field(init=False)
-    of_others: list[JudgedPrompt] = field(init=False)
+    of_concept: list[ImageJob] = field(init=False)
+    of_others: list[ImageJob] = field(init=False)
 
     def __post_init__(self) -> None:
         generator = np.random.default_rng(self.budget.seed)
@@ -123,14 +115,13 @@ class JudgedPrompts:
     def digest(self) -> str:
         """A digest of all prompts and seeds."""
         prompts = [*self.of_concept, *self.of_others]
-        return digest([[each.label, each.job.prompt, each.job.seed] for each in prompts])
+        return digest([[each.label, each.prompt, each.seed] for each in prompts])
 
-    def generated(self, pipe: Pipeline, prompts: Sequence[JudgedPrompt]) -> Iterator[bytes]:
+    def generated(self, pipe: Pipeline, prompts: Sequence[ImageJob]) -> Iterator[bytes]:
         """Yield the images as PNG, in order."""
-        jobs = [prompt.job for prompt in prompts]
-        yield from map(encoded, pipe.generate(jobs, self.budget.diffusion))
+        yield from map(encoded, pipe.generate(prompts, self.budget.diffusion))
 
-    def hits(self, pipe: Pipeline, prompts: Sequence[JudgedPrompt]) -> Iterator[list[bool]]:
+    def hits(self, pipe: Pipeline, prompts: Sequence[ImageJob]) -> Iterator[list[bool]]:
         """Yield batch by batch whether the first judge recognises each image as its class."""
         for start, stop in spans(len(prompts), self.budget.diffusion.batch):
             some = prompts[start:stop]
@@ -146,11 +137,11 @@ class JudgedPrompts:
             for judge in self.judges
         }
 
-    def _prompts(self, names: Sequence[str]) -> list[JudgedPrompt]:
+    def _prompts(self, names: Sequence[str]) -> list[ImageJob]:
         prompts = prompts_for(self.split, self.templates)
         first = self.budget.seed + (0 if self.split is Split.TEST else SEARCHED_FROM)
         return [
-            JudgedPrompt(name, ImageJob(prompt.replace("{}", name), first + number))
+            ImageJob(prompt.replace("{}", name), first + number, name)
             for number, (name, prompt) in enumerate(zip(names, cycle(prompts), strict=False))
         ]
 

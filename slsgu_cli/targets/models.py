@@ -224,10 +224,11 @@ def _not_finite(what: str, model: str) -> NotFiniteError:
 
 @dataclass(frozen=True, slots=True)
 class ImageJob:
-    """One image to generate: its prompt, and the seed of its noise."""
+    """One image to generate: its prompt, the seed of its noise, and the class to show, if known."""
 
     prompt: str
     seed: int
+    label: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,10 +352,11 @@ MAX_TOKENS = 32
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question about an image."""
+    """A question about an image, and the class that it shows, if known."""
 
     image: Image.Image
     text: str
+    label: str = ""
 
 
 def _require_words(ids: Tensor, scores: Tensor) -> Tensor:

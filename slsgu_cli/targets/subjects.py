@@ -1,6 +1,6 @@
 """A target under search: its prompts or questions, and the steps that its layers can take."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,7 +34,7 @@ from slsgu_cli.store.store import Store
 from slsgu_cli.targets.answer_gradient import answer_gradient
 from slsgu_cli.targets.judge import class_in
 from slsgu_cli.targets.judged_prompts import JudgedPrompts
-from slsgu_cli.targets.models import LiveEncoder, Llava, Pipeline, Question
+from slsgu_cli.targets.models import ImageJob, LiveEncoder, Llava, Pipeline, Question
 
 ROWS = 32
 
@@ -47,24 +47,35 @@ class TargetSubject:
     `is_test`, the two share no prompt or image. The first of the `judges` decides. The edits
     `beside`, by digest, are in place in other encoders.
 
-    A trial counts the outputs that still show the `concept`, and stops as soon as it must miss
-    the goal. It also counts the outputs for the `others` that show the right class.
     """
 
     encoder: LiveEncoder
+    searched: Any
+    to_test: Any
     judges: tuple[str, ...]
     is_test: bool = True
     beside: dict[str, str] = field(default_factory=dict)
 
+    def hits(self, items: Sequence[Any]) -> Iterator[Sequence[bool]]:
+        """Yield batch by batch whether outputs for prompts or questions show the right class."""
+        raise NotImplementedError
 
-def counted(hits: Iterable[Sequence[bool]], total: int, goal: float | None = None) -> Share:
-    """Count hits among `total`, batch by batch; stop as soon as the goal must be missed."""
-    count = seen = 0
-    for batch in hits:
-        count, seen = count + sum(batch), seen + len(batch)
-        if goal is not None and not meets(goal, Share(count, total)):
-            break
-    return Share(count, seen)
+    def count(self, items: Sequence[Any], goal: float | None = None) -> Share:
+        """Count outputs that show the right class; stop as soon as the goal must be missed."""
+        count = seen = 0
+        for batch in self.hits(items):
+            count, seen = count + sum(batch), seen + len(batch)
+            if goal is not None and not meets(goal, Share(count, len(items))):
+                break
+        return Share(count, seen)
+
+    def concept(self, goal: float | None = None) -> Share:
+        """Count the outputs for the concept that show it."""
+        return self.count(self.searched.of_concept, goal)
+
+    def others(self) -> Share:
+        """Count the outputs for other classes that show their class."""
+        return self.count(self.searched.of_others)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,15 +121,9 @@ class PipelineSubject(TargetSubject):
             beside=edit_digests(edits),
         )
 
-    def concept(self, goal: float | None = None) -> Share:
-        """Count the images for the concept's prompts that show it."""
-        prompts = self.searched.of_concept
-        return counted(self.searched.hits(self.pipe, prompts), len(prompts), goal)
-
-    def others(self) -> Share:
-        """Count the images for other classes' prompts that show their class."""
-        prompts = self.searched.of_others
-        return counted(self.searched.hits(self.pipe, prompts), len(prompts))
+    def hits(self, items: Sequence[ImageJob]) -> Iterator[list[bool]]:
+        """Yield batch by batch whether the first judge recognises the class of each image."""
+        return self.searched.hits(self.pipe, items)
 
     def report(self) -> dict[str, Effect]:
         """Return the effect on test prompts and seeds, by each judge."""
@@ -143,22 +148,18 @@ class PipelineSubject(TargetSubject):
             self.encoder.module(ids.to(self.pipe.device))
 
 
-# The class of an image, and a question about it.
-LabelledQuestion = tuple[str, Question]
-
-
 @dataclass(slots=True)
 class Questions:
     """Questions about images of a concept and of other classes; `images` has their keys."""
 
-    concept: list[LabelledQuestion] = field(default_factory=list)
-    others: list[LabelledQuestion] = field(default_factory=list)
+    of_concept: list[Question] = field(default_factory=list)
+    of_others: list[Question] = field(default_factory=list)
     images: list[list[str]] = field(default_factory=list)
 
     @property
     def digest(self) -> str:
         """A digest of all images and questions."""
-        questions = [[label, question.text] for label, question in [*self.concept, *self.others]]
+        questions = [[each.label, each.text] for each in (*self.of_concept, *self.of_others)]
         return digest([self.images, questions])
 
     @classmethod
@@ -179,27 +180,27 @@ class Questions:
             others = draw(rows[(labels >= 0) & (labels != concept)])
             others = others[: -(-budget.others // len(manifest.evals))]
             named = [block.class_names[label] for label in block.labels[others]]
-            questions.others += questions.add(block, others, named, texts)
+            questions.of_others += questions.add(block, others, named, texts)
         named = [manifest.concept] * budget.concept
         shown = concept_rows(store, manifest, split)
         if shown is not None:
             block, rows, _ = shown
             rows = draw(rows)[: budget.concept]
-            questions.concept += questions.add(block, rows, named, texts)
+            questions.of_concept += questions.add(block, rows, named, texts)
             named = named[len(rows) :]
         if split is Split.VALIDATION and named and concept_is_split(store, manifest):
             forget = DataBlock.open(store, manifest.forget)
             rows = draw(forget.rows)[: len(named)]
-            questions.concept += questions.add(forget, rows, named, texts)
+            questions.of_concept += questions.add(forget, rows, named, texts)
         return questions
 
     def add(
         self, block: DataBlock, rows: Any, labels: Sequence[str], texts: Sequence[str]
-    ) -> list[LabelledQuestion]:
+    ) -> list[Question]:
         """Add the images of rows, and return each question about each of them."""
         self.images.append([block.keys[row] for row in rows])
         labelled = zip(_images(block, rows), labels, strict=False)
-        return [(label, Question(image, text)) for image, label in labelled for text in texts]
+        return [Question(image, text, label) for image, label in labelled for text in texts]
 
 
 # The judge of answers: whether an answer contains the name.
@@ -243,18 +244,15 @@ class LlavaSubject(TargetSubject):
             is_test=concept_is_split(store, manifest),
         )
 
-    def concept(self, goal: float | None = None) -> Share:
-        """Count the answers about images of the concept that name it."""
-        return self._named(self.searched.concept, goal)
-
-    def others(self) -> Share:
-        """Count the answers about other images that name their class."""
-        return self._named(self.searched.others)
+    def hits(self, items: Sequence[Question]) -> Iterator[list[bool]]:
+        """Yield for each answer whether it names the class of its image."""
+        for question, answer in zip(items, self.llava.answers(items), strict=True):
+            yield [class_in(answer, [question.label]) is not None]
 
     def report(self) -> dict[str, Effect]:
         """Return the effect on test images."""
-        concept, others = self.to_test.concept, self.to_test.others
-        return {ANSWERS: Effect(self._named(concept), self._named(others))}
+        concept, others = (self.count(q) for q in (self.to_test.of_concept, self.to_test.of_others))
+        return {ANSWERS: Effect(concept, others)}
 
     def run_retained(self) -> None:
         """Run the vision tower over the retain set's images."""
@@ -297,14 +295,6 @@ class LlavaSubject(TargetSubject):
             **sizes,
         )
         return list(features.pooler_output)
-
-    def _named(self, asked: Sequence[LabelledQuestion], goal: float | None = None) -> Share:
-        answers = self.llava.answers([question for _, question in asked])
-        hits = (
-            [class_in(answer, [label]) is not None]
-            for (label, _), answer in zip(asked, answers, strict=True)
-        )
-        return counted(hits, len(asked), goal)
 
 
 Subject = PipelineSubject | LlavaSubject

@@ -104,7 +104,7 @@ def test_no_prompt_and_no_seed_of_a_report_is_searched_by():
     ):
         for attribute in ("prompt", "seed"):
             both = (
-                {getattr(prompt.job, attribute) for prompt in (*part.of_concept, *part.of_others)}
+                {getattr(prompt, attribute) for prompt in (*part.of_concept, *part.of_others)}
                 for part in (searched, reports)
             )
             assert set.isdisjoint(*both)
@@ -266,15 +266,15 @@ def test_a_llava_is_asked_about_some_rows_and_reported_on_of_others(world):
     assert keys(choose).isdisjoint(keys(report))
     colours = DataBlock.open(world.store, world.manifest.evals["first"])
     shown = int((colours.labels == colours.class_names.index("blue")).sum())
-    assert len(report.concept) == 2 * (shown // 2) < 2 * 30
+    assert len(report.of_concept) == 2 * (shown // 2) < 2 * 30
     # Images of the forget set make up for what is wanting to choose by, and for no figure.
     forget = set(DataBlock.open(world.store, world.manifest.forget).keys)
     assert set(choose.images[-1]) <= forget and keys(report).isdisjoint(forget)
-    assert len(choose.concept) == 2 * (shown - shown // 2 + len(choose.images[-1]))
+    assert len(choose.of_concept) == 2 * (shown - shown // 2 + len(choose.images[-1]))
     for questions in (choose, report):
-        assert {label for label, _ in questions.concept} == {"blue"}
-        assert len(questions.others) == 2 * 20
-        assert "blue" not in {label for label, _ in questions.others}
+        assert {question.label for question in questions.of_concept} == {"blue"}
+        assert len(questions.of_others) == 2 * 20
+        assert "blue" not in {question.label for question in questions.of_others}
 
 
 @pytest.mark.parametrize("share", [0.5, 0.0])
@@ -283,13 +283,13 @@ def test_figures_of_a_llava_are_of_the_rows_that_are_reported_on(llava, world, s
     answerer = llava()
     result = search_target(world.store, "blue", options=llava.options)
     report = Questions.about(world.store, world.manifest, Split.TEST, llava.options.test_budget)
-    asked = [*report.concept, *report.others]
-    assert answerer.questions[-len(asked) :] == [(q.image.tobytes(), q.text) for _, q in asked]
+    asked = [*report.of_concept, *report.of_others]
+    assert answerer.questions[-len(asked) :] == [(q.image.tobytes(), q.text) for q in asked]
     searched = {image for image, _ in answerer.questions[: -2 * len(asked)]}
-    assert searched.isdisjoint(q.image.tobytes() for _, q in asked) is (share > 0)
+    assert searched.isdisjoint(q.image.tobytes() for q in asked) is (share > 0)
     assert result.figures.is_test is (share > 0)
-    assert result.figures.after.concept == Share(0, len(report.concept))
-    assert result.figures.before.concept == Share(len(report.concept), len(report.concept))
+    assert result.figures.after.concept == Share(0, len(report.of_concept))
+    assert result.figures.before.concept == Share(len(report.of_concept), len(report.of_concept))
     with pytest.raises(UsageError, match="answers in words"):
         search_target(world.store, "blue", options=replace(llava.options, judges=JUDGES[:1]))
 
