@@ -225,7 +225,6 @@ def _content(
         "captions without": manifest.exclusions,
         "rows": by_name(manifest.blocks()),
         "layer": row.layer,
-        "edit": _usable(job, Artifact.EDIT, row.name),
         "edit sha256": sha256(edit).hexdigest(),
         "edit in model": ", ".join(sorted(str(presence) for presence in presences)) or None,
         "figures": [*_figures(row, job.ledger)],

@@ -8,26 +8,11 @@ from statistics import median
 import slsgu_cli as slsgu
 from slsgu_cli import Artifact, progress
 from slsgu_cli.errors import InputError, SlsguError
-from slsgu_cli.records.ledger import LedgerRow, RequestState
+from slsgu_cli.records.ledger import LedgerRow, RequestState, StageKind
 from slsgu_cli.removals.job import Job, NotYetError
-from slsgu_cli.removals.outputs import (
-    CheckpointStage,
-    EditsStage,
-    EvidenceStage,
-    LoraStage,
-    ReportStage,
-    TargetStage,
-)
 from slsgu_cli.removals.recipe import Together
 from slsgu_cli.removals.stage import FileStage, Stage
-from slsgu_cli.removals.stages import (
-    EvaluationStage,
-    GradientStage,
-    RankingStage,
-    SearchStage,
-    SetStage,
-    VerificationStage,
-)
+from slsgu_cli.removals.stages import TYPES, fault, output_digest, require_possible, set_request
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,40 +32,40 @@ class PlannedStage:
 def stages_of(job: Job) -> list[Stage]:
     """Return all stages of a job in the order of a run."""
     recipe, names, out = job.recipe, job.recipe.names, job.recipe.outputs
-    stages: list[Stage] = [SetStage((name,)) for name in names]
+    stages = [Stage(StageKind.SET, (name,)) for name in names]
     for name in names:
-        stages += [GradientStage((name,)), RankingStage((name,))]
+        stages += [Stage(StageKind.GRADIENTS, (name,)), Stage(StageKind.RANKING, (name,))]
     searches = [names] if recipe.together is Together.JOINT else [(name,) for name in names]
-    stages += [SearchStage(each) for each in searches if each]
+    stages += [Stage(StageKind.SEARCH, each) for each in searches if each]
     if out.checkpoint:
-        stages.append(CheckpointStage(names, out.checkpoint))
+        stages.append(FileStage(StageKind.CHECKPOINT, names, out.checkpoint))
     stages += _target_stages(job)
     if out.edits:
-        stages.append(EditsStage(names, out.edits))
-    if out.lora and (names or job.ledger.stage(LoraStage((), out.lora).key)):
-        stages.append(LoraStage(names, out.lora))
+        stages.append(FileStage(StageKind.EDITS, names, out.edits))
+    if out.lora:
+        lora = FileStage(StageKind.LORA, names, out.lora)
+        stages += [lora] if names or job.ledger.stage(lora.key) else []
     if not names:
         return stages
-    stages.append(EvaluationStage(names))
-    stages += [VerificationStage((r.name,)) for r in recipe.requests if recipe.checks_of(r)]
-    if out.report:
-        stages.append(ReportStage(names, out.report))
-    if out.evidence:
-        stages.append(EvidenceStage(names, out.evidence))
+    stages.append(Stage(StageKind.FIGURES, names))
+    verified = [request.name for request in recipe.requests if recipe.checks_of(request)]
+    stages += [Stage(StageKind.VERIFICATION, (name,)) for name in verified]
+    for kind, place in ((StageKind.REPORT, out.report), (StageKind.EVIDENCE, out.evidence)):
+        stages += [FileStage(kind, names, place)] if place else []
     return stages
 
 
 def _target_stages(job: Job) -> list[Stage]:
     """Return the copies of targets, those that an earlier run wrote included."""
-    copies = {
-        Path(each.place): TargetStage((), Path(each.place), Path(each.origin))
+    copies: dict[Path, Stage] = {
+        Path(each.place): FileStage(each.kind, (), Path(each.place), Path(each.origin))
         for each in job.ledger.stages
         if each.origin and each.place
     }
     for target in job.recipe.targets():
         place = (job.recipe.outputs.targets or Path()) / target.resolve().name
         names = tuple(each.name for each in job.recipe.requests if target in each.targets)
-        copies[place] = TargetStage(names, place, target)
+        copies[place] = FileStage(StageKind.TARGET, names, place, target)
     return [copies[place] for place in sorted(copies)]
 
 
@@ -88,14 +73,14 @@ def reason_to_run(job: Job, stage: Stage) -> str | None:
     """Return why a stage has to run; None if its output is there and up to date."""
     record = job.ledger.stage(stage.key)
     try:
-        inputs = stage.inputs(job)
+        inputs = TYPES[stage.kind].inputs(job, stage)
         if record is None or not record.output:
             return "not done yet"
         if changed := [what for what, now in inputs.items() if record.inputs.get(what) != now]:
             return f"changed: {', '.join(changed)}"
-        if fault := stage.fault(job):
-            return fault
-        if stage.output(job) != record.output:
+        if flaw := fault(job, stage):
+            return flaw
+        if output_digest(job, stage) != record.output:
             return "the output has changed since the last run"
     except NotYetError as missing:
         return f"waits for the {missing}" if record is None else f"no {missing}"
@@ -145,7 +130,7 @@ def plan(job: Job) -> list[PlannedStage]:
     return planned
 
 
-def require_possible(job: Job, planned: Sequence[PlannedStage]) -> None:
+def require_all_possible(job: Job, planned: Sequence[PlannedStage]) -> None:
     """Raise InputError if a stage cannot succeed. The same trouble is named once."""
     troubles: dict[str, str] = {}
     for each in planned:
@@ -175,10 +160,10 @@ def _require_own_names(job: Job) -> None:
 
 def _trouble(job: Job, stage: Stage, set_errors: Mapping[str, SlsguError]) -> str | None:
     """Return why a stage cannot succeed; None as far as can be known."""
-    if isinstance(stage, SetStage) and stage.names[0] in set_errors:
+    if stage.kind is StageKind.SET and stage.names[0] in set_errors:
         return set_errors[stage.names[0]].message
     try:
-        stage.require_possible(job)
+        require_possible(job, stage)
     except SlsguError as error:
         return error.message
     return None
@@ -186,7 +171,7 @@ def _trouble(job: Job, stage: Stage, set_errors: Mapping[str, SlsguError]) -> st
 
 def _set_errors(job: Job, stages: Sequence[Stage]) -> dict[str, SlsguError]:
     """Return what prevents sets from being built, by name. Captions and labels are read."""
-    requests = [stage.request(job) for stage in stages if isinstance(stage, SetStage)]
+    requests = [set_request(job, stage) for stage in stages if stage.kind is StageKind.SET]
     if not requests:
         return {}
     try:

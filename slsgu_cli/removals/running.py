@@ -10,15 +10,14 @@ import slsgu_cli as slsgu
 from slsgu_cli import Store, progress
 from slsgu_cli.errors import AssertionsError, NotForgottenError
 from slsgu_cli.records.figures import PassTime
-from slsgu_cli.records.ledger import Ledger, LedgerRow, RequestState, StageRecord
+from slsgu_cli.records.ledger import Ledger, LedgerRow, RequestState, StageKind, StageRecord
 from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.removals import planning
 from slsgu_cli.removals.job import Job
-from slsgu_cli.removals.outputs import TargetStage
 from slsgu_cli.removals.recipe import Outputs, Recipe, RemovalRequest, Together
 from slsgu_cli.removals.stage import FileStage, Stage
-from slsgu_cli.removals.stages import SearchStage
+from slsgu_cli.removals.stages import TYPES, output_digest
 from slsgu_cli.text import listed
 
 
@@ -102,7 +101,7 @@ def run(
     with slsgu.held(job.store, job.path, what=f"the run of {job.recipe.name}"):
         job.load()
         planned = planning.plan(job)
-        planning.require_possible(job, planned)
+        planning.require_all_possible(job, planned)
         _drop_obsolete(job)
         job.enter()
         done = _run_all(job, [each for each in planned if each.reason], on_event)
@@ -171,8 +170,8 @@ def _run_stage(job: Job, stage: Stage, rest: Sequence[Stage]) -> Iterator[tuple[
     Searches that are summed share one model, so those of the rest run with it.
     """
     started = perf_counter()
-    if isinstance(stage, SearchStage) and job.recipe.together is Together.SUM:
-        others = [each for each in rest if isinstance(each, SearchStage)]
+    if stage.kind is StageKind.SEARCH and job.recipe.together is Together.SUM:
+        others = [each for each in rest if each.kind is StageKind.SEARCH]
         waiting = [stage, *(each for each in others if planning.reason_to_run(job, each))]
         names = [each.names[0] for each in waiting]
         results = slsgu.search_each(job.store, names, options=job.recipe.search)
@@ -183,21 +182,21 @@ def _run_stage(job: Job, stage: Stage, rest: Sequence[Stage]) -> Iterator[tuple[
     if isinstance(stage, FileStage):
         # From now on the recipe owns what is at this place, so a later run may replace it.
         _save(job, stage, {}, "", 0.0)
-    stage.run(job)
+    TYPES[stage.kind].run(job, stage)
     yield stage, _record(job, stage, started)
 
 
 def _record(job: Job, stage: Stage, started: float) -> float:
     seconds = perf_counter() - started
     job.catalog = slsgu.Catalog(job.store)
-    _save(job, stage, stage.inputs(job), stage.output(job), seconds)
+    _save(job, stage, TYPES[stage.kind].inputs(job, stage), output_digest(job, stage), seconds)
     return seconds
 
 
 def _save(job: Job, stage: Stage, inputs: dict[str, str], output: str, seconds: float) -> None:
     took = PassTime(seconds, slsgu.device_name(slsgu.pick_device(job.recipe.search.device)))
     _, _, place = stage.key
-    origin = str(stage.origin) if isinstance(stage, TargetStage) else None
+    origin = str(stage.origin) if isinstance(stage, FileStage) and stage.origin else None
     record = StageRecord(stage.kind, stage.names, place, inputs, output, took, origin)
     job.save(replace(job.ledger.with_stage(record), version=slsgu.__version__))
 
