@@ -61,7 +61,7 @@ class EvaluationSet:
 
     def accuracy(self, features: Tensor, embeddings: Tensor) -> Accuracy:
         """Return the accuracy on all images, from features of images and classes."""
-        return self.accuracy_of(self.ranks(features, embeddings))
+        return self.accuracy_of(ranks_of_truth(features @ embeddings.T, self.images.labels))
 
     def accuracy_of(self, ranks: Tensor) -> Accuracy:
         """Return the accuracy from the ranks of the true classes."""
@@ -70,16 +70,12 @@ class EvaluationSet:
 
     def base_ranks(self) -> Tensor:
         """Return the rank of the true class of every image, by the original model."""
-        return self.ranks(self.images.features, self.prompts.embeddings)
+        logits = self.images.features @ self.prompts.embeddings.T
+        return ranks_of_truth(logits, self.images.labels)
 
     def some(self, rows: Ints) -> "EvaluationSet":
         """Return the set with some of its images."""
         return EvaluationSet(self.images.some(rows), self.prompts, self.names, self.is_test)
-
-    def ranks(self, features: Tensor, embeddings: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Return the rank of the true class for the features of `rows` (default: all)."""
-        labels = self.images.labels if rows is None else self.images.labels[rows]
-        return ranks_of_truth(features @ embeddings.T, labels)
 
 
 @dataclass(slots=True)

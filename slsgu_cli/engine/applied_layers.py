@@ -1,4 +1,4 @@
-"""The calls that apply a layer, with the inputs that they apply it to."""
+"""The inputs that each call of a layer gets, for all ways in which towers apply a layer."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,35 +19,19 @@ from slsgu_cli.checkpoints.layers import LETTERS
 from slsgu_cli.clip.batches import spans
 from slsgu_cli.clip.onednn import linear
 
-# At most so many of the positions in an image that a window of a convolution goes to are counted:
-# at 1000 images, 55 windows for each of 4,608 inputs. Drawn by this seed, alike for all images.
+# Windows of a convolution that count in an image, at most, drawn by a seed that all images share.
+# With 1000 images, that is 55 windows for each of 4,608 inputs.
 MOST_POSITIONS = 256
-
-
 POSITION_SEED = 0
-
-
-# Entries of windows, which overlap, that are laid out at once: 64 MiB in fp32.
+# Entries of overlapping windows in memory together: 64 MiB in fp32.
 WINDOW_ENTRIES = 2**24
 
-
 LINEAR = (F.linear, linear)
-
-
 MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
-
-
 PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
-
-
 NORMS = (F.layer_norm, F.rms_norm)
-
-
 CHANNEL_NORMS = (F.batch_norm, F.group_norm)
-
-
 ATTENTION = F.multi_head_attention_forward
-
 
 # The arguments of the functions that apply a weight, in their order.
 ARGUMENTS: dict[Any, tuple[str, ...]] = {
@@ -67,9 +51,9 @@ ARGUMENTS: dict[Any, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """How a call applies a layer: which share of its entries, and along which axis inputs lie.
+    """How a call applies a layer: a share of its entries, with inputs along an axis.
 
-    Of a convolution in `groups`, each has its rows of the weight and inputs of its own.
+    Each of the `groups` of a convolution has its own rows of the weight and its own inputs.
     """
 
     layer: str
@@ -79,49 +63,52 @@ class Use:
 
 
 class AppliedLayers(TorchFunctionMode):
-    """While active, hears of every call that applies one of some layers of a model."""
+    """While active, reports every call of some layers of a model to `applied`."""
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         super().__init__()
-        self._pools: list[Any] = list(filter(_is_pool_of_resnet, model.modules()))
+        # open_clip's attention pool, whose first position alone leaves a ResNet.
+        pools: list[Any] = [m for m in model.modules() if type(m).__name__ == "AttentionPool2d"]
+        self._pools = {_place(pool.q_proj.weight) for pool in pools}
         weights = ((name, model.get_parameter(name)) for name in layers)
         self._layers = {_place(weight): (name, weight.numel()) for name, weight in weights}
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Make a call, and tell of its inputs and outputs where it applies one of the layers."""
+        """Make a call, and report it if it applies one of the layers."""
         kwargs = kwargs or {}
-        named = dict(zip(ARGUMENTS.get(func, ()), args, strict=False)) | kwargs
+        named: dict[str, Any] = dict(zip(ARGUMENTS.get(func, ()), args, strict=False)) | kwargs
         if func is ATTENTION:
             return self._attend(named)
-        outputs = func(*args, **kwargs)
+        outputs, weight = func(*args, **kwargs), named.get("weight")
         if func in LINEAR:
-            self._tell(named.get("weight"), lambda: [named["input"]], outputs, axis=1)
+            self._report(weight, lambda: named["input"], outputs, axis=1)
         elif func in MATMULS:
-            self._tell(named.get("other"), lambda: [named["input"]], outputs, axis=0)
+            self._report(named.get("other"), lambda: named["input"], outputs, axis=0)
         elif func is F.conv2d:
             groups = named.get("groups", 1)
-            self._tell(named.get("weight"), lambda: _windows(named), outputs, axis=1, groups=groups)
+            self._report(weight, partial(_windows, named), outputs, axis=1, groups=groups)
         elif func in NORMS or func in CHANNEL_NORMS:
-            self._tell(named.get("weight"), lambda: [_normed(func, named)], outputs, axis=0)
+            self._report(weight, partial(_normed, func, named), outputs, axis=0)
         elif func in PRODUCTS:
-            for weight, x in permutations((named.get("input"), named.get("other"))):
-                if _scales(weight, x):
-                    self._tell(weight, partial(_scaled, x, weight), outputs, axis=0)
+            for scale, x in permutations([named["input"], named["other"]]):
+                if _scales(scale, x):
+                    self._report(scale, partial(x.movedim, _axis_of(scale), -1), outputs, axis=0)
         return outputs
 
     def applied(self, use: Use, inputs: Iterable[Tensor], outputs: Tensor) -> None:
-        """Hear of a call that applies a layer to `inputs`.
+        """Handle a call of a layer.
 
-        They come in parts (..., inputs); of a convolution in groups, (rows, groups, inputs).
+        `inputs` come in parts (..., inputs), those of a convolution in groups as (rows, groups,
+        inputs).
         """
         raise NotImplementedError
 
-    def _tell(
+    def _report(
         self,
         weight: Any,
-        inputs: Callable[[], Iterable[Tensor]],
+        inputs: Callable[[], Tensor | Iterator[Tensor]],
         outputs: Any,
         *,
         axis: int,
@@ -130,15 +117,14 @@ class AppliedLayers(TorchFunctionMode):
         if isinstance(weight, Tensor) and _place(weight) in self._layers:
             name, size = self._layers[_place(weight)]
             use = Use(name, weight.numel() / size, axis, groups)
-            self.applied(use, inputs(), outputs)
+            parts = inputs()
+            self.applied(use, [parts] if isinstance(parts, Tensor) else parts, outputs)
 
     def _attend(self, named: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Make a call of attention in two: what it mixes, and the projection of that.
-
-        Of the pool of a ResNet, the first position alone leaves the tower.
-        """
+        """Make a call of attention in two steps: the mixed values, and their projection."""
         query, key, value = (named[part] for part in ("query", "key", "value"))
-        if any(_shares(named.get("q_proj_weight"), pool.q_proj.weight) for pool in self._pools):
+        weight = named.get("q_proj_weight")
+        if weight is not None and _place(weight) in self._pools:
             query = query[:1]
         fused, projection = named["in_proj_weight"], named["out_proj_weight"]
         plain = {"out_proj_weight": torch.eye(projection.shape[1]).to(projection)}
@@ -151,32 +137,18 @@ class AppliedLayers(TorchFunctionMode):
             thirds = apart if fused is None else fused.chunk(3)
             uses = list(zip(thirds, (query, key, value), strict=True))
         for weight, x in (*uses, (projection, mixed)):
-            self._tell(weight, partial(_rows_first, x), outputs, axis=1)
+            # Inputs of attention have positions before rows.
+            self._report(weight, partial(x.transpose, 0, -2), outputs, axis=1)
         return outputs, weights
 
 
 def _place(tensor: Tensor) -> int:
-    """Return what a parameter shares with its parts and with nothing else."""
+    """Return an address that a parameter shares with its parts only."""
     return tensor.untyped_storage().data_ptr()
 
 
-def _is_pool_of_resnet(module: nn.Module) -> bool:
-    """Return whether it is open_clip's attention pool."""
-    return type(module).__name__ == "AttentionPool2d"
-
-
-def _shares(weight: Any, other: Tensor) -> bool:
-    """Return whether a weight is another one, or a part of it."""
-    return isinstance(weight, Tensor) and _place(weight) == _place(other)
-
-
-def _rows_first(x: Tensor) -> list[Tensor]:
-    """Return inputs of attention, which has positions before rows, as others come."""
-    return [x.transpose(0, -2)]
-
-
 def _scales(weight: Any, x: Any) -> bool:
-    """Return whether a product is that of inputs and a vector's entry for each channel."""
+    """Return whether a product multiplies each channel of inputs by an entry of a vector."""
     if not (isinstance(weight, Tensor) and isinstance(x, Tensor)) or weight.ndim > x.ndim:
         return False
     if isinstance(weight, nn.Parameter) and weight.ndim > 1:
@@ -190,17 +162,11 @@ def _axis_of(weight: Tensor) -> int:
     return int(np.argmax(weight.shape)) - weight.ndim
 
 
-def _scaled(x: Any, weight: Any) -> list[Tensor]:
-    """Return what a vector is multiplied by, channels last."""
-    return [x.movedim(_axis_of(weight), -1)]
-
-
 def _windows(named: dict[str, Any]) -> Iterator[Tensor]:
-    """Yield what a convolution applies its flattened weight to, in parts of bounded size.
+    """Yield the windows of a convolution, in parts of bounded size.
 
-    Windows that do not overlap come in one part, (rows, positions, inputs). Others are
-    (windows, inputs), in groups (windows, groups, inputs): in each image those at
-    `chosen_positions`, unfolded at once for as many images as WINDOW_ENTRIES let.
+    Windows that do not overlap come in one part, (rows, positions, inputs). Of others, each image
+    has those at `chosen_positions`: (windows, inputs), or (windows, groups, inputs).
     """
     x, size = named["input"], tuple(named["weight"].shape[2:])
     stride, dilation = (_pair(named.get(name, 1)) for name in ("stride", "dilation"))
@@ -226,7 +192,7 @@ def _windows(named: dict[str, Any]) -> Iterator[Tensor]:
 
 
 def chosen_positions(positions: int) -> npt.NDArray[np.int64]:
-    """Return which positions in an image are counted: MOST_POSITIONS at most, by seed."""
+    """Return the positions in an image that count: at most MOST_POSITIONS, drawn by seed."""
     if positions <= MOST_POSITIONS:
         return np.arange(positions)
     drawn = np.random.default_rng(POSITION_SEED).choice(positions, MOST_POSITIONS, replace=False)
@@ -234,12 +200,12 @@ def chosen_positions(positions: int) -> npt.NDArray[np.int64]:
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    """Return a setting of a convolution for both axes."""
+    """Return a setting of a convolution for each of two axes."""
     return (value, value) if isinstance(value, int) else tuple(value) * (3 - len(value))
 
 
 def _padding(padding: Any, reach: Sequence[int]) -> list[int]:
-    """Return the padding as F.pad takes it: last axis first, before and behind it."""
+    """Return the padding as F.pad takes it: the last axis first, before and after."""
     if padding == "same":
         around = [(r // 2, r - r // 2) for r in reach]
     else:
@@ -248,7 +214,7 @@ def _padding(padding: Any, reach: Sequence[int]) -> list[int]:
 
 
 def _normed(func: Any, named: dict[str, Any]) -> Tensor:
-    """Return what a norm multiplies by its weight, channels last."""
+    """Return the normalised inputs of a norm, before its weight, channels last."""
     plain = {name: value for name, value in named.items() if name not in ("weight", "bias")}
     normed: Tensor = func(**plain)
     return normed.movedim(1, -1) if func in CHANNEL_NORMS else normed

@@ -67,45 +67,45 @@ def find_edits(
     edits = [strength_of(load_edit(store, name), options) for name in names]
     require_distinct(edits)
     edits += earlier_edits(store, edits)
-    target = read_target(model)
-    found: list[FoundEdit] = []
+    encoders = read_target(model).chosen(options.encoder)
+    rows: list[FoundEdit] = []
     for layer, edits_of in by_layer(edits).items():
-        holding = [copies_of(encoder, layer) for encoder in target.chosen(options.encoder)]
-        if not any(holding):
+        copies = [copies_of(encoder, layer) for encoder in encoders]
+        if not any(copies):
             raise InputError(f"{model} has no layer {layer}")
-        for group in by_encoder(edits_of, holding):
-            found += _found_among(holding, group)
-    return found
+        for group in by_encoder(edits_of, copies):
+            rows += _presences(copies, group)
+    return rows
 
 
-def _found_among(holding: Sequence[Copies], group: Sequence[Edit]) -> list[FoundEdit]:
-    """Return the edits of a layer in each encoder, without encoders with other weights."""
+def _presences(encoders: Sequence[Copies], group: Sequence[Edit]) -> list[FoundEdit]:
+    """Return the presence of a layer's edits in each encoder, without encoders of other weights."""
     shape = original_values(group).shape
-    fit = [copies for copies in holding if any(w.shape(p) == shape for w, p in copies)]
+    fitting = [copies for copies in encoders if any(w.shape(p) == shape for w, p in copies)]
     of_encoders = [
-        [one for weights, places in copies for one in _found_in(weights, places, group)]
-        for copies in fit or holding
+        [row for weights, places in copies for row in _presences_in(weights, places, group)]
+        for copies in fitting or encoders
     ]
     known = [rows for rows in of_encoders if any(r.presence is not Presence.OTHER for r in rows)]
-    return [one for rows in known or of_encoders for one in rows]
+    return [row for rows in known or of_encoders for row in rows]
 
 
-def _found_in(
+def _presences_in(
     weights: WeightSet, places: Sequence[TensorPlace], group: Sequence[Edit]
 ) -> list[FoundEdit]:
     """Return the presence of each edit of a layer in a set of weights."""
     current, dtype = weights.layer(places)
-    there, share = None, None
-    if dtype in FLOATS and current.shape == original_values(group).shape:
-        there, share = _in_place(current, dtype, group), _share(current, dtype, group)
     path = str(weights.owners[places[0].key])
+    applied, share = None, None
+    if dtype in FLOATS and current.shape == original_values(group).shape:
+        applied = _in_place(current, dtype, group)
+        share = _share(current, dtype, group) if applied is None else None
     rows = []
     for edit in group:
-        presence = Presence.OTHER
-        if there is not None:
-            presence = Presence.IN if edit in there else Presence.ABSENT
-        along = share if presence is Presence.OTHER else None
-        rows.append(FoundEdit(edit.header.name, edit.header.layer, path, dtype, presence, along))
+        presence = Presence.IN if edit in (applied or ()) else Presence.ABSENT
+        presence = Presence.OTHER if applied is None else presence
+        header = edit.header
+        rows.append(FoundEdit(header.name, header.layer, path, dtype, presence, share))
     return rows
 
 

@@ -15,11 +15,8 @@ from slsgu_cli.records.sets import SetManifest
 
 # As many names as the paper's Figures 3 and 8 have.
 NAMES_SHOWN = 10
-
-
-# Of concepts that leave no room for others, so many others all the same.
+# Other classes, at least, next to many concepts.
 LEAST_OTHERS = 4
-
 
 Matrix = npt.NDArray[np.float32]
 
@@ -28,8 +25,8 @@ Matrix = npt.NDArray[np.float32]
 class ShownClasses:
     """The classes whose images and names are compared: each concept, and others of one set.
 
-    `classes` has the class of each group of images and `names` what it is called, the
-    concepts' first. Features are those of the base pass before the choice.
+    `classes` are the indices of the concepts and then of the other classes, and `names` their
+    names. Features are those of the base pass before the choice.
     """
 
     concepts: tuple[EvaluationSet, ...]
@@ -49,7 +46,7 @@ class ShownClasses:
         return np.concatenate([pixels_of(group) for group in (*one.concepts, one.others)])
 
     def first(self, images: int) -> "ShownClasses":
-        """Keep the first images of each class, a class after another."""
+        """Return the first images of each class, one class after another."""
         labels = self.others.images.labels.cpu().numpy()
         rows = [np.flatnonzero(labels == index)[:images] for index in self.other_classes]
         concepts = tuple(first_images(concept, images) for concept in self.concepts)
@@ -57,19 +54,23 @@ class ShownClasses:
 
     def cosines(self, model: EditedModel = UNEDITED) -> Matrix:
         """Return the mean cosine of each class's images with each name, (names, names)."""
-        features, owners, texts = [], [], []
-        for place, concept in enumerate(self.concepts):
-            features.append(model.features(concept.images))
-            owners.append(torch.full((len(concept.images),), place))
-            texts.append(model.classes(concept.prompts)[[self.classes[place]]])
-        places = {index: at for at, index in enumerate(self.other_classes, len(self.concepts))}
-        labels = self.others.images.labels.tolist()
-        features.append(model.features(self.others.images))
-        owners.append(torch.tensor([places[label] for label in labels], dtype=torch.long))
-        texts.append(model.classes(self.others.prompts)[list(self.other_classes)])
-        images = torch.cat(features)
-        labels_of_rows = torch.cat(owners).to(images.device)
-        return cosine_matrix(images, labels_of_rows, torch.cat(texts)).cpu().numpy()
+        count, others = len(self.concepts), list(self.other_classes)
+        labels = self.others.images.labels
+        places = torch.zeros(len(self.others.names), dtype=torch.long, device=labels.device)
+        places[others] = torch.arange(count, count + len(others), device=labels.device)
+        owners = [torch.full_like(c.images.labels, at) for at, c in enumerate(self.concepts)]
+        concepts = zip(self.concepts, self.classes, strict=False)
+        texts = [model.classes(concept.prompts)[[label]] for concept, label in concepts]
+        features = [model.features(group.images) for group in (*self.concepts, self.others)]
+        return (
+            cosine_matrix(
+                torch.cat(features),
+                torch.cat([*owners, places[labels]]),
+                torch.cat([*texts, model.classes(self.others.prompts)[others]]),
+            )
+            .cpu()
+            .numpy()
+        )
 
 
 def choose_shown(evaluation: SharedEvaluation, manifests: Sequence[SetManifest]) -> ShownClasses:

@@ -22,6 +22,7 @@ from slsgu_cli.engine.edited_model import UNEDITED, EditedModel, edited_model
 from slsgu_cli.engine.effect import class_effects
 from slsgu_cli.engine.evaluator import Evaluator
 from slsgu_cli.engine.gradient_pass import arithmetic
+from slsgu_cli.engine.plots import write_plots
 from slsgu_cli.engine.search import SetSearch, searched_edit
 from slsgu_cli.engine.search_plan import (
     SearchPlan,
@@ -41,7 +42,7 @@ from slsgu_cli.records.method import Criterion, JointRef, Tower, Trial, Trials
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import FORGET
 from slsgu_cli.records.studies import JointMove, JointSearch, JointTrial
-from slsgu_cli.store.artifacts import Artifact, joint_label, plot_path, resume
+from slsgu_cli.store.artifacts import Artifact, joint_label, resume
 from slsgu_cli.store.store import Store
 from slsgu_cli.study.balanced_steps import RAISE, BalancedSteps
 from slsgu_cli.text import listed
@@ -134,7 +135,6 @@ class JointCost:
     If images move, not only names, `retained` has RETAINED_IMAGES of each set.
     """
 
-    evaluation: SharedEvaluation
     options: SearchOptions
     spread: float
     retained: tuple[RetainedImages, ...]
@@ -161,7 +161,7 @@ class JointCost:
             names = retained_names(group, evaluation.forget.values())
             cosines = UNEDITED.cosines(group)[0][:, names]
             retained.append(RetainedImages(group, names, expected_hits(lead, spread), cosines))
-        return cls(evaluation, options, spread, tuple(retained))
+        return cls(options, spread, tuple(retained))
 
     def recognised(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the expected share of a concept's images that are recognised."""
@@ -317,7 +317,7 @@ class JointResult:
     record: JointSearch
     forgotten: bool
     reused: int
-    plots: tuple[str, ...]
+    plots: list[str]
 
     @property
     def chosen(self) -> JointTrial:
@@ -478,7 +478,7 @@ def _write_edits(
 
 def _draw(
     store: Store, record: JointSearch, shown: ShownClasses, maps: Sequence[CosineMap]
-) -> tuple[str, ...]:
+) -> list[str]:
     """Draw utility against the number of concepts, and the cosine matrix at each number."""
     if len(record.names) > MOST_MAPS:
         maps = [maps[0], maps[-1]]
@@ -486,7 +486,4 @@ def _draw(
         "several": several_plot(record),
         "cosines": cosine_maps(maps, shown.names, thumbnails=shown.thumbnails),
     }
-    paths = {kind: plot_path(joint_label(record.names), kind) for kind in drawn}
-    for kind, path in paths.items():
-        store.write_bytes(path, drawn[kind])
-    return tuple(store.where(path) for path in paths.values())
+    return write_plots(store, joint_label(record.names), drawn)

@@ -10,7 +10,6 @@ A trajectory measures the accuracies on a fine grid of steps, layer by layer. Th
 layer share the base pass. They are recorded as trials and never measured twice.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from shlex import quote
@@ -24,10 +23,12 @@ from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.engine.evaluator import Evaluator
 from slsgu_cli.engine.gradient_pass import arithmetic
 from slsgu_cli.engine.gradients import compute_gradients
+from slsgu_cli.engine.plots import step_plots, write_plots
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import SearchResult, SetSearch, search_each
 from slsgu_cli.engine.search_plan import read_plan, share_evaluation
 from slsgu_cli.errors import NotForgottenError, SlsguError, UsageError
+from slsgu_cli.figures.curves import trajectories_plot
 from slsgu_cli.method.step_search import bisection
 from slsgu_cli.records.codec import digest, encode
 from slsgu_cli.records.sets import Split, check_name
@@ -49,7 +50,6 @@ from slsgu_cli.store.artifacts import (
     Artifact,
     changed,
     digests_of,
-    plot_path,
     read_manifest,
     read_pointer,
     resume,
@@ -179,20 +179,11 @@ def _recipe(request: SweepRequest, model_fingerprint: str) -> str:
         "eval classes": [encode(read_classes(name)) for _, name in sorted(build.classes.items())],
         "templates": [list(read_templates(name)) for _, name in sorted(build.templates.items())],
         "batch size": request.gradients.batch_size,
-        "precision": [request.gradients.precision, request.search.precision],
+        "precision": request.gradients.precision,
         "directions": encode(request.ranking.specs),
-        "search": [
-            request.search.criterion,
-            request.search.margin,
-            request.search.steps,
-            request.search.overshoot,
-            request.search.max_class_loss,
-        ],
+        "search": encode(replace(request.search, device="", cache_budget=None)),
+        "folds": request.folds,
     }
-    if request.folds > 1:
-        made_from["folds"] = request.folds
-    if request.search.exact:
-        made_from["exact"] = True
     return digest(made_from)
 
 
@@ -253,19 +244,11 @@ def trajectory_and_plots(
     store: Store, name: str, *, options: TrajectoryOptions
 ) -> tuple[Trajectory, list[str]]:
     """Follow a set's layers, and draw each alone and all side by side."""
-    from slsgu_cli.figures.curves import step_plot, trajectories_plot
-
     result = trajectory(store, name, options=options)
     moves = result.moves()
     drawn = {"trajectories": trajectories_plot(result.trials, moves)}
-    several = Counter(layer for layer, _ in moves)
-    for layer, direction in moves:
-        along = f"-{direction.slug}" if several[layer] > 1 else ""
-        picture = step_plot(result.trials, move=(layer, direction))
-        drawn[f"trajectory-{layer}{along}"] = picture
-    for kind, picture in drawn.items():
-        store.write_bytes(plot_path(name, kind), picture)
-    return result, [store.where(plot_path(name, kind)) for kind in drawn]
+    drawn |= step_plots(result.trials, moves, "trajectory")
+    return result, write_plots(store, name, drawn)
 
 
 def _grid(evaluator: Evaluator, run: SetSearch, options: TrajectoryOptions) -> list[float]:

@@ -122,8 +122,8 @@ def test_a_rise_is_the_most_that_any_pair_rises_by(values):
 def test_figures_are_drawn(world, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "slsgu_cli.figures.curves.step_plot",
-        lambda *_, move: drawn.append(move) or b"1",
+        "slsgu_cli.engine.plots.step_plot",
+        lambda *_, move, **__: drawn.append(move) or b"1",
     )
     options = TrajectoryOptions(search=SearchOptions(layers=SOME), points=3)
     found, paths = trajectory_and_plots(world.store, "blue", options=options)
