@@ -17,7 +17,6 @@ from slsgu_cli.records.option_fields import (
     SPEED,
     TARGET,
     choices,
-    figure,
     option,
     options,
     rates,
@@ -68,7 +67,6 @@ class CompareOptions:
         metavar="METHODS",
         without="all",
         read=choices(CLIP_METHODS, always=[Method.ORIGINAL]),
-        write=lambda methods: ",".join(m for m in methods if m is not Method.ORIGINAL),
         help=f"Of {','.join(CLIP_METHODS[1:])}; on a pipeline esd, salun, ours.",
         panel=SEARCH,
     )
@@ -80,7 +78,6 @@ class CompareOptions:
         without="the papers': 1e-6,1e-7; on a pipeline 1e-5",
         help="Learning rates, or auto.",
         panel=SEARCH,
-        write=lambda rates: "auto" if rates is None else ",".join(map(figure, rates)),
     )
     layer: str | None = option(
         None,
@@ -167,15 +164,10 @@ class PipelineCompareOptions:
         omit=("questions",),
         panel=TARGET,
         concept={"help": "Images of the concept."},
-        others={"help": "Images of other classes."},
+        others={"help": "Images of other classes.", "min": 2},
     )
     judges: Sequence[ModelSpec] = judge_option("set")
     device: str = DEVICE()
-
-    def __post_init__(self) -> None:
-        """Refuse too few images to measure retained accuracy."""
-        if self.budget.others < 2:
-            raise UsageError(f"--others {self.budget.others} is out of range: it must be 2 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,10 +314,6 @@ class Comparison(ABC, Generic[Row]):
         others = [other for other in self.outcomes if other.place != row.place]
         return replace(self, outcomes=tuple(sorted([*others, row], key=attrgetter("order"))))
 
-    @abstractmethod
-    def about(self) -> dict[str, str]:
-        """Return a description of what the record was made from."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipComparison(Comparison[ClipOutcome]):
@@ -339,11 +327,6 @@ class ClipComparison(Comparison[ClipOutcome]):
     model_fingerprint: str
     retain: str
     passes: dict[str, PassTime]
-
-    def about(self) -> dict[str, str]:
-        """Return a description of what the record was made from."""
-        methods = ", ".join(dict.fromkeys(outcome.method for outcome in self.outcomes))
-        return {"set": self.name, "outcomes": f"{len(self.outcomes)} of {methods}"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -362,8 +345,3 @@ class PipelineComparison(Comparison[PipelineOutcome]):
     judge: str
     budget: Budget
     asked: str = ""
-
-    def about(self) -> dict[str, str]:
-        """Return a description of what the record was made from."""
-        labels = ", ".join(outcome.label for outcome in self.outcomes)
-        return {"set": self.name, "target": self.target, "outcomes": labels}

@@ -135,12 +135,6 @@ class Ledger:
     original: MeasuredModel | None = None
     written: MeasuredModel | None = None
 
-    def about(self) -> dict[str, str]:
-        """Return a summary for listings."""
-        counts = {state: sum(row.state is state for row in self.rows) for state in RequestState}
-        states = {state.value: str(count) for state, count in counts.items() if count}
-        return {"model": str(self.model), **states}
-
     def stage(self, key: StageKey) -> StageRecord | None:
         """Return the record of a stage; None if it never ran."""
         return next((each for each in self.stages if each.key == key), None)

@@ -1,7 +1,6 @@
 """Records of gradients, covariances, rankings, trials and edits."""
 
 import dataclasses
-from collections.abc import Sequence
 from enum import StrEnum
 
 from slsgu_cli.records.directions import Direction, DirectionSpec
@@ -93,10 +92,6 @@ class GradientHeader:
     weights: dict[str, ParameterNorm]
     version: str
 
-    def about(self) -> dict[str, str]:
-        """Return what it was made from, in words."""
-        return _pass_in_words(self)
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SquaresHeader:
@@ -112,10 +107,6 @@ class SquaresHeader:
     rows: int
     precision: str
     version: str
-
-    def about(self) -> dict[str, str]:
-        """Return what it was made from, in words."""
-        return _pass_in_words(self)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,10 +132,6 @@ class SumsHeader:
         """What must be alike for a pass to go on with them."""
         return self.gradient, self.device, self.batches
 
-    def about(self) -> dict[str, str]:
-        """Return what it was made from, in words."""
-        return {"mini-batches": f"{self.done} of {self.batches}", "for": self.gradient}
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GradientPointer:
@@ -164,11 +151,6 @@ class GradientPointer:
     precision: str
     version: str
     prefixes: tuple[str, ...] = ()
-
-    def about(self) -> dict[str, str]:
-        """Return what it was made from, in words."""
-        batches = f"{self.batch_size} in {self.precision}"
-        return {"model": str(self.model), "set": self.name, "batches of": batches}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -201,10 +183,6 @@ class CovarianceHeader:
     prefixes: tuple[str, ...] = ()
     revision: int = 1
 
-    def about(self) -> dict[str, str]:
-        """Return what it was made from, in words."""
-        return {"layers": str(len(self.layers)), "rows": str(self.rows)}
-
     def is_of(self, pointer: GradientPointer) -> bool:
         """Return whether it is of the model, retain rows and prefixes of a set's gradients."""
         wanted = (pointer.model_fingerprint, pointer.retain_data, pointer.prefixes)
@@ -225,10 +203,6 @@ class FeatureHeader:
     precision: Precision
     device: str
     version: str
-
-    def about(self) -> dict[str, str]:
-        """Return what it was made from, in words."""
-        return {"features": ", ".join(sorted(self.evals)), "to": self.split}
 
     def is_of(self, pointer: GradientPointer, manifest: SetManifest) -> bool:
         """Return whether it is of the model of a set's gradients, and of what it measures on."""
@@ -292,15 +266,6 @@ class Ranking:
     unreached: dict[str, str] = dataclasses.field(default_factory=dict)
     qkv: Qkv = Qkv.FUSED
     readers: tuple[PromptReader, ...] = ()
-
-    def about(self) -> dict[str, str]:
-        """Return what it was made from, in words."""
-        layers = len({score.layer for score in self.scores})
-        front = len({score.layer for score in self.scores if score.front})
-        counted = f"{layers}, {front} on the fronts"
-        along = ", ".join(map(str, self.directions))
-        about = {"set": self.name, "alignment": self.alignment, "direction": along}
-        return about | {"layers": counted}
 
     def by_direction(self) -> dict[DirectionSpec, list[LayerScore]]:
         """Return the scores for each direction that layers were ranked for."""
@@ -374,12 +339,6 @@ class Trials:
     took: PassTime | None = None
     after: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def about(self) -> dict[str, str]:
-        """Return what it was made from, in words."""
-        along = ", ".join(self.directions)
-        about = {"set": self.name, "direction": along, "criterion": self.criterion}
-        return about | {"trials": over_layers([trial.layer for trial in self.trials])}
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class JointRef:
@@ -440,25 +399,6 @@ class EditHeader:
         earlier = self.base_edits.edits if self.base_edits else {}
         return {name: edit.digest for name, edit in earlier.items()}
 
-    def about(self) -> dict[str, str]:
-        """Return what it was made from, in words."""
-        words = {
-            "model": str(self.model),
-            "concept": self.concept,
-            "layer": self.layer,
-            "direction": str(self.direction),
-            "step": f"{self.step:.4g} ({100 * self.share:.3g}% of its norm)",
-        }
-        if self.after:
-            words["after"] = ", ".join(self.after)
-        if self.joint:
-            words["together with"] = ", ".join(n for n in self.joint.names if n != self.name)
-        if self.forget:
-            words["FA@1"] = _change(self.baseline_forget, self.forget)
-        for name, kept in (self.utility or {}).items():
-            words[f"TA@1 {name}"] = _change((self.baseline_utility or {}).get(name), kept)
-        return words
-
 
 class ModelLayout(StrEnum):
     """What loads a model that is written: transformers, open_clip, or as a text encoder ComfyUI."""
@@ -496,22 +436,3 @@ class LoraHeader:
     prefix: str
     edits: tuple[LoraEdit, ...]
     version: str
-
-    def about(self) -> dict[str, str]:
-        """Return what it was made from, in words."""
-        ranks = {one.edit.name: one.rank for one in self.edits}
-        return {"rank of " + name: str(rank) for name, rank in ranks.items()}
-
-
-def over_layers(layers: Sequence[str]) -> str:
-    """Return in words how many trials there are, one a given layer, and of how many layers."""
-    return f"{len(layers)} over {len(set(layers))} layers"
-
-
-def _pass_in_words(header: GradientHeader | SquaresHeader) -> dict[str, str]:
-    batches = f"{header.batch_size} in {header.precision}"
-    return {"loss": header.loss, "rows": str(header.rows), "batches of": batches}
-
-
-def _change(before: Accuracy | None, after: Accuracy) -> str:
-    return f"{before.top1:.2f} to {after.top1:.2f}" if before else f"{after.top1:.2f}"

@@ -54,8 +54,7 @@ class Option:
     """The option of a field, or an argument if it has no flags.
 
     `without` describes the default in the help. `read` parses the text (all texts of a
-    repeatable option), and `write` is its inverse. A sequence that is not `repeatable` is
-    given as one text.
+    repeatable option). A sequence that is not `repeatable` is given as one text, with commas.
     """
 
     flags: tuple[str, ...] = ()
@@ -66,7 +65,6 @@ class Option:
     max: float | None = None
     without: str | None = None
     read: Callable[[str, Any], Any] | None = None
-    write: Callable[[Any], str | list[str]] | None = None
     repeatable: bool = True
 
     @property
@@ -184,13 +182,14 @@ class OptionField:
         return record
 
     def _texts(self, value: Any) -> list[str]:
-        if self.option.write is not None:
-            written = self.option.write(value)
-            return [written] if isinstance(written, str) else written
         if isinstance(value, Mapping):
             return [f"{key}={item}" for key, item in value.items()]
-        items = value if self.repeatable else [value]
-        return [figure(item) if isinstance(item, float) else str(item) for item in items]
+        several = isinstance(value, Sequence) and not isinstance(value, str)
+        texts = [
+            figure(item) if isinstance(item, float) else str(item)
+            for item in (value if several else [value])
+        ]
+        return texts if self.repeatable else [",".join(texts)]
 
     def arguments(self, value: Any) -> Iterator[str]:
         """Yield the command-line arguments that set this value."""
@@ -279,8 +278,7 @@ def command_line(
         value = each.of(record)
         if isinstance(value, list):
             value = tuple(value)
-        writable = value is not None or each.option.write is not None
-        if writable and (value != each.default or each.path[0] in also):
+        if value is not None and (value != each.default or each.path[0] in also):
             arguments += each.arguments(value)
     return arguments
 

@@ -162,11 +162,6 @@ class SetManifest:
         concept = f"{self.forget_eval or self.forget.fingerprint}:{self.concept}"
         return self.measured_on() | {FORGET: concept}
 
-    def about(self) -> dict[str, str]:
-        """Return a summary in words."""
-        rows = {role: f"{ref.rows} rows" for role, ref in self.blocks().items()}
-        return {"model": str(self.model), "concept": self.concept, **rows}
-
 
 @dataclass(frozen=True, slots=True)
 class Origin:
@@ -382,8 +377,3 @@ class Collection:
         """Return the names of all tar files with samples."""
         counts = [*self.concepts.values(), self.retain]
         return sorted({shard for one in counts for shard in one.shards})
-
-    def about(self) -> dict[str, str]:
-        """Return a summary in words."""
-        rows = {name: f"{counts.rows} rows" for name, counts in self.concepts.items()}
-        return {"files": str(self.files), "rows": str(self.seen), **rows}

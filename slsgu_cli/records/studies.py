@@ -73,11 +73,6 @@ class JointSearch:
     trials: tuple[JointTrial, ...]
     version: str
 
-    def about(self) -> dict[str, str]:
-        """Return a summary in words."""
-        sets = ", ".join(self.names)
-        return {"sets": sets, "criterion": self.criterion, "trials": str(len(self.trials))}
-
 
 # Stands for the class in a source of a sweep.
 CLASS = "{}"
@@ -169,11 +164,6 @@ class Sweep:
     rows: tuple[SweepRow, ...]
     version: str
 
-    def about(self) -> dict[str, str]:
-        """Return a summary in words."""
-        done = f"{len(self.rows)} of {len(self.classes)}"
-        return {"model": str(self.model), "classes": done, "criterion": self.criterion}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryOptions:
@@ -203,7 +193,6 @@ class TrajectoryOptions:
         read=percent,
         help="Largest move of a layer, in percent of its norm.",
         without="until the concept is forgotten",
-        write=lambda share: f"{100 * share:.15g}",
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.directions import DAMPING, Direction, DirectionSpec
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share
-from slsgu_cli.records.method import Qkv, Tower, over_layers
+from slsgu_cli.records.method import Qkv, Tower
 from slsgu_cli.records.option_fields import (
     DEVICE,
     EVALUATION,
@@ -110,14 +110,6 @@ class Generation:
             return ()
         return JudgeFigures(self.judge or "", self.before, self.after), *self.further
 
-    def about(self) -> dict[str, str]:
-        """Return a summary in words."""
-        images = f"2 x {len(self.prompts) * len(self.seeds)}"
-        words = {"target": self.target, "edits": ", ".join(self.edits), "images": images}
-        if self.before and self.after and self.after.ua is not None:
-            words["UA"] = f"{self.before.ua:.1f} to {self.after.ua:.1f}"
-        return words
-
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -140,11 +132,6 @@ class Answers:
     answers: tuple[Answer, ...]
     version: str
 
-    def about(self) -> dict[str, str]:
-        """Return a summary in words."""
-        edits, answers = ", ".join(self.edits), f"2 x {len(self.answers)}"
-        return {"target": self.target, "edits": edits, "answers": answers}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratedSource:
@@ -157,11 +144,6 @@ class GeneratedSource:
     seed: int
     diffusion: DiffusionOptions
     version: str
-
-    def about(self) -> dict[str, str]:
-        """Return a summary in words."""
-        prompts = "; ".join(self.prompts)
-        return {"pipeline": self.pipeline, "prompts": prompts, "images": str(self.count)}
 
 
 QUESTIONS = partial(option, ("What is shown in this image?",), "--question", panel=GENERATION)
@@ -261,11 +243,6 @@ class TargetTrials:
     reports: tuple[TargetReport, ...] = ()
     beside: dict[str, str] = field(default_factory=dict)
 
-    def about(self) -> dict[str, str]:
-        """Return a summary in words."""
-        trials = over_layers([trial.layer for trial in self.trials])
-        return {"set": self.name, "target": self.target, "trials": trials}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerSet:
@@ -323,10 +300,6 @@ def read_judges(name: str, texts: Sequence[str]) -> tuple[ModelSpec, ...]:
     return judges
 
 
-def _written(judges: Sequence[ModelSpec]) -> list[str]:
-    return [f"{each.name}={each.pretrained}" if each.pretrained else each.name for each in judges]
-
-
 def judge_option(words: str) -> Any:
     """Return the field of the models that say what images show; `words` are for none."""
     return option(
@@ -335,7 +308,6 @@ def judge_option(words: str) -> Any:
         metavar="MODEL",
         panel=EVALUATION,
         read=read_judges,
-        write=_written,
         without=words,
         help="CLIP that classifies images: a model as for --model, MODEL=WEIGHTS, or set for "
         "the set's own.",
@@ -481,7 +453,6 @@ SEEDS_OPTION = partial(
     metavar="SEEDS",
     read=numbers,
     repeatable=False,
-    write=lambda seeds: ",".join(map(str, seeds)),
 )
 STEPS = {"flags": ("--steps", "--denoise")}
 

@@ -3,7 +3,6 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Self
 
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.figures import Accuracy
@@ -34,17 +33,7 @@ class Check(StrEnum):
     """The checks of `verify`, in the order they run; the first measures the model as it is.
 
     Each is declared next to its code, in the module of `verification/checks` with its name.
-    `is_attack` marks those that search for inputs and compare them with a control.
     """
-
-    is_attack: bool
-
-    def __new__(cls, name: str, is_attack: bool = False) -> Self:
-        """Make a member from its name."""
-        member = str.__new__(cls, name)
-        member._value_ = name
-        member.is_attack = is_attack
-        return member
 
     BASELINE = "baseline"
     PARAPHRASE = "paraphrase"
@@ -58,13 +47,14 @@ class Check(StrEnum):
     PROBE = "probe"
     RETRIEVAL = "retrieval"
     MEMBERSHIP = "membership"
-    PREFIX = "prefix", True
-    RING_A_BELL = "ring-a-bell", True
-    INVERSION = "inversion", True
+    PREFIX = "prefix"
+    RING_A_BELL = "ring-a-bell"
+    INVERSION = "inversion"
 
 
 CHECKS = tuple(check for check in Check if check is not Check.BASELINE)
-ATTACKED = tuple(check for check in Check if check.is_attack)
+# The checks that search for inputs and compare them with a control.
+ATTACKED = (Check.PREFIX, Check.RING_A_BELL, Check.INVERSION)
 # How a bound names what an attack adds to its control: "attack.prefix".
 ATTACK = "attack."
 
@@ -168,7 +158,6 @@ class VerifyRequest:
         read=choices(CHECKS),
         help=f"Comma-separated checks: {','.join(CHECKS)}.",
         without="all",
-        write=lambda checks: ",".join(checks),
         repeatable=False,
     )
     templates: str | None = option(
@@ -437,8 +426,3 @@ class Verification:
         searches = filter(None, (subject.finding(Check.PREFIX) for subject in edited))
         attempts = [each for search in searches for each in search.attempts if each.name == OWN]
         return tuple(dict.fromkeys(text for attempt in attempts for text in attempt.tried))
-
-    def about(self) -> dict[str, str]:
-        """Return a description of what the record covers."""
-        labels = ", ".join(subject.label for subject in self.subjects)
-        return {"set": self.name, "models": labels}

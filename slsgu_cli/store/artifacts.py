@@ -104,7 +104,7 @@ class Row:
     digest is `made_with` another artifact of a set. `digests` maps each field with the digest of
     an input to the reason why the artifact is stale once that digest changes. It `needs` another
     artifact of the same set. A later run reuses `rows`, called `measured` in messages, if
-    `digests` and `options` are unchanged.
+    `digests` and `options` are unchanged. Listings show its `inputs`.
     """
 
     folder: str
@@ -119,6 +119,7 @@ class Row:
     options: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
     measured: str = "trials"
+    inputs: tuple[str, ...] = ()
 
     @property
     def record(self) -> Any:
@@ -157,11 +158,16 @@ _TRIALS = Row(
     needs=Artifact.POINTER,
     options=("directions", "precision"),
     rows=("trials", "took"),
+    inputs=("directions", "criterion", "after"),
 )
 
 TABLE: dict[Artifact, Row] = {
-    Artifact.COLLECTION: Row("collections", "sets.Collection", has_folder=True),
-    Artifact.SET: Row("sets", "sets.SetManifest", "set", "build-sets {} --source ..."),
+    Artifact.COLLECTION: Row(
+        "collections", "sets.Collection", has_folder=True, inputs=("files", "concepts")
+    ),
+    Artifact.SET: Row(
+        "sets", "sets.SetManifest", "set", "build-sets {} --source ...", inputs=("model", "concept")
+    ),
     Artifact.DATA: Row("data", suffix=".zarr", made_with=Artifact.SET),
     Artifact.POINTER: Row(
         "gradients",
@@ -170,20 +176,39 @@ TABLE: dict[Artifact, Row] = {
         "grad {}",
         digests=ROWS,
         needs=Artifact.SET,
+        inputs=("model", "batch_size", "precision"),
     ),
     Artifact.GRADIENT: Row(
-        "gradients", "method.GradientHeader", suffix=TENSORS, made_with=Artifact.POINTER
+        "gradients",
+        "method.GradientHeader",
+        suffix=TENSORS,
+        made_with=Artifact.POINTER,
+        inputs=("loss", "rows", "batch_size", "precision"),
     ),
     Artifact.COVARIANCE: Row(
-        "covariances", "method.CovarianceHeader", suffix=TENSORS, made_with=Artifact.RANKING
+        "covariances",
+        "method.CovarianceHeader",
+        suffix=TENSORS,
+        made_with=Artifact.RANKING,
+        inputs=("rows",),
     ),
     Artifact.FEATURES: Row(
-        "features", "method.FeatureHeader", suffix=TENSORS, made_with=Artifact.TRIALS
+        "features",
+        "method.FeatureHeader",
+        suffix=TENSORS,
+        made_with=Artifact.TRIALS,
+        inputs=("evals", "split"),
     ),
     Artifact.SQUARES: Row(
-        "squares", "method.SquaresHeader", suffix=TENSORS, made_with=Artifact.POINTER
+        "squares",
+        "method.SquaresHeader",
+        suffix=TENSORS,
+        made_with=Artifact.POINTER,
+        inputs=("loss", "rows", "batch_size", "precision"),
     ),
-    Artifact.SUMS: Row("sums", "method.SumsHeader", suffix=TENSORS),
+    Artifact.SUMS: Row(
+        "sums", "method.SumsHeader", suffix=TENSORS, inputs=("done", "batches", "gradient")
+    ),
     Artifact.RANKING: Row(
         "rankings",
         "method.Ranking",
@@ -191,6 +216,7 @@ TABLE: dict[Artifact, Row] = {
         "rank {}",
         digests=GRADIENTS,
         needs=Artifact.POINTER,
+        inputs=("target", "alignment", "directions"),
     ),
     Artifact.TRIALS: _TRIALS,
     Artifact.TRAJECTORY: replace(
@@ -204,6 +230,7 @@ TABLE: dict[Artifact, Row] = {
         digests={"gradients": GRADIENT_OF, **MODEL},
         options=("retain_data", "precision", "criterion", "margin"),
         rows=("trials",),
+        inputs=("names", "criterion"),
     ),
     Artifact.SWEEP: Row(
         "sweeps",
@@ -213,9 +240,16 @@ TABLE: dict[Artifact, Row] = {
         options=("recipe",),
         rows=("rows",),
         measured="classes",
+        inputs=("model", "criterion"),
     ),
     Artifact.EDIT: Row(
-        "edits", "method.EditHeader", "edit", "search {}", suffix=TENSORS, digests=EDITED
+        "edits",
+        "method.EditHeader",
+        "edit",
+        "search {}",
+        suffix=TENSORS,
+        digests=EDITED,
+        inputs=("model", "concept", "layer", "direction", "step", "after"),
     ),
     Artifact.VERIFICATION: Row(
         "verifications",
@@ -227,6 +261,7 @@ TABLE: dict[Artifact, Row] = {
         options=("concept",),
         rows=("subjects", "under_way"),
         measured="findings",
+        inputs=("concept",),
     ),
     Artifact.COMPARISON: Row(
         "comparisons",
@@ -247,6 +282,7 @@ TABLE: dict[Artifact, Row] = {
         needs=Artifact.POINTER,
         options=(*TARGET_OPTIONS, "gradient_of", "direction", "beside"),
         rows=("before", "trials", "seconds", "reports"),
+        inputs=("target", "direction", "judge"),
     ),
     Artifact.TARGET_COMPARISON: Row(
         "target-comparisons",
@@ -257,11 +293,25 @@ TABLE: dict[Artifact, Row] = {
         options=TARGET_OPTIONS,
         rows=("outcomes",),
         measured="outcomes",
+        inputs=("target", "judge"),
     ),
-    Artifact.GENERATED: Row("generated", "targets.GeneratedSource", has_folder=True),
-    Artifact.GENERATION: Row("generations", "targets.Generation", has_folder=True, digests=SHOWN),
-    Artifact.LEDGER: Row("ledgers", "ledger.Ledger", "ledger", "run {}.toml"),
-    Artifact.ANSWERS: Row("answers", "targets.Answers", has_folder=True, digests=SHOWN),
+    Artifact.GENERATED: Row(
+        "generated",
+        "targets.GeneratedSource",
+        has_folder=True,
+        inputs=("pipeline", "prompts", "count"),
+    ),
+    Artifact.GENERATION: Row(
+        "generations",
+        "targets.Generation",
+        has_folder=True,
+        digests=SHOWN,
+        inputs=("target", "edits", "judge"),
+    ),
+    Artifact.LEDGER: Row("ledgers", "ledger.Ledger", "ledger", "run {}.toml", inputs=("model",)),
+    Artifact.ANSWERS: Row(
+        "answers", "targets.Answers", has_folder=True, digests=SHOWN, inputs=("target", "edits")
+    ),
 }
 
 FOLDERS = sorted({row.folder for row in TABLE.values()})

@@ -4,7 +4,7 @@ Only records and headers are read: no tensors, no images, and no models. An arti
 cannot be read is listed with the reason.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -323,7 +323,17 @@ def _records(catalog: Catalog) -> Iterator[Entry]:
                 yield Entry(shown, name, path, size, {}, state, record.message)
                 continue
             verdict = catalog.standing(kind, name, record)
-            yield Entry(shown, name, path, size, record.about(), *verdict)
+            yield Entry(shown, name, path, size, _inputs(record, row.inputs), *verdict)
+
+
+def _inputs(record: Any, fields: Sequence[str]) -> dict[str, str]:
+    values = {name: getattr(record, name) for name in fields}
+    for name, value in values.items():
+        if isinstance(value, tuple | dict):
+            values[name] = ", ".join(map(str, value))
+        elif isinstance(value, float):
+            values[name] = f"{value:g}"
+    return {name.replace("_", " "): str(value) for name, value in values.items() if value}
 
 
 def _data(catalog: Catalog) -> Iterator[Entry]:

@@ -619,7 +619,7 @@ def test_the_whitened_direction_from_ranking_to_checkpoint(store, tmp_path):
     assert chosen[head.index("direction")] == "whitened (damping 0.1)"
     listed = inside("ls", store=store).stdout
     assert "\ncovariance\t" in listed
-    assert "direction whitened" in listed
+    assert "directions whitened" in listed
     out = tmp_path / "out"
     refused = inside("apply", "blue", "--direction", "gradient", "--out", out, store=store)
     assert refused.exit_code == 4

@@ -1,6 +1,5 @@
 """Options as records say them: help, refusals, command lines, completion."""
 
-import math
 import re
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -15,14 +14,11 @@ from slsgu_cli.cli import app
 from slsgu_cli.cli.app import COMMANDS
 from slsgu_cli.cli.usage import Command
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.comparison import CompareOptions, Method
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.method import Alignment, Criterion, Precision, Qkv, Tower
 from slsgu_cli.records.option_fields import PANELS, build, command_line, option_fields
 from slsgu_cli.records.options import ApplyRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
-from slsgu_cli.records.studies import TrajectoryOptions
-from slsgu_cli.records.targets import TargetSearchOptions
 from slsgu_cli.text import near
 
 GROUP = typer.main.get_command(app)
@@ -204,32 +200,6 @@ RECORDS = {
         scale=numbers,
         revert=st.booleans(),
     ),
-    "compare": st.builds(
-        CompareOptions,
-        rates=st.none() | st.lists(numbers, min_size=1, unique=True).map(tuple),
-        epochs=st.integers(1, 9),
-        methods=st.just((Method.ORIGINAL, Method.GA)),
-    ),
-    "search --target": st.builds(
-        TargetSearchOptions,
-        target=texts.map(Path),
-        overshoot=st.floats(1.0, 9.0),
-        layers=lists,
-        beside=lists,
-        judges=st.lists(
-            st.builds(ModelSpec, st.from_regex(r"[A-Za-z-]+|local-dir:a=b/c", fullmatch=True))
-            | st.builds(
-                ModelSpec,
-                st.from_regex(r"[A-Z][a-z./-]+", fullmatch=True),
-                texts,
-            ),
-            max_size=3,
-            unique=True,
-        ).map(tuple),
-    ),
-    "trajectory": st.builds(
-        TrajectoryOptions, points=st.integers(2, 99), search=st.builds(SearchOptions, layers=lists)
-    ),
 }
 
 
@@ -241,15 +211,7 @@ def test_the_command_line_of_a_record_asks_for_it(name, data):
     assert is_dataclass(record)
     words = command_line(record)
     arguments = [] if name == "apply" else ["blue"]
-    command = name.partition(" ")[0]
-    assert read(command, type(record), [*arguments, *words]) == record
-
-
-def test_a_share_comes_back_as_a_share():
-    options = TrajectoryOptions(until=0.3)
-    words = command_line(options)
-    assert words == ["--until", "30"]
-    assert math.isclose(read("trajectory", TrajectoryOptions, ["blue", *words]).until, 0.3)
+    assert read(name, type(record), [*arguments, *words]) == record
 
 
 def test_what_is_missing_is_named():

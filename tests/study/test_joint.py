@@ -397,8 +397,7 @@ def test_the_record_comes_back(searched):
     listed = {(entry.kind, entry.name): entry for entry in entries(world.store)}
     joint = listed[Artifact.JOINT, "blue+red+green"]
     assert joint.state is Standing.OK
-    assert joint.made_from["sets"] == "blue, red, green"
-    assert listed[Artifact.EDIT, "red"].made_from["together with"] == "blue, green"
+    assert joint.made_from["names"] == "blue, red, green"
 
 
 def test_the_commands(apart):

@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 
 from slsgu_cli.errors import MissingError
-from slsgu_cli.records.verification import Check, Finding, Settings, VerifyRequest
+from slsgu_cli.records.verification import ATTACKED, Check, Finding, Settings, VerifyRequest
 from slsgu_cli.verification import verify as verify_module
 from slsgu_cli.verification.registry import spec_of
 from slsgu_cli.verification.verify import verify
@@ -19,7 +19,7 @@ def test_a_declaration_names_settings_and_a_field_of_findings(check):
     spec = spec_of(check)
     assert set(spec.settings) <= SETTINGS
     assert spec.fills in FINDINGS - {"check", "key", "settings", "skipped"}
-    assert (spec.fills == "attempts") is check.is_attack
+    assert (spec.fills == "attempts") is (check in ATTACKED)
     assert spec.effort.format("how").count("how") == 1
 
 
