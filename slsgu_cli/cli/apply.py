@@ -23,7 +23,6 @@ def apply(session: Session, request: ApplyRequest) -> None:
 
 def show_applied(console: Console, result: "AppliedResult") -> None:
     """Print the files that were or would be written, and the changes in each."""
-
     rows = [
         (file.path, change.layer, change.dtype, change.share, file.nbytes)
         for file in result.files

@@ -101,7 +101,6 @@ def _wanted(request: BuildRequest, names: str | None) -> tuple[BuildRequest, "li
 
 def show_manifest(console: Console, built: SetManifest) -> None:
     """Print the parts of a set: rows, rows read, and rows excluded by reason."""
-
     parts = {"forget": built.forget, "retain": built.retain}
     parts |= {f"eval {name}": ref for name, ref in sorted(built.evals.items())}
     rows = [

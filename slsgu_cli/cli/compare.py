@@ -1,6 +1,7 @@
 """The command `compare`."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from slsgu_cli.cli.app import Names, Session, command
@@ -62,48 +63,45 @@ def show_comparison(
 
     sets = sorted(rows[0].utility)
     tenths = "{:.1f}".format
+    single = len(names) == 1
     columns: list[str | Column] = [
         Column("method", shown=label_of),
-        "setting",
-        Column("lr", on_terminal=False),
-        Column("value", on_terminal=False),
+        Column("setting", lambda row: row.words + "*" * (row.chosen and single)),
+        Column(
+            "lr",
+            lambda row: None if hyperparameter_of(row.method) else row.setting,
+            on_terminal=False,
+        ),
+        Column(
+            "value",
+            lambda row: row.setting if hyperparameter_of(row.method) else None,
+            on_terminal=False,
+        ),
         Column("layer", on_terminal=False),
         Column("epoch", on_terminal=False),
-        Column("FA@1", shown=tenths),
-        Column("FA@5", shown=tenths),
+        Column("FA@1", "forget.top1", shown=tenths),
+        Column("FA@5", "forget.top5", shown=tenths),
         *(
-            Column(f"TA@1 {n}", shown=tenths, label=f"TA@1\n{n}", of=("utility", n, "TA@1"))
-            for n in sets
+            Column(
+                f"{ta} {name}",
+                partial(_utility, name, top),
+                shown=tenths,
+                label=f"{ta}\n{name}",
+                on_terminal=ta == "TA@1",
+                of=("utility", name, ta),
+            )
+            for ta, top in (("TA@1", "top1"), ("TA@5", "top5"))
+            for name in sets
         ),
-        *(Column(f"TA@5 {n}", on_terminal=False, of=("utility", n, "TA@5")) for n in sets),
-        Column("seconds", shown=lambda value: f"{value:.0f}", label="s"),
-        Column("forget passes", shown=tenths, label="passes\nforget"),
-        Column("retain passes", shown=tenths, label="passes\nretain"),
+        Column("seconds", shown="{:.0f}".format, label="s"),
+        Column("forget passes", "forget_passes", shown=tenths, label="passes\nforget"),
+        Column("retain passes", "retain_passes", shown=tenths, label="passes\nretain"),
         Column("chosen", on_terminal=False),
-    ]
-    table = [
-        (
-            row.method,
-            row.words + "*" * (row.chosen and len(names) == 1),
-            None if hyperparameter_of(row.method) else row.setting,
-            row.setting if hyperparameter_of(row.method) else None,
-            row.layer,
-            row.epoch,
-            row.forget.top1,
-            row.forget.top5,
-            *(row.utility[name].top1 for name in sets),
-            *(row.utility[name].top5 for name in sets),
-            row.seconds,
-            row.forget_passes,
-            row.retain_passes,
-            row.chosen,
-        )
-        for row in rows
     ]
     several = f", mean of {len(names)} concepts" if len(names) > 1 else ""
     title = f"forgetting {', '.join(names)}{several}"
-    console.table("comparison", columns, table, title=title)
-    if any(row.chosen for row in rows) and len(names) == 1:
+    console.table("comparison", columns, rows, title=title)
+    if any(row.chosen for row in rows) and single:
         console.note("* the setting of the best trade-off between 100 - FA@1 and mean TA@1")
     for row in better(rows):
         console.warn(
@@ -111,6 +109,10 @@ def show_comparison(
             f"and mean TA@1 {row.mean_utility:.2f}"
         )
     console.paths("plots", [plot])
+
+
+def _utility(name: str, top: str, row: "TableRow") -> float:
+    return float(getattr(row.utility[name], top))
 
 
 def comparison_plot(rows: "Sequence[TableRow]", *, title: str) -> bytes:
@@ -176,28 +178,16 @@ def show_pipeline_comparison(console: Console, comparison: PipelineComparison, s
 
     columns: list[str | Column] = [
         Column("method", shown=label_of),
-        Column("lr", shown=lambda rate: f"{rate:g}"),
-        Column("iterations", on_terminal=False),
-        Column("UA", shown=roughly),
-        Column("IRA", shown=roughly),
-        Column("distance", shown=lambda value: f"{value:.3f}"),
-        Column("seconds", shown=lambda value: f"{value:.0f}", label="s"),
-    ]
-    rows = [
-        (
-            row.method,
-            row.plan.rate if row.plan else None,
-            row.plan.iterations if row.plan else None,
-            row.effect.ua,
-            row.effect.ira,
-            row.distance,
-            row.seconds,
-        )
-        for row in comparison.outcomes
+        Column("lr", lambda row: row.plan and row.plan.rate, shown="{:g}".format),
+        Column("iterations", lambda row: row.plan and row.plan.iterations, on_terminal=False),
+        Column("UA", "effect.ua", shown=roughly),
+        Column("IRA", "effect.ira", shown=roughly),
+        Column("distance", shown="{:.3f}".format),
+        Column("seconds", shown="{:.0f}".format, label="s"),
     ]
     title = (
         f"forgetting {comparison.concept} on {comparison.target}: "
         f"{comparison.budget.concept} images of it, {comparison.budget.others} of other classes"
     )
-    console.table("comparison", columns, rows, title=title, data=comparison)
+    console.table("comparison", columns, comparison.outcomes, title=title, data=comparison)
     console.paths("sheets", [sheet])

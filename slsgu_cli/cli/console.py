@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from io import StringIO
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from slsgu_cli import progress
@@ -29,16 +30,23 @@ Rows = Sequence[Sequence[Any]]
 class Column:
     """A column of a table.
 
-    On a terminal, `shown` formats the values, `label` replaces the name in the header, and
-    without `on_terminal` the column is omitted. If the name depends on data, `of` gives the
-    place of the values in JSON, where keys never do: a list, the name of a row, and a key.
+    `get` is the dotted attribute or the function that gives the value of a row; rows that are
+    sequences hold their values in the order of the columns. On a terminal, `shown` formats the
+    values, `label` replaces the name in the header, and without `on_terminal` the column is
+    omitted. If the name depends on data, `of` gives the place of the values in JSON, where keys
+    never do: a list, the name of a row, and a key.
     """
 
     name: str
+    get: str | Callable[[Any], Any] | None = None
     shown: Callable[[Any], str] | None = None
     label: str | None = None
     on_terminal: bool = True
     of: tuple[str, str, str] | None = None
+
+    def value(self, row: Any) -> Any:
+        """Return the value of a row that is an object."""
+        return self.get(row) if callable(self.get) else attrgetter(self.get or self.name)(row)
 
     def cell(self, value: Any) -> str:
         """Return the text of a value on a terminal."""
@@ -144,14 +152,17 @@ class Console(progress.Sink):
         self,
         key: str,
         columns: Sequence[str | Column],
-        rows: Iterable[Sequence[Any]],
+        rows: Iterable[Any],
         *,
         title: str | None = None,
         data: Any = None,
     ) -> None:
         """Print rows as a table, TSV or JSON; `data` replaces the rows in JSON."""
         heads = [Column(column) if isinstance(column, str) else column for column in columns]
-        rows = [list(row) for row in rows]
+        rows = [
+            row if isinstance(row, Sequence) else [column.value(row) for column in heads]
+            for row in rows
+        ]
         if self.as_json:
             named = [_named(heads, row) for row in rows]
             self._results[key] = document(named if data is None else data)

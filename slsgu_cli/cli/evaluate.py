@@ -70,7 +70,6 @@ def show_evaluated(console: Console, result: "EvalResult") -> None:
 
 def show_asserted(console: Console, result: "EvalResult", assertions: Sequence[Assertion]) -> None:
     """Print each assertion with its figure. Raises AssertionsError if one fails."""
-
     if not assertions:
         return
     figures = result.figures()
@@ -87,7 +86,6 @@ def show_asserted(console: Console, result: "EvalResult", assertions: Sequence[A
 
 def show_before_after(console: Console, models: Figures) -> None:
     """Print forget accuracy and utility, with a column for each model."""
-
     labels = list(models)
     sets = sorted(next(iter(models.values()))[1])
     rows: list[tuple[Any, ...]] = []

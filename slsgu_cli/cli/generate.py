@@ -68,36 +68,24 @@ def generate(
 
 def show_generation(console: Console, record: Generation, output: "OutputFolder") -> None:
     """Print which prompts still generate their class, and the figures of each judge."""
-
-    rows = [
-        (
-            prompt.prompt,
-            prompt.label,
-            len(record.seeds),
-            prompt.before.percent if prompt.before else None,
-            prompt.after.percent if prompt.after else None,
-        )
-        for prompt in record.prompts
-    ]
     columns = (
         "prompt",
-        Column("class"),
-        "images",
-        Column("original", shown=roughly),
-        Column("unlearned", shown=roughly),
+        Column("class", "label"),
+        Column("images", lambda _: len(record.seeds)),
+        Column("original", lambda each: each.before and each.before.percent, shown=roughly),
+        Column("unlearned", lambda each: each.after and each.after.percent, shown=roughly),
     )
     title = "images classified as the class" if record.judge else "generated"
     if console.as_json:
-        console.table("generation", columns, rows, data=record)
+        console.table("generation", columns, record.prompts, data=record)
     else:
-        console.table("prompts", columns, rows, title=title)
+        console.table("prompts", columns, record.prompts, title=title)
     show_effects(console, record.by_judge)
     console.paths("sheets", [output.where("sheet.png"), output.where("sheet.html")])
 
 
 def show_effects(console: Console, judged: Sequence[JudgeFigures]) -> None:
     """Print unlearning and retained accuracy before and after, for each judge."""
-
     rows: list[tuple[str | float | None, ...]] = []
     data: list[dict[str, object]] = []
     for by in judged:
@@ -128,7 +116,6 @@ def show_effects(console: Console, judged: Sequence[JudgeFigures]) -> None:
 
 def show_answer_set(console: Console, answer_set: AnswerSet) -> None:
     """Print the figures of an UnlearnCanvas answer set."""
-
     figures = (("UA", answer_set.ua), ("IRA", answer_set.ira), ("CRA", answer_set.cra))
     rows = [(name, share.percent, share.total) for name, share in figures if share]
     columns = ("figure", Column("unlearned", shown=roughly), "of")
@@ -147,8 +134,6 @@ def ask(session: Session, request: AskRequest) -> None:
 
 def show_answers(console: Console, record: Answers, output: "OutputFolder") -> None:
     """Print the answers about each image."""
-
-    rows = [(a.image, a.question, a.before, a.after) for a in record.answers]
-    columns = ("image", "question", Column("original"), Column("unlearned"))
-    console.table("answers", columns, rows, data=record)
+    columns = ("image", "question", Column("original", "before"), Column("unlearned", "after"))
+    console.table("answers", columns, record.answers, data=record)
     console.paths("pictures", [output.where("answers.png"), output.where("answers.html")])

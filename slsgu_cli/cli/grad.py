@@ -1,12 +1,11 @@
 """The command `grad`."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from slsgu_cli.cli.app import Name, Session, command
 from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.cli.formats import artifact_name
-from slsgu_cli.records.method import GradientHeader
 from slsgu_cli.records.option_fields import MODEL, ROWS, Option
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import ModelSpec
@@ -46,21 +45,33 @@ def grad(
 
 def show_gradients(console: Console, result: "GradResult") -> None:
     """Print both gradients of a set, and whether each was computed or cached."""
+    pointer, squared = result.pointer, result.squared
+    digests = {"forget": pointer.forget, "retain": pointer.retain}
+    rows = [
+        (
+            role,
+            header.loss,
+            header.mean_loss,
+            header.rows,
+            header.batches,
+            digests[role],
+            _made(role in result.computed),
+            None if squared is None else _made(role in squared),
+        )
+        for role, header in result.headers.items()
+    ]
+    columns = (
+        "role",
+        "loss",
+        "mean loss",
+        "rows",
+        "batches",
+        Column("gradient", shown=artifact_name),
+        "made",
+        "squares",
+    )
+    console.table("gradients", columns, rows, title=f"gradients of {pointer.name}")
 
-    pointer = result.pointer
 
-    def row(role: str, header: GradientHeader) -> tuple[Any, ...]:
-        made = "computed" if role in result.computed else "cached"
-        digest = pointer.forget if role == "forget" else pointer.retain
-        return (role, header.loss, header.mean_loss, header.rows, header.batches, digest, made)
-
-    rows = [row(role, header) for role, header in result.headers.items()]
-    digest = Column("gradient", shown=artifact_name)
-    columns: list[str | Column] = ["role", "loss", "mean loss", "rows", "batches", digest, "made"]
-    if result.squared is not None:
-        made = ["computed" if role in result.squared else "cached" for role in result.headers]
-        rows = [(*row, word) for row, word in zip(rows, made, strict=True)]
-        columns.append("squares")
-    names = [column if isinstance(column, str) else column.name for column in columns]
-    data = [{"squares": None} | dict(zip(names, row, strict=True)) for row in rows]
-    console.table("gradients", columns, rows, title=f"gradients of {pointer.name}", data=data)
+def _made(computed: bool) -> str:
+    return "computed" if computed else "cached"

@@ -25,11 +25,8 @@ def show_ranking(
     console: Console, ranked: Ranking, plots: Sequence[str], *, front_only: bool = False
 ) -> None:
     """Print all candidate layers, each front first, or only the fronts."""
-
     ranked_along = ranked.by_direction()
-    several = len(ranked_along) > 1
-    direction_column = Column("direction", shown=direction_format(ranked_along))
-    figures = (
+    columns = (
         Column("layer", shown=known_as),
         Column("tower"),
         Column("front"),
@@ -38,12 +35,12 @@ def show_ranking(
         Column("forget_norm", on_terminal=False),
         Column("retain_norm", on_terminal=False),
         Column("weight_norm", on_terminal=False),
+        *([Column("direction", shown=direction_format(ranked_along))] * (len(ranked_along) > 1)),
     )
-    columns = (*figures, *([direction_column] if several else []))
     front_only = front_only or console.brief
     rows = [
-        (*(getattr(score, figure.name) for figure in figures), *([direction] if several else []))
-        for direction, scores in ranked_along.items()
+        score
+        for scores in ranked_along.values()
         for score in scores
         if score.front or not front_only
     ]

@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, astuple
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -112,25 +113,20 @@ def evidence(session: Session, request: EvidenceRequest) -> None:
 
     console = session.console
     content = write_evidence(Job(request.recipe, session.store), request)
-    rows = [
-        (
-            each["request"],
-            each["state"],
-            each["edit in model"],
-            "run" if each["verification"] else "not run",
-            each["figures"][0]["before"],
-            each["figures"][0]["after"],
-        )
-        for each in content["requests"]
-    ]
     columns = (
-        "request",
-        Column("state", shown=brief_state),
-        Column("edit", label="its edit"),
-        "verification",
-        Column("FA@1 before", shown=roughly, on_terminal=False),
-        Column("FA@1 after", shown=roughly, label="FA@1 now"),
+        Column("request", itemgetter("request")),
+        Column("state", itemgetter("state"), shown=brief_state),
+        Column("edit", itemgetter("edit in model"), label="its edit"),
+        Column("verification", lambda each: "run" if each["verification"] else "not run"),
+        Column("FA@1 before", lambda each: each["figures"][0]["before"], on_terminal=False),
+        Column(
+            "FA@1 after",
+            lambda each: each["figures"][0]["after"],
+            shown=roughly,
+            label="FA@1 now",
+        ),
     )
+    rows = content["requests"]
     console.table("evidence", columns, rows, title=f"evidence: {request.out}")
     for model in content["models"]:
         for trouble in model["troubles"]:
@@ -140,36 +136,26 @@ def evidence(session: Session, request: EvidenceRequest) -> None:
 
 def show_plan(console: Console, planned: "Sequence[PlannedStage]") -> None:
     """Print all stages of a recipe: which are done, which have to run and why."""
-
-    rows = [
-        (
-            each.stage.kind,
-            ",".join(each.stage.names),
-            each.stage.about,
-            "cannot" if each.trouble else "to do" if each.reason else "done",
-            each.seconds,
-            each.trouble or each.reason,
-        )
-        for each in planned
-    ]
     columns = (
-        "stage",
-        Column("requests", on_terminal=False),
-        "for",
-        "state",
+        Column("stage", "stage.kind"),
+        Column("requests", lambda each: ",".join(each.stage.names), on_terminal=False),
+        Column("for", "stage.about"),
+        Column(
+            "state",
+            lambda each: "cannot" if each.trouble else "to do" if each.reason else "done",
+        ),
         Column("seconds", shown=lambda s: f"{s:.0f}" if s else "", label="~ s"),
-        "why",
+        Column("why", lambda each: each.trouble or each.reason),
     )
     to_do = [each for each in planned if each.reason]
     title = f"{len(planned) - len(to_do)} of {len(planned)} stages are done"
-    console.table("plan", columns, rows, title=title)
+    console.table("plan", columns, planned, title=title)
     if seconds := sum(each.seconds or 0.0 for each in to_do):
         console.note(f"estimate from earlier runs in this store: {seconds:.0f} s")
 
 
 def show_run(console: Console, result: "RunResult") -> None:
     """Print the figures, bounds and requests of a recipe after a run."""
-
     original = result.ledger.original.figures if result.ledger.original else {}
     rows = [
         (name, original[name], value, round(value - original[name], 6))
@@ -199,34 +185,26 @@ def show_run(console: Console, result: "RunResult") -> None:
 
 def show_requests(console: Console, rows: "Sequence[LedgerRow]") -> None:
     """Print the requests of a ledger with their states."""
-
-    cells = [
-        (
-            row.name,
-            row.id,
-            row.received,
-            row.reference,
-            row.state,
-            row.events[-1].day if row.events else None,
-            row.layer,
-            row.before.top1 if row.before else None,
-            row.after.top1 if row.after else None,
-            row.events[-1].digests.get("edit") if row.events else None,
-            row.note,
-        )
-        for row in rows
-    ]
     columns = (
-        "request",
+        Column("request", "name"),
         "id",
         "received",
         "reference",
         Column("state", shown=brief_state),
-        "since",
+        Column("since", lambda row: row.events[-1].day if row.events else None),
         Column("layer", shown=known_as),
-        Column("FA@1 before", shown=roughly, on_terminal=False),
-        Column("FA@1 after", shown=roughly, label="FA@1 now"),
-        Column("edit", on_terminal=False),
+        Column("FA@1 before", lambda row: row.before and row.before.top1, on_terminal=False),
+        Column(
+            "FA@1 after",
+            lambda row: row.after and row.after.top1,
+            shown=roughly,
+            label="FA@1 now",
+        ),
+        Column(
+            "edit",
+            lambda row: row.events[-1].digests.get("edit") if row.events else None,
+            on_terminal=False,
+        ),
         Column("note", on_terminal=False),
     )
-    console.table("requests", columns, cells, title="requests", data=list(rows))
+    console.table("requests", columns, rows, title="requests", data=list(rows))

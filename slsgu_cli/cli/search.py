@@ -1,6 +1,7 @@
 """The command `search`."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from slsgu_cli.checkpoints.layers import known_as
@@ -12,6 +13,7 @@ from slsgu_cli.cli.usage import ParsedOptions
 from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.figures.numbers import percent, roughly
 from slsgu_cli.records.figures import Report
+from slsgu_cli.records.method import Trial
 from slsgu_cli.records.option_fields import SEARCH, Option
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.targets import TargetSearchOptions
@@ -102,33 +104,22 @@ def show_search(
     trials, chosen = result.trials, result.chosen
     sets = sorted(trials.baseline_utility)
     along = {trial.direction for trial in trials.trials}
-    utility = [Column(f"TA@1 {n}", shown=roughly, label=f"TA@1\n{n}") for n in sets]
     columns = (
         Column("layer", shown=known_as),
         Column("direction", shown=direction_format(along), on_terminal=len(along) > 1),
         Column("step", shown=step_size),
-        Column("% of norm", shown=roughly, label="move"),
-        Column("FA@1", shown=roughly),
-        Column("FA@5", shown=roughly),
-        *utility,
-        Column("chosen"),
+        Column("% of norm", lambda trial: 100 * trial.share, shown=roughly, label="move"),
+        Column("FA@1", "forget.top1", shown=roughly),
+        Column("FA@5", "forget.top5", shown=roughly),
+        *(
+            Column(f"TA@1 {name}", partial(_utility, name), shown=roughly, label=f"TA@1\n{name}")
+            for name in sets
+        ),
+        Column("chosen", lambda trial: trial == chosen),
     )
-    order = sorted(
+    rows = sorted(
         trials.trials, key=lambda t: (t.tower != "vision", t.layer, t.direction.order, t.step)
     )
-    rows = [
-        (
-            trial.layer,
-            trial.direction,
-            trial.step,
-            100 * trial.share,
-            trial.forget.top1,
-            trial.forget.top5,
-            *(trial.utility[name].top1 if trial.utility else None for name in sets),
-            trial == chosen,
-        )
-        for trial in order
-    ]
     title = f"trials for {trials.name}, on the validation split"
     if console.as_json or not (brief or console.brief):
         console.table("trials", columns, rows, title=title, data=trials)
@@ -163,6 +154,10 @@ def show_search(
             )
 
 
+def _utility(name: str, trial: Trial) -> float | None:
+    return trial.utility[name].top1 if trial.utility else None
+
+
 def chosen_figures(result: "SearchResult") -> Figures:
     """Return test accuracy of the original model, of earlier edits if any, and of the edit."""
     report = result.report
@@ -178,7 +173,6 @@ def chosen_figures(result: "SearchResult") -> Figures:
 
 def show_earlier(console: Console, report: Report) -> None:
     """Print how well the concepts of earlier edits are recognised, if there are any."""
-
     if report.base_edits is None:
         return
     figures = [(k, when) for k in (1, 5) for when in ("original", "before", "after")]
@@ -198,20 +192,16 @@ def show_earlier(console: Console, report: Report) -> None:
 
 def show_harm(console: Console, report: Report) -> None:
     """Print the most harmed classes, and the classes with the nearest names."""
-
     columns = (
-        Column("class"),
-        Column("images"),
-        Column("original", shown=percent),
-        Column("edited", shown=percent),
-        Column("change", shown=signed),
+        Column("class", "name"),
+        Column("images", "rows"),
+        Column("original", "before", shown=percent),
+        Column("edited", "after", shown=percent),
+        Column("change", lambda loss: -loss.lost, shown=signed),
     )
     for key, losses, title in (
         ("harmed", report.harmed, "most harmed classes"),
         ("nearest", report.nearest, "classes with the nearest names"),
     ):
-        rows = [
-            (loss.name, loss.rows, loss.before, loss.after, loss.after - loss.before)
-            for loss in (losses[:HARM_SHOWN] if console.brief else losses)
-        ]
-        console.table(key, columns, rows, title=f"{title}, TA@1", data=list(losses))
+        shown = losses[:HARM_SHOWN] if console.brief else losses
+        console.table(key, columns, shown, title=f"{title}, TA@1", data=list(losses))

@@ -81,30 +81,18 @@ def show_target_search(console: Console, store: "Store", result: "TargetSearchRe
 
 def _show_trials(console: Console, result: "TargetSearchResult") -> None:
     """Print the best trial of each layer, or all trials if all were measured in full."""
-
     trials, chosen = result.trials, result.chosen
     full = all(trial.others for trial in trials.trials)
     shown = trials.trials if full else _best(trials, chosen)
-    rows = [
-        (
-            trial.layer,
-            trials.importance[trial.layer],
-            trial.step,
-            100 * trial.share,
-            100 - (trial.concept.percent or 0.0),
-            trial.others.percent if trial.others else None,
-            trial == chosen,
-        )
-        for trial in sorted(shown, key=lambda trial: (-trials.importance[trial.layer], trial.step))
-    ]
+    rows = sorted(shown, key=lambda trial: (-trials.importance[trial.layer], trial.step))
     columns = (
         Column("layer", shown=known_as),
-        "importance",
+        Column("importance", lambda trial: trials.importance[trial.layer]),
         "step",
-        Column("move", shown=lambda share: f"{share:.3g}%"),
-        Column("UA", shown=roughly),
-        Column("IRA", shown=roughly),
-        "chosen",
+        Column("move", lambda trial: 100 * trial.share, shown=lambda share: f"{share:.3g}%"),
+        Column("UA", lambda trial: 100 - (trial.concept.percent or 0.0), shown=roughly),
+        Column("IRA", lambda trial: trial.others and trial.others.percent, shown=roughly),
+        Column("chosen", lambda trial: trial == chosen),
     )
     title = f"trials on {trials.target}, on the validation split"
     title = title if full else f"the best {title}, by layer"

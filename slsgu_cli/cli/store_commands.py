@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,29 +40,20 @@ def ls(session: Session) -> None:
 
     if not session.store.exists(""):
         session.console.note(f"there is no store {session.store.where('').rstrip('/')} yet")
-    show_listing(session.console, entries(session.store))
-
-
-def show_listing(console: Console, entries: "Sequence[Entry]") -> None:
-    """Print the artifacts in the store."""
-
-    rows = [
-        (entry.kind, entry.name, entry.size, entry.state, entry.reason, _origin(console, entry))
-        for entry in entries
-    ]
+    listed = entries(session.store)
     columns = (
         Column("kind"),
         Column("name", shown=artifact_name),
-        Column("bytes", shown=file_size, label="size"),
+        Column("bytes", "size", shown=file_size, label="size"),
         Column("state"),
         Column("reason", on_terminal=False),
-        Column("made from"),
+        Column("made from", partial(_origin, session.console)),
     )
-    console.table("store", columns, rows, data=entries)
+    session.console.table("store", columns, listed, data=listed)
 
 
 def _origin(console: Console, entry: "Entry") -> str:
-    # On a terminal there is no room for the reasons in a column of their own.
+    # On a terminal there is no space for the reasons in a column of their own.
     reason = f"{entry.reason}; " if entry.reason and console.on_terminal else ""
     return reason + entry.summary()
 
@@ -174,9 +166,14 @@ def show_presence(console: Console, found: "Sequence[FoundEdit]", model: Path) -
     """Print which edits a model contains. Raises AbsentError or InputError if one is missing."""
     from slsgu_cli.engine.find_edits import Presence
 
-    rows = [(one.name, one.presence, one.layer, one.dtype, one.file) for one in found]
-    columns = ("edit", "is", Column("layer", shown=known_as), "dtype", "file")
-    console.table("edits", columns, rows, title=f"edits in {model}", data=list(found))
+    columns = (
+        Column("edit", "name"),
+        Column("is", "presence"),
+        Column("layer", shown=known_as),
+        "dtype",
+        "file",
+    )
+    console.table("edits", columns, found, title=f"edits in {model}", data=list(found))
     others = [one for one in found if one.presence is Presence.OTHER]
     for one in others[:1]:
         along = one.share is not None
@@ -204,32 +201,24 @@ def gc(
 
     _require_store(session.store)
     found = garbage(session.store)
-    show_unused(session.console, remove(session.store, found) if yes else found)
-
-
-def show_unused(console: Console, found: "Sequence[Finding]") -> None:
-    """Print artifacts that nothing refers to, and whether they were removed."""
-    _findings(console, "unused", found)
+    if yes:
+        found = remove(session.store, found)
+    _findings(session.console, "unused", found)
     size = file_size(sum(one.size for one in found))
-    if any(one.removed for one in found):
-        console.note(f"removed {size}")
+    if yes:
+        session.console.note(f"removed {size}")
     elif found:
-        console.note(f"{size} can be freed; --yes removes them")
+        session.console.note(f"{size} can be freed; --yes removes them")
 
 
 def _findings(console: Console, key: str, found: "Sequence[Finding]") -> None:
-
-    rows = [
-        (one.state, one.kind, one.name, one.size, one.reason, one.mend, one.removed)
-        for one in found
-    ]
     columns = (
         Column("state"),
         Column("kind"),
         Column("name", shown=artifact_name),
-        Column("bytes", shown=file_size, label="size"),
+        Column("bytes", "size", shown=file_size, label="size"),
         Column("reason"),
-        Column("to mend it"),
+        Column("to mend it", "mend"),
         Column("removed"),
     )
-    console.table(key, columns, rows, data=list(found))
+    console.table(key, columns, found, data=list(found))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import Session, command
@@ -12,10 +12,6 @@ from slsgu_cli.cli.formats import accuracies, step_size
 from slsgu_cli.figures.numbers import roughly
 from slsgu_cli.records.option_fields import ROWS, Option
 from slsgu_cli.records.studies import SweepRequest
-
-if TYPE_CHECKING:
-    from slsgu_cli.store.store import Store
-    from slsgu_cli.study.series import SweepResult
 
 
 @command("sweep")
@@ -33,19 +29,13 @@ def sweep(
     Example: slsgu sweep objects --classes seven.txt -m local-dir:clip -s icons.parquet --eval ...
     """
     from slsgu_cli.sources.prompts import read_classes
+    from slsgu_cli.store.artifacts import Artifact
     from slsgu_cli.study.series import require_swept
     from slsgu_cli.study.series import sweep as run
 
     listed = read_classes(str(classes))
     result = run(session.store, replace(request, classes=listed.names if listed else ()))
-    show_sweep(session.console, session.store, result)
-    require_swept(result)
-
-
-def show_sweep(console: Console, store: "Store", result: "SweepResult") -> None:
-    """Print accuracies before and after for each class, and their means (Table 2 of the paper)."""
-    from slsgu_cli.store.artifacts import Artifact
-
+    console = session.console
     record = result.sweep
     sets = sorted(record.rows[0].baseline_utility)
     figures = [f"FA@{k}" for k in (1, 5)] + [f"TA@{k} {name}" for name in sets for k in (1, 5)]
@@ -81,9 +71,10 @@ def show_sweep(console: Console, store: "Store", result: "SweepResult") -> None:
             columns += [Column(f"{figure} before"), Column(f"{figure} after")]
     title = f"sweep {record.name}: accuracies before and after each class is forgotten"
     console.table("sweep", columns, rows, title=title, data=record)
-    console.paths("files", [store.where(Artifact.SWEEP.path(record.name))])
+    console.paths("files", [session.store.where(Artifact.SWEEP.path(record.name))])
     if result.reused:
         console.note(f"reused the results of {result.reused} classes")
+    require_swept(result)
 
 
 def _paired(console: Console, before: Sequence[float], after: Sequence[float]) -> list[object]:

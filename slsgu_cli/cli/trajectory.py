@@ -1,7 +1,5 @@
 """The command `trajectory`."""
 
-from typing import TYPE_CHECKING
-
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import Name, Session, command
 from slsgu_cli.cli.console import Column, Console
@@ -9,35 +7,24 @@ from slsgu_cli.cli.formats import step_size
 from slsgu_cli.figures.numbers import roughly
 from slsgu_cli.records.studies import Trajectory, TrajectoryOptions
 
-if TYPE_CHECKING:
-    from slsgu_cli.store.store import Store
-
 
 @command("trajectory")
 def trajectory(session: Session, name: Name, options: TrajectoryOptions) -> None:
     """Example: slsgu trajectory facebook --points 40"""
+    from slsgu_cli.store.artifacts import Artifact
     from slsgu_cli.study.series import trajectory_and_plots
 
-    steps, plots = trajectory_and_plots(session.store, name, options=options)
-    show_trajectory(session.console, session.store, steps, plots)
-
-
-def show_trajectory(
-    console: Console, store: "Store", trajectory: "Trajectory", plots: list[str]
-) -> None:
-    """Print the largest rise of each figure along each layer, and off a terminal every step."""
-    from slsgu_cli.store.artifacts import Artifact
-
-    trials = trajectory.trials
+    console = session.console
+    result, plots = trajectory_and_plots(session.store, name, options=options)
     if not console.brief:
-        _steps(console, trajectory)
+        _show_steps(console, result)
     columns = [
         Column("layer", shown=known_as),
         Column("direction"),
         Column("steps"),
         Column("% of norm", shown=roughly, label="move\nup to"),
     ]
-    for figure in trajectory.figures():
+    for figure in result.figures():
         at = f"{figure} rise at % of norm"
         label = figure.replace("TA@1 ", "TA@1\n")
         columns += [
@@ -45,20 +32,18 @@ def show_trajectory(
             Column(at, on_terminal=False, of=("figures", figure, "rise at % of norm")),
         ]
     rows = []
-    for move in trajectory.moves():
-        steps, rises = trajectory.of(move), trajectory.rises(move).values()
+    for move in result.moves():
+        steps, rises = result.of(move), result.rises(move).values()
         cells = [cell for rise in rises for cell in (rise.points, 100 * rise.share)]
         rows.append([move[0], str(move[1]), len(steps), 100 * steps[-1].share, *cells])
-    title = f"trajectories of {trials.name}: largest rise of each figure between steps"
+    title = f"trajectories of {name}: largest rise of each figure between steps"
     console.table("rises", columns, rows, title=title)
-    console.paths("files", [store.where(Artifact.TRAJECTORY.path(trials.name)), *plots])
-    again = len(trials.trials) - trajectory.measured
-    if again:
-        console.note(f"{again} recorded steps were reused")
+    console.paths("files", [session.store.where(Artifact.TRAJECTORY.path(name)), *plots])
+    if reused := len(result.trials.trials) - result.measured:
+        console.note(f"{reused} recorded steps were reused")
 
 
-def _steps(console: Console, trajectory: "Trajectory") -> None:
-
+def _show_steps(console: Console, trajectory: Trajectory) -> None:
     columns = [
         Column("layer", shown=known_as),
         Column("direction"),

@@ -2,6 +2,8 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -9,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 from slsgu_cli.cli.app import Name, Session, command
 from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.figures.numbers import roughly
+from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.options import ReportRequest
 from slsgu_cli.records.verification import Check, VerifiedModel, VerifyRequest
 
 if TYPE_CHECKING:
     from slsgu_cli.verification.verdicts import VerdictRow
     from slsgu_cli.verification.verify import Verified
-
-Cells = list[tuple[Any, ...]]
 
 # Columns of a terminal for sentences, and rows of a short table of classes.
 WIDTH, SHORT = 79, 5
@@ -63,69 +64,77 @@ def _sentence(
     console.row(key, text, data, shown=fill(text, WIDTH))
 
 
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A figure of the original model and of another one."""
+
+    model: str
+    was: Any
+    now: Any
+
+
 def _verdicts(
     console: Console, verdicts: "Sequence[tuple[VerifiedModel, VerdictRow]]", *, several: bool
 ) -> None:
-
-    shown = [(subject, row) for subject, row in verdicts if not (console.brief and row.detail)]
-    sets = sorted({name for _, row in shown for name in row.utility_after or {}})
-    columns = [
-        Column("check"),
-        Column("variant"),
-        Column("model", on_terminal=several),
-        Column("original FA@1", shown=roughly, label="FA@1\noriginal"),
-        Column("FA@1", shown=roughly, label="FA@1\nnow"),
-        Column("original FA@5", on_terminal=False),
-        Column("FA@5", shown=roughly, label="FA@5\nnow"),
-        Column("control FA@1", shown=roughly, label="FA@1\ncontrol"),
-        *(
-            Column(f"{side}TA@1 {name}", on_terminal=False, of=("utility", name, f"{side}TA@1"))
-            for name in sets
-            for side in ("original ", "")
-        ),
-        Column("TA change", shown=lambda value: f"{value:+.1f}", label="TA@1\nchange"),
-        Column("verdict"),
-        *(
-            Column(name, on_terminal=False)
-            for name in ("original control", "added", "added from", "added to", "note")
-        ),
+    shown = [
+        _Pair(subject.label, None, row)
+        for subject, row in verdicts
+        if not (console.brief and row.detail)
     ]
-    cells: Cells = [
-        (
-            row.check,
-            row.variant,
-            subject.label,
-            row.before.top1,
-            row.after.top1,
-            row.before.top5,
-            row.after.top5,
-            row.control.top1 if row.control else None,
-            *(
-                side[name].top1 if side and name in side else None
-                for name in sets
-                for side in row.utilities
-            ),
-            row.utility_change,
-            row.verdict,
-            *_added(row),
-            row.note,
+    sets = sorted({name for pair in shown for name in pair.now.utility_after or {}})
+    utility = [
+        Column(
+            f"{model}TA@1 {name}",
+            partial(_utility, side, name),
+            on_terminal=False,
+            of=("utility", name, f"{model}TA@1"),
         )
-        for subject, row in shown
+        for name in sets
+        for model, side in (("original ", "utility_before"), ("", "utility_after"))
+    ]
+    columns = [
+        Column("check", "now.check"),
+        Column("variant", "now.variant"),
+        Column("model", on_terminal=several),
+        Column("original FA@1", "now.before.top1", shown=roughly, label="FA@1\noriginal"),
+        Column("FA@1", "now.after.top1", shown=roughly, label="FA@1\nnow"),
+        Column("original FA@5", "now.before.top5", on_terminal=False),
+        Column("FA@5", "now.after.top5", shown=roughly, label="FA@5\nnow"),
+        Column(
+            "control FA@1",
+            lambda pair: _top1(pair.now.control),
+            shown=roughly,
+            label="FA@1\ncontrol",
+        ),
+        *utility,
+        Column("TA change", "now.utility_change", shown="{:+.1f}".format, label="TA@1\nchange"),
+        Column("verdict", "now.verdict"),
+        Column(
+            "original control", lambda pair: _top1(pair.now.original_control), on_terminal=False
+        ),
+        Column("added", partial(_added, "points"), on_terminal=False),
+        Column("added from", partial(_added, "low"), on_terminal=False),
+        Column("added to", partial(_added, "high"), on_terminal=False),
+        Column("note", "now.note", on_terminal=False),
     ]
     title = "does it stay forgotten? FA on the concept, TA on everything else"
-    console.table("verification", columns, cells, title=title)
+    console.table("verification", columns, shown, title=title)
 
 
-def _added(row: "VerdictRow") -> tuple[float | None, ...]:
-    """Return the original's control, and the difference to the control with its interval."""
-    if row.original_control is None or row.added is None:
-        return None, None, None, None
-    return row.original_control.top1, row.added.points, row.added.low, row.added.high
+def _utility(side: str, name: str, pair: _Pair) -> float | None:
+    return _top1((getattr(pair.now, side) or {}).get(name))
+
+
+def _added(end: str, pair: _Pair) -> float | None:
+    return getattr(pair.now.added, end, None)
+
+
+def _top1(accuracy: Accuracy | None) -> float | None:
+    return None if accuracy is None else accuracy.top1
 
 
 def _neighbourhood(console: Console, subjects: Sequence[VerifiedModel]) -> None:
     """Print the nearest names and the first guesses of each model, side by side."""
-
     known = [
         (subject, finding.neighbourhood)
         for subject in subjects
@@ -138,7 +147,7 @@ def _neighbourhood(console: Console, subjects: Sequence[VerifiedModel]) -> None:
         ],
     }
     shown = {"nearest name": "{} {:.2f}", "taken for": "{} {:.0f}%"}
-    cells: Cells = [
+    cells = [
         (f"{what} {place}", *(shown[what].format(*each) if each else None for each in row))
         for what, of_models in lists.items()
         for place, row in enumerate(zip_longest(*of_models), start=1)
@@ -160,40 +169,26 @@ def _losses(console: Console, original: VerifiedModel, others: Sequence[Verified
     from slsgu_cli.verification.checks.nearest import losses, most_harmed, nearest_names
 
     most = SHORT if console.brief else None
-    cells: Cells = []
+    rows = []
     for subject in others:
         known = losses(original, subject)
-        kinds = [("nearest name", rows[:most]) for rows in nearest_names(known).values()]
+        kinds = [("nearest name", each[:most]) for each in nearest_names(known).values()]
         kinds.append(("lost most", most_harmed(known)[:most]))
-        cells += [
-            (
-                what,
-                row.evaluation,
-                row.name,
-                subject.label,
-                row.cosine,
-                row.rows,
-                row.before,
-                row.after,
-                row.after - row.before,
-            )
-            for what, rows in kinds
-            for row in rows
-        ]
+        rows += [_Pair(subject.label, what, loss) for what, each in kinds for loss in each]
     columns = [
-        Column("what"),
-        Column("set"),
-        Column("class"),
+        Column("what", "was"),
+        Column("set", "now.evaluation"),
+        Column("class", "now.name"),
         Column("model", on_terminal=len(others) > 1),
-        Column("cosine", shown=lambda value: f"{value:.2f}"),
-        Column("rows"),
-        Column("original TA@1", shown=roughly, label="TA@1\noriginal"),
-        Column("TA@1", shown=roughly, label="TA@1\nnow"),
-        Column("change", shown=lambda value: f"{value:+.1f}"),
+        Column("cosine", "now.cosine", shown="{:.2f}".format),
+        Column("rows", "now.rows"),
+        Column("original TA@1", "now.before", shown=roughly, label="TA@1\noriginal"),
+        Column("TA@1", "now.after", shown=roughly, label="TA@1\nnow"),
+        Column("change", lambda row: -row.now.lost, shown="{:+.1f}".format),
     ]
     title = f"losses of other classes; those that lost most have at least {LEAST_ROWS} images"
-    if cells:
-        console.table("classes", columns, cells, title=title)
+    if rows:
+        console.table("classes", columns, rows, title=title)
 
 
 def _classifiers(
@@ -202,101 +197,67 @@ def _classifiers(
     """Print how well classifiers on image features find the concept."""
     from slsgu_cli.verification.checks.probe import score_pairs
 
-    cells: Cells = [
-        (
-            now.classifier,
-            now.subject,
-            subject.label,
-            now.images,
-            was.accuracy,
-            now.accuracy,
-            was.recall,
-            now.recall,
-            now.rows,
-            now.others,
-        )
-        for subject in others
-        for was, now in score_pairs(original, subject)
-    ]
+    pairs = [_Pair(each.label, *pair) for each in others for pair in score_pairs(original, each)]
     columns = [
-        Column("classifier"),
-        Column("looks for"),
+        Column("classifier", "now.classifier"),
+        Column("looks for", "now.subject"),
         Column("model", on_terminal=len(others) > 1),
-        Column("images"),
-        Column("original accuracy", shown=roughly, label="accuracy\noriginal"),
-        Column("accuracy", shown=roughly, label="\nnow"),
-        Column("original recall", shown=roughly, label="recall\noriginal"),
-        Column("recall", shown=roughly, label="\nnow"),
-        Column("rows", on_terminal=False),
-        Column("others", on_terminal=False),
+        Column("images", "now.images"),
+        Column("original accuracy", "was.accuracy", shown=roughly, label="accuracy\noriginal"),
+        Column("accuracy", "now.accuracy", shown=roughly, label="\nnow"),
+        Column("original recall", "was.recall", shown=roughly, label="recall\noriginal"),
+        Column("recall", "now.recall", shown=roughly, label="\nnow"),
+        Column("rows", "now.rows", on_terminal=False),
+        Column("others", "now.others", on_terminal=False),
     ]
     title = "classifiers on image features; recall at 1% false positives"
-    if cells:
-        console.table("classifiers", columns, cells, title=title)
+    if pairs:
+        console.table("classifiers", columns, pairs, title=title)
 
 
 def _retrieved(console: Console, original: VerifiedModel, others: Sequence[VerifiedModel]) -> None:
     """Print retrieval by its images and its name, and how far an index moved."""
     from slsgu_cli.verification.checks.retrieval import retrievals
 
-    pairs = [(s, found) for s in others if (found := retrievals(original, s)) is not None]
-    if not pairs:
+    found = [(each.label, pair) for each in others if (pair := retrievals(original, each))]
+    if not found:
         return
-    several = len(others) > 1
-    cells: Cells = [
-        (
-            now.query,
-            now.index,
-            subject.label,
-            was.precision,
-            now.precision,
-            was.recall1,
-            now.recall1,
-            now.recall5,
-            now.recall10,
-            now.queries,
-            now.gallery,
-        )
-        for subject, (before, after) in pairs
-        for was, now in zip(before.queries, after.queries, strict=True)
+    model = Column("model", on_terminal=len(others) > 1)
+    queries = [
+        _Pair(label, *pair)
+        for label, (before, after) in found
+        for pair in zip(before.queries, after.queries, strict=True)
     ]
     columns = [
-        Column("query"),
-        Column("index"),
-        Column("model", on_terminal=several),
-        Column("original mAP", shown=roughly, label="mAP\noriginal"),
-        Column("mAP", shown=roughly, label="\nnow"),
-        Column("original recall@1", shown=roughly, label="R@1\noriginal"),
-        Column("recall@1", shown=roughly, label="\nnow"),
-        Column("recall@5", on_terminal=False),
-        Column("recall@10", shown=roughly, label="R@10\nnow"),
-        Column("queries", on_terminal=False),
-        Column("gallery", on_terminal=False),
+        Column("query", "now.query"),
+        Column("index", "now.index"),
+        model,
+        Column("original mAP", "was.precision", shown=roughly, label="mAP\noriginal"),
+        Column("mAP", "now.precision", shown=roughly, label="\nnow"),
+        Column("original recall@1", "was.recall1", shown=roughly, label="R@1\noriginal"),
+        Column("recall@1", "now.recall1", shown=roughly, label="\nnow"),
+        Column("recall@5", "now.recall5", on_terminal=False),
+        Column("recall@10", "now.recall10", shown=roughly, label="R@10\nnow"),
+        Column("queries", "now.queries", on_terminal=False),
+        Column("gallery", "now.gallery", on_terminal=False),
     ]
-    console.table("retrieval", columns, cells, title="retrieval of its images among all others")
-    moved: Cells = [
-        (
-            side.images,
-            subject.label,
-            side.rows,
-            100 * side.identical / side.rows,
-            100 * side.far / side.rows,
-            side.mean,
-            side.largest,
-        )
-        for subject, (_, after) in pairs
-        for side in after.shifts
-    ]
+    console.table("retrieval", columns, queries, title="retrieval of its images among all others")
+    shifts = [_Pair(label, None, each) for label, (_, after) in found for each in after.shifts]
     columns = [
-        Column("features of"),
-        Column("model", on_terminal=several),
-        Column("rows"),
-        Column("identical", shown=roughly),
-        Column("moved", shown=roughly, label="moved by\n> 0.01"),
-        Column("mean", shown=lambda value: f"{value:.4f}", label="mean\nmove"),
-        Column("largest", shown=lambda value: f"{value:.4f}", label="largest\nmove"),
+        Column("features of", "now.images"),
+        model,
+        Column("rows", "now.rows"),
+        Column("identical", lambda row: 100 * row.now.identical / row.now.rows, shown=roughly),
+        Column(
+            "moved",
+            lambda row: 100 * row.now.far / row.now.rows,
+            shown=roughly,
+            label="moved by\n> 0.01",
+        ),
+        Column("mean", "now.mean", shown="{:.4f}".format, label="mean\nmove"),
+        Column("largest", "now.largest", shown="{:.4f}".format, label="largest\nmove"),
     ]
-    console.table("index", columns, moved, title="how far an image index moved, as 1 - cosine")
+    console.table("index", columns, shifts, title="how far an image index moved, as 1 - cosine")
 
 
 def _membership(console: Console, original: VerifiedModel, others: Sequence[VerifiedModel]) -> None:
@@ -305,73 +266,53 @@ def _membership(console: Console, original: VerifiedModel, others: Sequence[Veri
     before = original.finding(Check.MEMBERSHIP)
     if before is None:
         return
-    findings = [(subject, subject.finding(Check.MEMBERSHIP)) for subject in others]
-    cells: Cells = [
-        (
-            now.figure,
-            now.against,
-            subject.label,
-            was.mean,
-            was.deviation,
-            now.mean,
-            now.deviation,
-            now.members,
-            now.others,
-            exposure(was, now),
-        )
-        for subject, after in findings
-        for was, now in zip(before.membership, after.membership if after else (), strict=True)
+    pairs = [
+        _Pair(subject.label, *pair)
+        for subject in others
+        if (after := subject.finding(Check.MEMBERSHIP))
+        for pair in zip(before.membership, after.membership, strict=True)
     ]
     columns = [
-        Column("figure"),
-        Column("against"),
+        Column("figure", "now.figure"),
+        Column("against", "now.against"),
         Column("model", on_terminal=len(others) > 1),
-        Column("original mean", label="mean\noriginal", shown=roughly),
-        Column("original sd", shown=lambda value: f"{value:.1f}", label="\nsd"),
-        Column("mean", label="\nmean", shown=roughly),
-        Column("sd", shown=lambda value: f"{value:.1f}", label="\nsd"),
-        Column("members", on_terminal=False),
-        Column("others", on_terminal=False),
-        Column("verdict"),
+        Column("original mean", "was.mean", shown=roughly, label="mean\noriginal"),
+        Column("original sd", "was.deviation", shown="{:.1f}".format, label="\nsd"),
+        Column("mean", "now.mean", shown=roughly, label="\nmean"),
+        Column("sd", "now.deviation", shown="{:.1f}".format, label="\nsd"),
+        Column("members", "now.members", on_terminal=False),
+        Column("others", "now.others", on_terminal=False),
+        Column("verdict", lambda pair: exposure(pair.was, pair.now)),
     ]
     title = "membership inference: accuracy of separating the forget set from other pairs"
-    console.table("membership", columns, cells, title=title)
+    console.table("membership", columns, pairs, title=title)
 
 
 def _attempts(console: Console, subjects: Sequence[VerifiedModel]) -> None:
     """Print the texts that attacks found or learnt; in a brief table, only the best of each."""
-
-    cells: Cells = [
-        (
-            finding.check,
-            subject.label,
-            attempt.name,
-            attempt.text,
-            attempt.loss,
-            attempt.forget.top1,
-            attempt.forget.top5,
-        )
+    attempts = [
+        _Pair(subject.label, finding, attempt)
         for subject in subjects
         for finding in subject.findings
         for attempt in finding.attempts
         if not console.brief or attempt == finding.best(attempt.name)
     ]
     columns = (
-        "check",
+        Column("check", "was.check"),
         "model",
-        "looked for",
-        "text",
-        Column("loss", on_terminal=False),
-        Column("FA@1", shown=roughly),
-        Column("FA@5", shown=roughly),
+        Column("looked for", "now.name"),
+        Column("text", "now.text"),
+        Column("loss", "now.loss", on_terminal=False),
+        Column("FA@1", "now.forget.top1", shown=roughly),
+        Column("FA@5", "now.forget.top5", shown=roughly),
     )
-    if cells:
+    if attempts:
         title = "texts found in place of the name, and their accuracy"
-        console.table("attempts", columns, cells, title=title)
+        console.table("attempts", columns, attempts, title=title)
 
 
 def _curves(console: Console, subjects: Sequence[VerifiedModel]) -> None:
-    cells: Cells = [
+    cells = [
         (finding.check, subject.label, curve.target, p.step, p.forget.top1, p.forget.top5)
         for subject in subjects
         for finding in subject.findings
