@@ -1,16 +1,16 @@
 """Edited copies of models of every kind."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.configurations import OPEN_CLIP
-from slsgu_cli.checkpoints.conversion import Conversion, OtherLayout
+from slsgu_cli.checkpoints.conversion import OtherLayout, converted
 from slsgu_cli.checkpoints.destinations import README, SAFETENSORS, all_files, require_place
-from slsgu_cli.checkpoints.edit_plan import patched, plan_target, require_distinct
+from slsgu_cli.checkpoints.edit_plan import FilePlan, patched, plan_target, require_distinct
 from slsgu_cli.checkpoints.edits import (
     Edit,
     strength_of,
@@ -19,12 +19,10 @@ from slsgu_cli.checkpoints.layouts import SUFFIXES, open_weights
 from slsgu_cli.checkpoints.model_copy import (
     AppliedResult,
     Check,
-    Compare,
     CopyPlan,
-    FilePlan,
     write_copy,
 )
-from slsgu_cli.checkpoints.targets import Family, Target
+from slsgu_cli.checkpoints.targets import Target
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.records.options import ApplyOptions
 
@@ -50,7 +48,6 @@ def apply_edits(
     config: Mapping[str, Any] | None = None,
     extra_files: Mapping[str, Path] | None = None,
     earlier: Sequence[Edit] = (),
-    compare: Compare | None = None,
     check: Check | None = None,
     card: Card | None = None,
     layout: OtherLayout | None = None,
@@ -61,7 +58,6 @@ def apply_edits(
     `out` is a folder, or for a single file also a file of the same format. With `config`,
     the content of its configuration, a single file becomes a folder in open_clip's layout,
     which also gets the `extra_files`.
-    `compare` runs while files are copied, and its remark is logged before they are in place.
     `check` examines a folder in open_clip's layout before it is in place. `card` returns the model
     card of a folder. With a `layout`, the copy has that layout.
     `out` is replaced in one step, even if it is the model itself.
@@ -76,10 +72,11 @@ def apply_edits(
     elif target.path.is_file():
         copy = _file_copy(target.path, out, plans[target.path], config, extra_files or {})
     else:
-        _warn_of_other_files(target, plans, options)
+        _require_readable(target, options)
+        _warn_of_other_files(target, plans)
         relative = {str(path.relative_to(target.path)): plan for path, plan in plans.items()}
         copy = CopyPlan(out, all_files(target.path), relative)
-    result = write_copy(_with_card(copy, card), options, compare, check)
+    result = write_copy(_with_card(copy, card), options, check)
     return replace(result, readers=target.marked_readers(encoders))
 
 
@@ -88,12 +85,9 @@ def _with_card(plan: CopyPlan, card: Card | None) -> CopyPlan:
     if card is None or "" in plan.plans:
         return plan
     there = plan.files.get(README)
-    present = there.read_bytes().decode("utf-8", "surrogateescape") if there else None
-    text = card(present)
-    if text == present:
-        return plan
+    text = card(there.read_bytes().decode("utf-8", "surrogateescape") if there else None)
     files = {name: path for name, path in plan.files.items() if name != README}
-    texts = plan.texts if text is None else plan.texts | {README: text}
+    texts = plan.texts if text is None else {**plan.texts, README: text}
     return replace(plan, files=files, texts=texts)
 
 
@@ -112,7 +106,7 @@ def copy_model(
     """
     require_place(target.path, out, overwrite=options.overwrite)
     if target.path.is_file():
-        copy = _file_copy(target.path, out, FilePlan({}, ()), config, extra_files or {})
+        copy = _file_copy(target.path, out, FilePlan(), config, extra_files or {})
     else:
         copy = CopyPlan(out, all_files(target.path), {})
     return write_copy(copy, options, check=check)
@@ -163,24 +157,20 @@ def _converted_copy(
             hint="write each encoder by a separate command with its edits",
         )
     (weights,) = edited.values()
-
-    current = patched(weights, {path: plan.values for path, plan in plans.items()})
-    conversion = Conversion(weights, layout, current)
+    tensors = converted(weights, layout, patched(weights, plans))
     changes = [change for path in weights.files if path in plans for change in plans[path].changes]
     return CopyPlan(
         out,
-        dict(layout.files),
-        {layout.file: FilePlan({}, tuple(changes))},
-        dict(layout.texts),
-        {layout.file: conversion.tensors()},
+        layout.files,
+        {layout.file: FilePlan(changes=changes)},
+        layout.texts,
+        {layout.file: tensors},
         layout.client,
     )
 
 
-def _warn_of_other_files(
-    target: Target, plans: Mapping[Path, FilePlan], options: ApplyOptions
-) -> None:
-    """Refuse unreadable weights; warn of weights that are copied without the edit."""
+def _require_readable(target: Target, options: ApplyOptions) -> None:
+    """Raise InputError for weights next to the edited ones that cannot be read."""
     for path, why in target.unread.items():
         if not options.force:
             raise InputError(
@@ -188,6 +178,10 @@ def _warn_of_other_files(
                 hint="move it away, or --force to copy it unchanged",
             )
         progress.warn(f"{path} was copied unchanged: {why}")
+
+
+def _warn_of_other_files(target: Target, plans: Iterable[Path]) -> None:
+    """Warn of weights that are copied without the edit."""
     sets = [weights for encoder in target.encoders for weights in encoder.copies]
     known = {*target.unread, *(path for weights in sets for path in weights.files)}
     for folder in sorted({target.path, *(path.parent for path in plans)}):
@@ -195,17 +189,11 @@ def _warn_of_other_files(
             is_weights = folder == target.path and path.suffix in SUFFIXES and _has_tensors(path)
             if is_weights or path.suffix in OTHER_FORMATS:
                 progress.warn(f"{path} was copied without the edit")
-    if target.family is Family.CLIP:
-        for path in sorted(target.path.glob("*/**/*")):
-            if path.suffix in SUFFIXES:
-                progress.warn(
-                    f"{path} is in a subfolder of the model and was copied without the edit"
-                )
 
 
 def _has_tensors(path: Path) -> bool:
     """Return whether a file holds tensors, or might: an unreadable one may be weights."""
     try:
-        return not path.is_file() or bool(open_weights(path).names())
+        return bool(open_weights(path).entries)
     except InputError:
         return True

@@ -1,13 +1,11 @@
 """Layouts other than the model's own, and the conversion of its weights."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from slsgu_cli.checkpoints.layouts import WeightSet, assembled, joined, joined_shape
+from slsgu_cli.checkpoints.layouts import WeightSet, assembled, hollow, joined
 from slsgu_cli.checkpoints.naming_schemes import (
     SCALES,
     NamingScheme,
@@ -50,73 +48,64 @@ class OtherLayout:
     optional: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """A model's weights converted to another layout, to be written into one file.
+def converted(
+    weights: WeightSet, layout: OtherLayout, current: Callable[[str], Raw]
+) -> list[NewTensor]:
+    """Return a model's tensors in another layout.
 
-    Towers without a place in the `layout` are left out. `current` reads a stored tensor with the
-    edits applied.
+    Towers without a place in the layout are left out. `current` reads a stored tensor with the
+    edits applied. Raises InputError if some tensors have no place in the layout.
     """
+    pieces: dict[str, list[tuple[TensorPlace, Places]]] = {}
+    used: set[str] = set()
+    for name, (sources, places) in _both_places(weights, layout).items():
+        if not weights.holds(sources):
+            if name in layout.optional:
+                continue
+            raise InputError(f"{weights.path} holds no {name}, which its layout must have")
+        used |= {place.key for place in sources}
+        for place in places:
+            pieces.setdefault(place.key, []).append((place, sources))
+    others = sorted(key for key in weights.owners.keys() - used if not _BUFFER.fullmatch(key))
+    if len(layout.towers) < len(Tower):
+        others = [key for key in others if not _NOT_TEXT.fullmatch(key)]
+    if others:
+        raise InputError(
+            f"{weights.path} holds {listed(others, 1)}, which the other layout has no place for"
+        )
+    return [_combined(key, parts, weights, current) for key, parts in pieces.items()]
 
-    weights: WeightSet
-    layout: OtherLayout
-    current: Callable[[str], Raw]
 
-    def tensors(self) -> list[NewTensor]:
-        """Return the tensors of the file. Raises InputError if some have no place in it."""
-        pieces: dict[str, list[tuple[TensorPlace, Places]]] = {}
-        used: set[str] = set()
-        for name, (sources, places) in self._both_places().items():
-            if not self.weights.holds(sources):
-                if name in self.layout.optional:
-                    continue
-                raise InputError(f"{self.weights.path} holds no {name}, which its layout must have")
-            used |= {place.key for place in sources}
-            for place in places:
-                pieces.setdefault(place.key, []).append((place, sources))
-        self._require_all(used)
-        return [self._tensor(key, parts) for key, parts in pieces.items()]
+def _both_places(weights: WeightSet, layout: OtherLayout) -> dict[str, tuple[Places, Places]]:
+    """Return the present and the new places of each tensor, by open_clip's name."""
+    both = {}
+    for tower in layout.towers:
+        source = weights.tower(tower.tower)
+        for name in names(tower.tower, weights.blocks(source), layout.names):
+            both[name] = tensor_places(name, source), tensor_places(name, tower)
+    if len(layout.towers) == len(Tower):
+        keys = {canonical_name(stored): stored for stored in weights.owners}
+        for name in SCALES[layout.names]:
+            # A file may hold it as a number, or as a list of one.
+            key = keys.get(name, name)
+            axes = len(weights.entry(key).shape) if key in weights.owners else 0
+            place = SCALES[layout.towers[0].scheme].get(name, TensorPlace(name))
+            both[name] = ((TensorPlace(key, lead=-axes),), (place,))
+    return both
 
-    def _both_places(self) -> dict[str, tuple[Places, Places]]:
-        """Return the present and the new places of each tensor, by open_clip's name."""
-        both = {}
-        for tower in self.layout.towers:
-            source = self.weights.tower(tower.tower)
-            for name in names(tower.tower, self.weights.blocks(source), self.layout.names):
-                both[name] = tensor_places(name, source), tensor_places(name, tower)
-        if len(self.layout.towers) == len(Tower):
-            keys = {canonical_name(stored): stored for stored in self.weights.owners}
-            for name in SCALES[self.layout.names]:
-                # A file may hold it as a number, or as a list of one.
-                key = keys.get(name, name)
-                axes = len(self.weights.entry(key).shape) if key in self.weights.owners else 0
-                place = SCALES[self.layout.towers[0].scheme].get(name, TensorPlace(name))
-                both[name] = ((TensorPlace(key, lead=-axes),), (place,))
-        return both
 
-    def _require_all(self, used: set[str]) -> None:
-        """Raise InputError if the other layout has no place for a tensor."""
-        left = self.weights.owners.keys() - used
-        others = sorted(key for key in left if not _BUFFER.fullmatch(key))
-        if len(self.layout.towers) < len(Tower):
-            others = [key for key in others if not _NOT_TEXT.fullmatch(key)]
-        if others:
-            raise InputError(
-                f"{self.weights.path} holds {listed(others, 1)}, which the other layout has no "
-                "place for"
-            )
+def _combined(
+    key: str,
+    parts: Sequence[tuple[TensorPlace, Places]],
+    weights: WeightSet,
+    current: Callable[[str], Raw],
+) -> NewTensor:
+    """Return a tensor of the other layout, which may combine several of this one."""
+    ordered = sorted(parts, key=lambda part: part[0].within or 0)
 
-    def _tensor(self, key: str, parts: list[tuple[TensorPlace, Places]]) -> NewTensor:
-        """Return a tensor of the other layout, which may combine several of this one."""
-        ordered = sorted(parts, key=lambda part: part[0].within or 0)
-        shapes = [
-            place.from_layer(np.broadcast_to(np.uint8(0), self.weights.shape(sources))).shape
-            for place, sources in ordered
-        ]
+    def values(tensors: Callable[[str], Raw]) -> Raw:
+        return joined([place.from_layer(assembled(sources, tensors)) for place, sources in ordered])
 
-        def values() -> Raw:
-            layers = ((place, assembled(sources, self.current)) for place, sources in ordered)
-            return joined([place.from_layer(layer) for place, layer in layers])
-
-        dtype = self.weights.number_format(each for _, sources in ordered for each in sources)
-        return NewTensor(key, dtype, joined_shape(shapes), values)
+    shape = values(lambda key: hollow(weights.entry(key).shape)).shape
+    dtype = weights.number_format(each for _, sources in ordered for each in sources)
+    return NewTensor(key, dtype, shape, lambda: values(current))

@@ -7,22 +7,24 @@ from pathlib import Path
 from shlex import quote
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.edits import (
-    Edit,
-    LayerChange,
-    StoredLayer,
-    by_layer,
-    by_origin,
-)
+from slsgu_cli.checkpoints.edits import Edit, LayerChange, StoredLayer, by_layer, by_origin
 from slsgu_cli.checkpoints.layouts import WeightSet, placed
-from slsgu_cli.checkpoints.model_copy import FilePlan
 from slsgu_cli.checkpoints.naming_schemes import Places, tensor_places
 from slsgu_cli.checkpoints.number_formats import Raw
 from slsgu_cli.checkpoints.targets import Encoder, Target, prompt_note
-from slsgu_cli.checkpoints.tensor_file import canonical_name
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.records.options import ApplyOptions
-from slsgu_cli.text import near_names
+
+# The places of a layer in each set of an encoder's weights that has it.
+Copies = list[tuple[WeightSet, Places]]
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlan:
+    """New values of a file's tensors, by name and as it stores them, and what that changes."""
+
+    values: dict[str, Raw] = field(default_factory=dict)
+    changes: list[LayerChange] = field(default_factory=list)
 
 
 def require_distinct(edits: Sequence[Edit]) -> None:
@@ -47,135 +49,126 @@ def plan_target(
     encoders have them, one must be named. `earlier` edits must be in place and stay.
     Raises UsageError, InputError or StaleError.
     """
-    new = _NewValues()
+    plans: dict[Path, FilePlan] = {}
+    edited: set[str] = set()
+    encoders = target.chosen(options.encoder)
     for layer, of_layer in by_layer([*edits, *earlier]).items():
-        holding = [copies_of(encoder, layer) for encoder in target.chosen(options.encoder)]
-        for part in by_encoder(of_layer, holding, force=options.force):
-            group = [edit for edit in part if edit not in earlier]
-            below = [edit for edit in part if edit in earlier]
-            if group:
-                encoder, planned = _planned_in_one(target, layer, group, options, below)
-                new.add(encoder, planned)
+        holding = [(encoder, copies_of(encoder, layer)) for encoder in encoders]
+        for group in by_encoder(of_layer, [c for _, c in holding], force=options.force):
+            new = [edit for edit in group if edit not in earlier]
+            below = [edit for edit in group if edit in earlier]
+            if new:
+                encoder, stored = _fitting(target, holding, new, below, options)
+                edited.add(encoder.name)
+                for weights, places, values, change in stored:
+                    _add(plans, weights, places, values, change)
+                for lacking in encoder.copies:
+                    if not any(lacking is weights for weights, *_ in stored):
+                        progress.warn(
+                            f"{lacking.path} has no {layer} and was copied without the edit"
+                        )
             elif not (options.force or options.revert):
-                _require_earlier(target, below, edits, options)
-    for path, layers in new.lacking.items():
-        progress.warn(f"{path} has no {' or '.join(layers)} and was copied without the edit")
-    note = prompt_note(str(target.path), target.marked_readers(new.encoders))
+                _require_earlier(holding, below, edits)
+    note = prompt_note(str(target.path), target.marked_readers(edited))
     if note and not options.revert:
         progress.note(note)
-    return new.plans(), new.encoders
+    return plans, edited
 
 
-def _planned_in_one(
+def _add(
+    plans: dict[Path, FilePlan],
+    weights: WeightSet,
+    places: Places,
+    values: Raw,
+    change: LayerChange,
+) -> None:
+    """Add a layer's new values to the plans of the files that hold it."""
+    for key, value in placed(places, values, patched(weights, plans)).items():
+        plans.setdefault(weights.owners[key], FilePlan()).values[key] = value
+    for path in {weights.owners[place.key] for place in places}:
+        plans[path].changes.append(change)
+
+
+def patched(weights: WeightSet, plans: Mapping[Path, FilePlan]) -> Callable[[str], Raw]:
+    """Return a function from a tensor's name to its values under the plans."""
+
+    def current(key: str) -> Raw:
+        plan = plans.get(weights.owners[key])
+        return plan.values[key] if plan and key in plan.values else weights.stored(key)
+
+    return current
+
+
+def _fitting(
     target: Target,
-    layer: str,
-    group: Sequence[Edit],
+    holding: Sequence[tuple[Encoder, Copies]],
+    edits: Sequence[Edit],
+    earlier: Sequence[Edit],
     options: ApplyOptions,
-    below: Sequence[Edit],
-) -> "tuple[Encoder, list[_PlannedLayer]]":
+) -> tuple[Encoder, list[tuple[WeightSet, Places, Raw, LayerChange]]]:
     """Return the encoder that edits of a layer go into, and the new values in each copy of it.
 
     Raises UsageError if several fit, InputError or StaleError.
     """
-    planned: list[tuple[Encoder, list[_PlannedLayer]]] = []
-    refused: list[StaleError] = []
-    for encoder, copies in _fitting(target, layer, group, options):
+    planned, refused = [], []
+    for encoder, copies in _influential(target, holding, edits, force=options.force):
         try:
-            layers = []
-            for weights, places in copies:
-                stored = StoredLayer.read(weights, places, group, below)
-                layers.append(_PlannedLayer(weights, places, *stored.planned(options)))
-            planned.append((encoder, layers))
+            layers = (
+                (weights, places, StoredLayer.read(weights, places, edits, earlier))
+                for weights, places in copies
+            )
+            new = [(weights, places, *layer.planned(options)) for weights, places, layer in layers]
+            planned.append((encoder, new))
         except StaleError as error:
             refused.append(error)
     if not planned:
         raise refused[0]
     if len(planned) > 1:
         raise UsageError(
-            f"{layer} fits several encoders of {target.path}",
+            f"{edits[0].header.layer} fits several encoders of {target.path}",
             hint=f"--encoder {' or '.join(encoder.name for encoder, _ in planned)}",
         )
     return planned[0]
 
 
-Copies = list[tuple[WeightSet, Places]]
-
-
-@dataclass(frozen=True, slots=True)
-class _PlannedLayer:
-    """The new values of a layer in one set of weights, and the places of its tensors."""
-
-    weights: WeightSet
-    places: Places
-    values: Raw
-    change: LayerChange
-
-
-@dataclass
-class _NewValues:
-    """The new values of a model's files, collected layer by layer.
-
-    `lacking` maps other copies of an edited encoder to the layers they do not have, and
-    `encoders` are the names of the edited encoders.
-    """
-
-    weights: dict[Path, WeightSet] = field(default_factory=dict)
-    patches: dict[Path, dict[str, Raw]] = field(default_factory=dict)
-    changes: dict[Path, list[LayerChange]] = field(default_factory=dict)
-    lacking: dict[Path, list[str]] = field(default_factory=dict)
-    encoders: set[str] = field(default_factory=set)
-
-    def add(self, encoder: Encoder, planned: Sequence[_PlannedLayer]) -> None:
-        """Add the new values of a layer in the copies of an encoder that hold it."""
-        self.encoders.add(encoder.name)
-        for layer in planned:
-            self._add(layer)
-        for weights in encoder.copies:
-            if not any(weights is one.weights for one in planned):
-                self.lacking.setdefault(weights.path, []).append(planned[0].change.layer)
-
-    def _add(self, layer: _PlannedLayer) -> None:
-        """Add a layer's new values to the tensors and files that hold it."""
-        weights = layer.weights
-        current = patched(weights, self.patches)
-        for key, value in placed(layer.places, layer.values, current).items():
-            path = weights.owners[key]
-            self.weights[path] = weights
-            self.patches.setdefault(path, {})[key] = value
-        for path in {weights.owners[place.key] for place in layer.places}:
-            self.changes.setdefault(path, []).append(layer.change)
-
-    def plans(self) -> dict[Path, FilePlan]:
-        """Return the new values of each file."""
-        return {
-            path: FilePlan(
-                self.weights[path].files[path].prepared(patches), tuple(self.changes[path])
-            )
-            for path, patches in self.patches.items()
-        }
-
-
-def patched(weights: WeightSet, patches: Mapping[Path, Mapping[str, Raw]]) -> Callable[[str], Raw]:
-    """Return a function from a tensor's name to its new values, by the patches of each file."""
-
-    def current(key: str) -> Raw:
-        new = patches.get(weights.owners[key], {})
-        return new[key] if key in new else weights.stored(key)
-
-    return current
+def _influential(
+    target: Target,
+    holding: Sequence[tuple[Encoder, Copies]],
+    edits: Sequence[Edit],
+    *,
+    force: bool,
+) -> list[tuple[Encoder, Copies]]:
+    """Return the encoders with a layer through which it can influence the target."""
+    layer = edits[0].header.layer
+    there = [(encoder, copies) for encoder, copies in holding if copies]
+    if len(there) > 1:
+        shape = edits[0].delta().shape
+        there = [
+            (encoder, copies)
+            for encoder, copies in there
+            if all(weights.shape(places) == shape for weights, places in copies)
+        ] or there
+    reasons = [encoder.why_not(layer) for encoder, _ in there or holding]
+    if all(reasons) and not (there and force):
+        raise InputError(
+            f"{layer} cannot influence {target.path}: {reasons[0]}",
+            hint=f"`slsgu rank {quote(edits[0].header.name)} --target {quote(str(target.path))}` "
+            "leaves such layers out" + ("; --force writes the edit anyway" if there else ""),
+        )
+    if not there:
+        raise InputError(f"{target.path} holds no layer {layer}")
+    return [pair for pair in there if force or pair[0].why_not(layer) is None]
 
 
 def _require_earlier(
-    target: Target, earlier: Sequence[Edit], later: Sequence[Edit], options: ApplyOptions
+    holding: Sequence[tuple[Encoder, Copies]], earlier: Sequence[Edit], later: Sequence[Edit]
 ) -> None:
     """Raise StaleError unless earlier edits of a layer that no later edit changes are in place.
 
     A target without that layer does not need them; one of several encoders has them.
     """
-    layer = earlier[0].header.layer
     refused: list[StaleError] = []
-    for encoder in target.chosen(options.encoder):
-        copies = copies_of(encoder, layer)
+    for _, copies in holding:
         try:
             for weights, places in copies:
                 StoredLayer.read(weights, places, earlier).require_in_place(later)
@@ -186,33 +179,6 @@ def _require_earlier(
             return
     if refused:
         raise refused[0]
-
-
-def _fitting(
-    target: Target, layer: str, group: Sequence[Edit], options: ApplyOptions
-) -> list[tuple[Encoder, Copies]]:
-    """Return the encoders with a layer through which it can influence the target."""
-    chosen = target.chosen(options.encoder)
-    fitting = [(encoder, copies) for encoder in chosen if (copies := copies_of(encoder, layer))]
-    if len(fitting) > 1:
-        wanted = group[0].delta().shape
-        fitting = [
-            (encoder, copies)
-            for encoder, copies in fitting
-            if all(weights.shape(places) == wanted for weights, places in copies)
-        ] or fitting
-    reasons = [encoder.why_not(layer) for encoder in [e for e, _ in fitting] or chosen]
-    if all(reasons) and not (fitting and options.force):
-        raise InputError(
-            f"{layer} cannot influence {target.path}: {reasons[0]}",
-            hint=f"`slsgu rank {quote(group[0].header.name)} --target {quote(str(target.path))}` "
-            "leaves such layers out" + ("; --force writes the edit anyway" if fitting else ""),
-        )
-    if not fitting:
-        names = {key for encoder in chosen for weights in encoder.copies for key in weights.owners}
-        near = near_names(layer, sorted(map(canonical_name, names)))
-        raise InputError(f"{target.path} holds no layer {layer}{near}")
-    return [pair for pair in fitting if options.force or pair[0].why_not(layer) is None]
 
 
 def copies_of(encoder: Encoder, layer: str) -> Copies:

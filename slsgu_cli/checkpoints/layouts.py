@@ -3,18 +3,15 @@
 open_clip is not imported; a checkpoint of several GB is read in pieces.
 """
 
-import hashlib
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slsgu_cli.checkpoints.layers import Layer, block_count
+from slsgu_cli.checkpoints.layers import block_count
 from slsgu_cli.checkpoints.naming_schemes import (
     NamingScheme,
     TensorPlace,
@@ -22,19 +19,17 @@ from slsgu_cli.checkpoints.naming_schemes import (
     names,
     tower_places,
 )
-from slsgu_cli.checkpoints.number_formats import Floats, Raw, layer_digest, values_digest
+from slsgu_cli.checkpoints.number_formats import Raw
 from slsgu_cli.checkpoints.safetensors_file import (
     looks_like_safetensors,
     open_safetensors,
 )
-from slsgu_cli.checkpoints.tensor_file import CONVERT_HINT, TensorEntry, TensorFile, canonical_name
-from slsgu_cli.checkpoints.torch_file import ZIP_START, open_torch
+from slsgu_cli.checkpoints.tensor_file import TensorEntry, TensorFile
+from slsgu_cli.checkpoints.torch_file import ZIP_START, TorchFile
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.method import Tower
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
-LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-THREADS = 8
 
 
 def open_weights(path: Path) -> TensorFile:
@@ -46,70 +41,17 @@ def open_weights(path: Path) -> TensorFile:
         with path.open("rb") as file:
             start = file.read(16)
         if start.startswith(ZIP_START):
-            return open_torch(path)
+            return TorchFile(path)
         if looks_like_safetensors(start) or path.suffix == ".safetensors":
             return open_safetensors(path)
     except FileNotFoundError as error:
         raise MissingError(f"there is no {path}") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    if start.startswith(LEGACY_START):
-        raise InputError(f"{path} has the format of torch before 1.6", hint=CONVERT_HINT)
     raise InputError(
-        f"{path} is neither a safetensors file nor a torch archive",
+        f"{path} is neither a safetensors file nor an archive of torch 1.6 or later",
         hint=f"give a checkpoint ending in {', '.join(SUFFIXES)} that holds a state dict",
     )
-
-
-def read_layer(path: Path, name: str) -> Floats:
-    """Return the layer that open_clip calls `name` in the file's own precision.
-
-    fp16 stays fp16 and fp64 stays fp64; fp32 and bf16 come as fp32.
-    """
-    file = open_weights(path)
-    layer = Layer.parse(name)
-    stored = file.resolve_name(layer.parameter)
-    half = file.entry(stored).dtype == "F16"
-    values: Floats = layer.rows(file.stored(stored) if half else file.read(stored))
-    return values
-
-
-def file_fingerprint(path: Path, instead: Mapping[str, Floats] | None = None) -> str:
-    """Return 64 hexadecimal digits that identify the weights in a file.
-
-    Parameters of `instead` count with these values in place of their own. The same weights have
-    one fingerprint in every container and after upcasting, because the values are hashed as fp32
-    under open_clip's names. Other content of a checkpoint does not count.
-    """
-    file = open_weights(path)
-    entries = {canonical_name(name): file.entry(name) for name in file.names()}
-    other = {
-        canonical_name(file.resolve_name(name)): values for name, values in (instead or {}).items()
-    }
-
-    def digest(name: str) -> str:
-        return values_digest(file.chunks(entries[name].name), entries[name].dtype)
-
-    shapes = {name: entry.shape for name, entry in entries.items()}
-    return combined_fingerprint(shapes, digest, other)
-
-
-def combined_fingerprint(
-    shapes: Mapping[str, tuple[int, ...]],
-    digest: Callable[[str], str],
-    instead: Mapping[str, Floats],
-) -> str:
-    """Return the fingerprint of weights of some shapes: `digest` hashes what `instead` lacks."""
-
-    def digest_of(name: str) -> str:
-        return layer_digest(instead[name], "fp32") if name in instead else digest(name)
-
-    names = sorted(shapes)
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(digest_of, names))
-    pairs = zip(names, digests, strict=True)
-    lines = (f"{name} {list(shapes[name])} {value}\n" for name, value in pairs)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -179,9 +121,9 @@ def joined(parts: Sequence[Raw]) -> Raw:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def joined_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """Return the shape of parts of a layer that are joined."""
-    return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
+def hollow(shape: tuple[int, ...]) -> Raw:
+    """Return an array that has a shape, but takes no memory."""
+    return np.broadcast_to(np.uint8(0), shape)
 
 
 def placed(
@@ -223,7 +165,7 @@ class WeightSet:
 
     def entry(self, key: str) -> TensorEntry:
         """Return the entry of a tensor in its file."""
-        return self.files[self.owners[key]].entry(key)
+        return self.files[self.owners[key]].entries[key]
 
     def stored(self, key: str) -> Raw:
         """Return a tensor's elements as they are stored, in its shape."""
@@ -241,7 +183,7 @@ class WeightSet:
 
     def shape(self, places: Sequence[TensorPlace]) -> tuple[int, ...]:
         """Return a layer's shape as open_clip has it."""
-        return joined_shape([place.shape(self.entry(place.key).shape) for place in places])
+        return assembled(places, lambda key: hollow(self.entry(key).shape)).shape
 
     def number_format(self, places: Iterable[TensorPlace]) -> str:
         """Return the number format of tensors. Raises InputError if they have several."""
@@ -281,7 +223,7 @@ def read_weight_set(paths: Iterable[Path]) -> WeightSet:
     files = {path: open_weights(path) for path in paths}
     owners: dict[str, Path] = {}
     for path, file in files.items():
-        for key in file.names():
+        for key in file.entries:
             if key in owners:
                 raise InputError(
                     f"{key} is in both {owners[key]} and {path.name}",

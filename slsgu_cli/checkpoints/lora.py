@@ -225,7 +225,7 @@ def peft_config(header: LoraHeader, base: str) -> str:
 def is_lora(path: Path) -> bool:
     """Return whether a safetensors file holds the factors of any LoRA."""
     try:
-        names = open_safetensors(path).names()
+        names = open_safetensors(path).entries
     except InputError:
         return False
     return any(name.endswith((DOWN, PEFT_DOWN)) for name in names)

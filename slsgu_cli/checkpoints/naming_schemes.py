@@ -5,7 +5,7 @@ open_clip and transformers differ in names, in transposes and in axes.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -24,33 +24,25 @@ class NamingScheme(StrEnum):
     BERT = "bert of transformers"
 
 
-# The names by which a tower is found, and the prefixes that rule one out.
-_OURS, _THEIRS = NamingScheme.OPEN_CLIP, NamingScheme.TRANSFORMERS
-_ANCHORS = [
-    (tower, scheme, re.compile(anchor))
-    for tower, scheme, anchor in (
-        (Tower.TEXT, _THEIRS, r"(.*\.|)embeddings\.token_embedding\.weight"),
-        (Tower.VISION, _THEIRS, r"(.*\.|)embeddings\.patch_embedding\.weight"),
-        (Tower.TEXT, _OURS, r"((?!.*embeddings\.).*\.|)token_embedding\.weight"),
-        (
-            Tower.TEXT,
-            _OURS,
-            r"((?!.*visual\.).*\.|)transformer\.resblocks\.\d+\..*",
-        ),
-        # Only SigLIP has these tensors.
-        (Tower.TEXT, NamingScheme.SIGLIP, r"((?:.*\.|)text_model\.)head\.weight"),
-        (Tower.VISION, NamingScheme.SIGLIP, r"(.*\.|)embeddings\.patch_embedding\.bias"),
-        # The text tower of a Chinese CLIP.
-        (
-            Tower.TEXT,
-            NamingScheme.BERT,
-            r"((?:.*\.|)text_model\.)embeddings\.word_embeddings\.weight",
-        ),
-        # A text tower of another family, as open_clip holds it.
-        (Tower.TEXT, _OURS, r"((?!.*visual\.)(?:.*\.|)text\.).*"),
-        (Tower.VISION, _OURS, r"(.*\.|)visual\..*"),
-    )
-]
+# A name that a tower has, behind the prefix of all its names.
+_ANCHORS = (
+    (Tower.TEXT, NamingScheme.TRANSFORMERS, r"(.*\.|)embeddings\.token_embedding\.weight"),
+    (Tower.VISION, NamingScheme.TRANSFORMERS, r"(.*\.|)embeddings\.patch_embedding\.weight"),
+    (Tower.TEXT, NamingScheme.OPEN_CLIP, r"((?!.*embeddings\.).*\.|)token_embedding\.weight"),
+    (Tower.TEXT, NamingScheme.OPEN_CLIP, r"((?!.*visual\.).*\.|)transformer\.resblocks\.\d+\..*"),
+    # Only SigLIP has these tensors.
+    (Tower.TEXT, NamingScheme.SIGLIP, r"((?:.*\.|)text_model\.)head\.weight"),
+    (Tower.VISION, NamingScheme.SIGLIP, r"(.*\.|)embeddings\.patch_embedding\.bias"),
+    # The text tower of a Chinese CLIP.
+    (
+        Tower.TEXT,
+        NamingScheme.BERT,
+        r"((?:.*\.|)text_model\.)embeddings\.word_embeddings\.weight",
+    ),
+    # A text tower of another family in open_clip.
+    (Tower.TEXT, NamingScheme.OPEN_CLIP, r"((?!.*visual\.)(?:.*\.|)text\.).*"),
+    (Tower.VISION, NamingScheme.OPEN_CLIP, r"(.*\.|)visual\..*"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +96,6 @@ class TensorPlace:
             return values.reshape(_with_leading_axis(tuple(values.shape), self.lead))
         return self.rows(values).T if self.transposed else self.rows(values)
 
-    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the layer's part, given the shape of this tensor."""
-        if self.within is not None:
-            whole = (whole[0] // len(LETTERS) * self.slices, *whole[1:])
-        whole = _with_leading_axis(whole, self.lead)
-        return whole[::-1] if self.transposed else whole
-
 
 Places = tuple[TensorPlace, ...]
 
@@ -122,177 +107,142 @@ def _with_leading_axis(shape: tuple[int, ...], axes: int) -> tuple[int, ...]:
     return shape[1:] if axes < 0 and shape[:1] == (1,) else shape
 
 
-_OPEN_CLIPS_BLOCK = {
-    "attn.out_proj": "self_attn.out_proj",
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
+KINDS = ("weight", "bias")
 
 
-@dataclass(frozen=True, slots=True)
-class TowerNames:
-    """The names of a tower's tensors in transformers, by their names in open_clip.
-
-    open_clip's names begin with `start`. Tensors `outside` the blocks are inside the tower, which
-    is called `inner`; the names of `adjacent` tensors lack that part. In each of `blocks`, which
-    transformers calls `their_blocks`, open_clip fuses the weights and biases of query, key and
-    value into one tensor, `fused`, unless that is empty; all others are `modules` with a weight
-    and a bias.
-    """
-
-    start: str
-    inner: str
-    outside: Mapping[str, TensorPlace]
-    adjacent: Mapping[str, TensorPlace] = field(default_factory=dict)
-    blocks: str = "transformer.resblocks"
-    their_blocks: str = "encoder.layers"
-    fused: str = "attn.in_proj_{}"
-    modules: Mapping[str, str] = field(default_factory=lambda: _OPEN_CLIPS_BLOCK)
-
-    def listed(self, blocks: int) -> list[str]:
-        """Return open_clip's names of all tensors of a tower with this many blocks."""
-        fused = (self.fused,) if self.fused else ()
-        modules = (*fused, *(f"{module}.{{}}" for module in self.modules))
-        inside = [module.format(kind) for module in modules for kind in ("weight", "bias")]
-        in_blocks = [f"{self.blocks}.{block}.{name}" for block in range(blocks) for name in inside]
-        return [self.start + name for name in (*self.outside, *self.adjacent, *in_blocks)]
-
-    def places(self, name: str, block: int | None, prefix: str) -> Places:
-        """Return the place of the tensor that open_clip calls `name`, after `start`, in a block."""
-        if name in self.adjacent:
-            place, prefix = self.adjacent[name], prefix.removesuffix(self.inner)
-            return (replace(place, key=prefix + place.key),)
-        if name in self.outside:
-            return (replace(self.outside[name], key=prefix + self.outside[name].key),)
-        inside = name.removeprefix(f"{self.blocks}.{block}.")
-        if inside == name:
-            return ()
-        prefix += f"{self.their_blocks}.{block}."
-        for kind in ("weight", "bias"):
-            if inside == self.fused.format(kind):
-                keys = (f"{prefix}self_attn.{letter}_proj.{kind}" for letter in LETTERS)
-                return tuple(TensorPlace(key, part) for part, key in enumerate(keys))
-        module, _, kind = inside.rpartition(".")
-        theirs = self.modules.get(module)
-        return (TensorPlace(f"{prefix}{theirs}.{kind}"),) if theirs else ()
-
-
-def _tensors(names: Mapping[str, str]) -> dict[str, TensorPlace]:
+def _tensors(names: Mapping[str, str]) -> dict[str, Places]:
     """Return the places of tensors that differ in name only."""
-    return {name: TensorPlace(theirs) for name, theirs in names.items()}
+    return {name: (TensorPlace(theirs),) for name, theirs in names.items()}
 
 
-def _modules(names: Mapping[str, str]) -> dict[str, TensorPlace]:
+def _modules(names: Mapping[str, str]) -> dict[str, Places]:
     """Return the places of modules' weights and biases that differ in name only."""
-    kinds = ("weight", "bias")
     return _tensors(
-        {f"{name}.{kind}": f"{theirs}.{kind}" for name, theirs in names.items() for kind in kinds}
+        {f"{name}.{kind}": f"{theirs}.{kind}" for name, theirs in names.items() for kind in KINDS}
     )
 
 
-_TIMMS_BLOCK = {
-    "attn.proj": "self_attn.out_proj",
-    "norm1": "layer_norm1",
-    "norm2": "layer_norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
-_TEXT_OUTSIDE = _tensors(
-    {
-        "token_embedding.weight": "embeddings.token_embedding.weight",
-        "positional_embedding": "embeddings.position_embedding.weight",
-    }
-) | _modules({"ln_final": "final_layer_norm"})
+def _blocks(ours: str, theirs: str, modules: Mapping[str, str]) -> dict[str, Places]:
+    """Return the places of the modules of a block."""
+    return _modules({ours + name: theirs + other for name, other in modules.items()})
 
+
+def _fused(name: str) -> dict[str, Places]:
+    """Return the places of a weight and a bias that open_clip fuses and transformers does not."""
+    return {
+        name.format("{}", kind): tuple(
+            TensorPlace(f"encoder.layers.{{}}.self_attn.{letter}_proj.{kind}", part)
+            for part, letter in enumerate(LETTERS)
+        )
+        for kind in KINDS
+    }
+
+
+_CLIP_BLOCKS = _fused("transformer.resblocks.{}.attn.in_proj_{}") | _blocks(
+    "transformer.resblocks.{}.",
+    "encoder.layers.{}.",
+    {
+        "attn.out_proj": "self_attn.out_proj",
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    },
+)
+_CLIP_TEXT = (
+    _CLIP_BLOCKS
+    | _modules({"ln_final": "final_layer_norm"})
+    | _tensors(
+        {
+            "token_embedding.weight": "embeddings.token_embedding.weight",
+            "positional_embedding": "embeddings.position_embedding.weight",
+        }
+    )
+)
 _POOL = "head.attention.in_proj_"
-_BERTS_BLOCK = (
-    "attention.self.query",
-    "attention.self.key",
-    "attention.self.value",
-    "attention.output.dense",
-    "attention.output.LayerNorm",
-    "intermediate.dense",
-    "output.dense",
-    "output.LayerNorm",
-)
-_BERTS_EMBEDDINGS = (
-    "word_embeddings.weight",
-    "position_embeddings.weight",
-    "token_type_embeddings.weight",
-    "LayerNorm.weight",
-    "LayerNorm.bias",
-)
-_NAMES = {
-    (NamingScheme.TRANSFORMERS, Tower.TEXT): TowerNames(
-        start="",
-        outside=_TEXT_OUTSIDE,
-        adjacent={"text_projection": TensorPlace("text_projection.weight", transposed=True)},
-        inner="text_model.",
-    ),
-    (NamingScheme.TRANSFORMERS, Tower.VISION): TowerNames(
-        start="visual.",
-        outside=_tensors(
-            {
-                "class_embedding": "embeddings.class_embedding",
-                "positional_embedding": "embeddings.position_embedding.weight",
-                "conv1.weight": "embeddings.patch_embedding.weight",
-            }
-        )
-        | _modules({"ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}),
-        adjacent={"proj": TensorPlace("visual_projection.weight", transposed=True)},
-        inner="vision_model.",
-    ),
-    (NamingScheme.SIGLIP, Tower.TEXT): TowerNames(
-        start="text.",
-        outside=_TEXT_OUTSIDE | _modules({"text_projection": "head"}),
-        inner="text_model.",
-    ),
-    (NamingScheme.SIGLIP, Tower.VISION): TowerNames(
-        start="visual.",
-        outside=_modules(
-            {
-                "trunk.patch_embed.proj": "embeddings.patch_embedding",
-                "trunk.norm": "post_layernorm",
-                "trunk.attn_pool.proj": "head.attention.out_proj",
-                "trunk.attn_pool.norm": "head.layernorm",
-                "trunk.attn_pool.mlp.fc1": "head.mlp.fc1",
-                "trunk.attn_pool.mlp.fc2": "head.mlp.fc2",
-            }
-        )
-        | {
-            "trunk.attn_pool.latent": TensorPlace("head.probe"),
-            "trunk.pos_embed": TensorPlace("embeddings.position_embedding.weight", lead=1),
-            "trunk.attn_pool.q.weight": TensorPlace(f"{_POOL}weight", within=0),
-            "trunk.attn_pool.q.bias": TensorPlace(f"{_POOL}bias", within=0),
-            "trunk.attn_pool.kv.weight": TensorPlace(f"{_POOL}weight", within=1, slices=2),
-            "trunk.attn_pool.kv.bias": TensorPlace(f"{_POOL}bias", within=1, slices=2),
+
+# The tensors of a tower in transformers, by their names in open_clip behind the tower's prefix.
+# `{}` is the number of a block.
+_TABLES: dict[tuple[NamingScheme, Tower], dict[str, Places]] = {
+    (NamingScheme.TRANSFORMERS, Tower.TEXT): _CLIP_TEXT
+    | {"text_projection": (TensorPlace("text_projection.weight", transposed=True),)},
+    (NamingScheme.TRANSFORMERS, Tower.VISION): _CLIP_BLOCKS
+    | _modules({"ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"})
+    | _tensors(
+        {
+            "class_embedding": "embeddings.class_embedding",
+            "positional_embedding": "embeddings.position_embedding.weight",
+            "conv1.weight": "embeddings.patch_embedding.weight",
+        }
+    )
+    | {"proj": (TensorPlace("visual_projection.weight", transposed=True),)},
+    (NamingScheme.SIGLIP, Tower.TEXT): _CLIP_TEXT | _modules({"text_projection": "head"}),
+    (NamingScheme.SIGLIP, Tower.VISION): _fused("trunk.blocks.{}.attn.qkv.{}")
+    | _blocks(
+        "trunk.blocks.{}.",
+        "encoder.layers.{}.",
+        {
+            "attn.proj": "self_attn.out_proj",
+            "norm1": "layer_norm1",
+            "norm2": "layer_norm2",
+            "mlp.fc1": "mlp.fc1",
+            "mlp.fc2": "mlp.fc2",
         },
-        inner="vision_model.",
-        blocks="trunk.blocks",
-        fused="attn.qkv.{}",
-        modules=_TIMMS_BLOCK,
-    ),
+    )
+    | _modules(
+        {
+            "trunk.patch_embed.proj": "embeddings.patch_embedding",
+            "trunk.norm": "post_layernorm",
+            "trunk.attn_pool.proj": "head.attention.out_proj",
+            "trunk.attn_pool.norm": "head.layernorm",
+            "trunk.attn_pool.mlp.fc1": "head.mlp.fc1",
+            "trunk.attn_pool.mlp.fc2": "head.mlp.fc2",
+        }
+    )
+    | {
+        "trunk.attn_pool.latent": (TensorPlace("head.probe"),),
+        "trunk.pos_embed": (TensorPlace("embeddings.position_embedding.weight", lead=1),),
+        "trunk.attn_pool.q.weight": (TensorPlace(f"{_POOL}weight", within=0),),
+        "trunk.attn_pool.q.bias": (TensorPlace(f"{_POOL}bias", within=0),),
+        "trunk.attn_pool.kv.weight": (TensorPlace(f"{_POOL}weight", within=1, slices=2),),
+        "trunk.attn_pool.kv.bias": (TensorPlace(f"{_POOL}bias", within=1, slices=2),),
+    },
     # open_clip uses the names of transformers inside this tower.
-    (NamingScheme.BERT, Tower.TEXT): TowerNames(
-        start="text.",
-        outside=_tensors(
-            {f"transformer.embeddings.{name}": f"embeddings.{name}" for name in _BERTS_EMBEDDINGS}
-        ),
-        adjacent=_tensors({"proj.weight": "text_projection.weight"}),
-        inner="text_model.",
-        blocks="transformer.encoder.layer",
-        their_blocks="encoder.layer",
-        fused="",
-        modules={name: name for name in _BERTS_BLOCK},
-    ),
+    (NamingScheme.BERT, Tower.TEXT): _blocks(
+        "transformer.encoder.layer.{}.",
+        "encoder.layer.{}.",
+        {
+            name: name
+            for name in (
+                "attention.self.query",
+                "attention.self.key",
+                "attention.self.value",
+                "attention.output.dense",
+                "attention.output.LayerNorm",
+                "intermediate.dense",
+                "output.dense",
+                "output.LayerNorm",
+            )
+        },
+    )
+    | _modules({"transformer.embeddings.LayerNorm": "embeddings.LayerNorm"})
+    | _tensors(
+        {
+            f"transformer.embeddings.{name}.weight": f"embeddings.{name}.weight"
+            for name in ("word_embeddings", "position_embeddings", "token_type_embeddings")
+        }
+    )
+    | _tensors({"proj.weight": "text_projection.weight"}),
 }
 
 # A folder of transformers may hold weights by open_clip's names.
-_NAMES |= {
-    (NamingScheme.OPEN_CLIP, tower): _NAMES[NamingScheme.TRANSFORMERS, tower] for tower in Tower
+_TABLES |= {
+    (NamingScheme.OPEN_CLIP, tower): _TABLES[NamingScheme.TRANSFORMERS, tower] for tower in Tower
 }
+
+# These tensors are next to the tower, which is called `text_model` or `vision_model`.
+_NEXT_TO_TOWER = ("text_projection.weight", "visual_projection.weight")
+_INNER = re.compile(r"(text|vision)_model\.$")
 
 # Tensors of neither tower.
 SCALES = {
@@ -311,7 +261,7 @@ def tower_places(keys: Iterable[str]) -> list[TowerPlace]:
         TowerPlace(tower, scheme, match[1])
         for key in keys
         for tower, scheme, anchor in _ANCHORS
-        if (match := anchor.fullmatch(key))
+        if (match := re.fullmatch(anchor, key))
     }
     # A SigLIP also has the tensors by which a CLIP is found.
     places -= {
@@ -327,20 +277,31 @@ def tensor_places(name: str, tower_place: TowerPlace) -> Places:
 
     Empty if the layer is in the other tower or has no counterpart in this scheme.
     """
-    layer = Layer.parse(name)
-    if layer.tower is not tower_place.tower:
+    layer, tower, prefix = Layer.parse(name), tower_place.tower, tower_place.prefix
+    if layer.tower is not tower:
         return ()
-    name = layer.parameter.removeprefix(_PREFIX[tower_place.tower])
+    name = layer.parameter.removeprefix(_PREFIX[tower])
     if tower_place.scheme is NamingScheme.OPEN_CLIP:
-        start = _PREFIX[Tower.VISION] if tower_place.tower is Tower.VISION else ""
-        return (TensorPlace(f"{tower_place.prefix}{start}{name}", within=layer.part),)
-    tower_names = _NAMES[tower_place.scheme, tower_place.tower]
-    places = tower_names.places(name, layer.block, tower_place.prefix)
-    if layer.part is None:
-        return places
-    return tuple(TensorPlace(place.key) for place in places if place.part == layer.part)
+        start = _PREFIX[tower] if tower is Tower.VISION else ""
+        return (TensorPlace(f"{prefix}{start}{name}", within=layer.part),)
+    template = name.replace(f".{layer.block}.", ".{}.", 1)
+    places = []
+    for place in _TABLES[tower_place.scheme, tower].get(template, ()):
+        start = _INNER.sub("", prefix) if place.key in _NEXT_TO_TOWER else prefix
+        key = start + place.key.format(layer.block)
+        if layer.part is None:
+            places.append(replace(place, key=key))
+        elif layer.part == place.part:
+            places.append(TensorPlace(key))
+    return tuple(places)
 
 
 def names(tower: Tower, blocks: int, scheme: NamingScheme = NamingScheme.TRANSFORMERS) -> list[str]:
     """Return open_clip's names for all tensors of a tower in a naming scheme."""
-    return _NAMES[scheme, tower].listed(blocks)
+    is_plain = scheme in (NamingScheme.OPEN_CLIP, NamingScheme.TRANSFORMERS)
+    start = "" if is_plain and tower is Tower.TEXT else _PREFIX[tower]
+    return [
+        start + name.format(block)
+        for name in _TABLES[scheme, tower]
+        for block in (range(blocks) if "{}" in name else (None,))
+    ]

@@ -35,11 +35,6 @@ CHUNK = 1 << 20
 BFLOAT16_QUIET = np.uint32(0x0040_0000)
 
 
-def itemsize(dtype: str) -> int | None:
-    """Return the bytes one element takes, None for an unknown format."""
-    return np.dtype(STORAGE[dtype]).itemsize if dtype in STORAGE else None
-
-
 def widen(stored: Raw, dtype: str) -> Floats:
     """Return stored elements as fp32 (fp64 for F64), exactly, in the same shape."""
     if dtype == "BF16":

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from slsgu_cli.checkpoints.number_formats import CHUNK, STORAGE, Raw, itemsize
+from slsgu_cli.checkpoints.number_formats import CHUNK, STORAGE, Raw
 from slsgu_cli.checkpoints.tensor_file import TensorEntry, TensorFile, damaged
-from slsgu_cli.errors import InputError
 from slsgu_cli.store.copying import copy_file, write_at
 from slsgu_cli.store.tensor_format import LENGTH, safetensors_header
 
@@ -28,9 +27,9 @@ class NewTensor:
     values: Callable[[], Raw]
 
     @property
-    def nbytes(self) -> int:
-        """Return the bytes that its elements take."""
-        return math.prod(self.shape) * np.dtype(STORAGE[self.dtype]).itemsize
+    def itemsize(self) -> int:
+        """Return the bytes that one element takes."""
+        return np.dtype(STORAGE[self.dtype]).itemsize
 
 
 def write_safetensors(path: Path, tensors: Iterable[NewTensor], *, holes: bool = False) -> None:
@@ -38,28 +37,13 @@ def write_safetensors(path: Path, tensors: Iterable[NewTensor], *, holes: bool =
 
     With `holes` only the header is written, and the file has the same size.
     """
-    header, ordered = _new_header(tensors)
-    with path.open("xb") as file:
-        file.write(header)
-        for each in [] if holes else ordered:
-            file.write(np.ascontiguousarray(each.values()).reshape(-1).data.cast("B"))
-        file.truncate(len(header) + sum(each.nbytes for each in ordered))
-
-
-def safetensors_size(tensors: Iterable[NewTensor]) -> int:
-    """Return the bytes that a .safetensors file of these tensors takes."""
-    header, ordered = _new_header(tensors)
-    return len(header) + sum(each.nbytes for each in ordered)
-
-
-def _new_header(tensors: Iterable[NewTensor]) -> tuple[bytes, list[NewTensor]]:
-    """Return the header of a file, and its tensors in order: wide elements first, for alignment."""
-    ordered = sorted(tensors, key=lambda each: (-(itemsize(each.dtype) or 0), each.name))
+    # Wide elements come first, for alignment.
+    ordered = sorted(tensors, key=lambda each: (-each.itemsize, each.name))
     # Without this, transformers does not load it.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for each in ordered:
-        start, end = end, end + each.nbytes
+        start, end = end, end + math.prod(each.shape) * each.itemsize
         header[each.name] = {
             "dtype": each.dtype,
             "shape": [*each.shape],
@@ -67,7 +51,11 @@ def _new_header(tensors: Iterable[NewTensor]) -> tuple[bytes, list[NewTensor]]:
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % LENGTH)
-    return len(text).to_bytes(LENGTH, "little") + text, ordered
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(LENGTH, "little") + text)
+        for each in [] if holes else ordered:
+            file.write(_bytes(each.values()))
+        file.truncate(LENGTH + len(text) + end)
 
 
 def looks_like_safetensors(start: bytes) -> bool:
@@ -75,57 +63,43 @@ def looks_like_safetensors(start: bytes) -> bool:
     return len(start) > LENGTH and start[LENGTH : LENGTH + 1] == b"{"
 
 
-@dataclass(frozen=True)
-class PlacedEntry(TensorEntry):
-    """A tensor of a safetensors file: `offset` is from the start of the file."""
-
-    offset: int
-    nbytes: int
-
-
 class SafetensorsFile(TensorFile):
-    """Random access to the tensors of a safetensors file, read a few MB at a time."""
+    """Random access to the tensors of a safetensors file, read a few MB at a time.
+
+    `spans` are the first byte of each tensor and the byte behind it.
+    """
 
     container = "safetensors"
 
-    def __init__(self, path: Path, entries: Sequence[PlacedEntry]) -> None:
+    def __init__(
+        self, path: Path, entries: Iterable[TensorEntry], spans: Mapping[str, tuple[int, int]]
+    ) -> None:
         super().__init__(path, entries)
-        self._places = {entry.name: entry for entry in entries}
+        self.spans = spans
 
-    def stored(self, name: str) -> Raw:
-        """Return a tensor's elements as they are stored (bf16 as uint16), in its shape."""
-        self._require_known(name)
-        entry = self._places[name]
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(entry.offset)
-            data = self._whole(file.read(entry.nbytes), entry.nbytes)
-        return np.frombuffer(data, STORAGE[entry.dtype]).reshape(entry.shape)
+    def _stored(self, name: str) -> Raw:
+        entry, (start, end) = self.entries[name], self.spans[name]
+        kind = np.dtype(STORAGE[entry.dtype])
+        flat = np.fromfile(self.path, kind, (end - start) // kind.itemsize, offset=start)
+        return flat.reshape(entry.shape)
 
     def chunks(self, name: str) -> Iterator[Raw]:
         """Yield a tensor's stored elements in order, a few MB at a time, flat."""
-        self.entry(name)
-        entry = self._places[name]
-        kind = np.dtype(STORAGE.get(entry.dtype, "|u1"))
+        kind = np.dtype(STORAGE.get(self.entries[name].dtype, "|u1"))
         step = CHUNK * kind.itemsize
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(entry.offset)
-            for start in range(0, entry.nbytes, step):
-                count = min(step, entry.nbytes - start)
-                yield np.frombuffer(self._whole(file.read(count), count), kind)
+        start, end = self.spans[name]
+        for at in range(start, end, step):
+            yield np.fromfile(self.path, kind, min(step, end - at) // kind.itemsize, offset=at)
 
     def write_copy(self, target: Path, values: Mapping[str, Raw]) -> None:
         """Write a copy in which tensors have new values; all other bytes are the same."""
         copy_file(self.path, target)
-        pieces = ((self._places[name].offset, new) for name, new in values.items())
-        write_at(
-            target,
-            ((at, np.ascontiguousarray(new).reshape(-1).data.cast("B")) for at, new in pieces),
-        )
+        pieces = ((self.spans[name][0], _bytes(new)) for name, new in values.items())
+        write_at(target, pieces)
 
-    def _whole(self, data: bytes, count: int) -> bytes:
-        if len(data) != count:
-            raise InputError(f"{self.path} became shorter while it was read")
-        return data
+
+def _bytes(values: Raw) -> memoryview:
+    return np.ascontiguousarray(values).reshape(-1).data.cast("B")
 
 
 def open_safetensors(path: Path) -> SafetensorsFile:
@@ -145,9 +119,8 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     except (SafetensorError, ValueError) as error:
         raise damaged(path, str(error)) from error
     header.pop("__metadata__", None)
-    entries = []
-    for name, value in header.items():
-        start, end = value["data_offsets"]
-        shape = tuple(value["shape"])
-        entries.append(PlacedEntry(name, value["dtype"], shape, base + start, end - start))
-    return SafetensorsFile(path, entries)
+    entries = [TensorEntry(name, v["dtype"], tuple(v["shape"])) for name, v in header.items()]
+    offsets = ((name, value["data_offsets"]) for name, value in header.items())
+    return SafetensorsFile(
+        path, entries, {name: (base + start, base + end) for name, (start, end) in offsets}
+    )

@@ -8,7 +8,7 @@ when such a file is opened.
 import stat
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,29 +58,38 @@ class TorchFile(TensorFile):
 
     container = "torch"
 
-    def __init__(self, path: Path, named: "dict[str, torch.Tensor]", *, is_script: bool) -> None:
-        entries = [_entry(name, tensor) for name, tensor in named.items()]
+    def __init__(self, path: Path) -> None:
+        """Open a state dict or TorchScript. Raises InputError for damaged and foreign files."""
+        _, state, self.is_script = _load(path)
+        self._tensors = _tensors(state)
+        named = self._tensors.items()
+        entries = (TensorEntry(name, _number_format(t), tuple(t.shape)) for name, t in named)
         super().__init__(path, entries)
-        self._tensors = named
-        self.is_script = is_script
 
-    def stored(self, name: str) -> Raw:
-        """Return a tensor's elements as they are stored (bf16 as uint16), in its shape."""
-        self._require_known(name)
-        return _as_array(self._tensors[name], self.entry(name).dtype)
+    def _stored(self, name: str) -> Raw:
+        import torch
+
+        whole, dtype = self._tensors[name].detach().contiguous(), self.entries[name].dtype
+        if dtype in AS_INTEGERS:
+            whole = whole.view(getattr(torch, AS_INTEGERS[dtype]))
+        array: Raw = whole.numpy()
+        return array
 
     def write_copy(self, target: Path, values: Mapping[str, Raw]) -> None:
-        """Write a copy in which tensors have new values; see `prepared`.
+        """Write a copy in which tensors have new values, in storage of their own.
 
-        All else in the file is written as it was read. Raises InputError.
+        All else in the file is written as it was read.
         """
         import torch
 
-        # Changes of tensors that are mapped into memory do not reach the file.
-        content, named, is_script = _load(self.path)
+        content, state, is_script = _load(self.path)
         for name, new in values.items():
-            old = named[name].detach()
-            old.copy_(torch.from_numpy(np.array(new, order="C")).view(old.dtype))
+            old = state[name].detach()
+            tensor = torch.from_numpy(np.array(new, order="C")).view(old.dtype)
+            if is_script:
+                old.copy_(tensor)
+            else:
+                state[name] = tensor
         if is_script:
             with warnings.catch_warnings(action="ignore"):
                 torch.jit.save(content, str(target))
@@ -88,24 +97,14 @@ class TorchFile(TensorFile):
             torch.save(content, target)
         target.chmod(stat.S_IMODE(self.path.stat().st_mode) | stat.S_IRUSR | stat.S_IWUSR)
 
-    def prepared(self, patches: Mapping[str, Raw]) -> dict[str, Raw]:
-        """Return what to write for new values of tensors; see `TensorFile`."""
-        values = super().prepared(patches)
-        if values:
-            content, named, _ = _load(self.path)
-            for name in values:
-                _require_own_storage(self.path, name, named, content)
-        return values
+
+def _number_format(tensor: "torch.Tensor") -> str:
+    name = str(tensor.dtype).removeprefix("torch.")
+    return FORMATS.get(name, name) if str(tensor.layout) == "torch.strided" else "sparse"
 
 
-def open_torch(path: Path) -> TorchFile:
-    """Open a state dict or TorchScript. Raises InputError for damaged and foreign files."""
-    _, named, is_script = _load(path)
-    return TorchFile(path, named, is_script=is_script)
-
-
-def _load(path: Path) -> "tuple[Any, dict[str, torch.Tensor], bool]":
-    """Return what a file holds, its named tensors, and whether it is TorchScript."""
+def _load(path: Path) -> "tuple[Any, dict[str, Any], bool]":
+    """Return what a file holds, its state dict, and whether it is TorchScript."""
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
@@ -117,8 +116,11 @@ def _load(path: Path) -> "tuple[Any, dict[str, torch.Tensor], bool]":
     if "constants.pkl" in names:
         script = _loaded(path, is_script=True)
         state = script.state_dict()
-        named = {n: t for n, t in state.items() if n.rpartition(".")[2] not in SETTINGS}
-        return script, named, True
+        return (
+            script,
+            {n: t for n, t in state.items() if n.rpartition(".")[2] not in SETTINGS},
+            True,
+        )
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise InputError(f"{path} is a compressed archive", hint=CONVERT_HINT)
     if not any(name.startswith("data/") for name in names):
@@ -126,7 +128,15 @@ def _load(path: Path) -> "tuple[Any, dict[str, torch.Tensor], bool]":
         return {}, {}, False
     content = _loaded(path, is_script=False)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
-    return content, _named(path, state), False
+    if not isinstance(state, dict) or not _tensors(state):
+        raise InputError(f"{path} holds no state dict of named tensors", hint=CONVERT_HINT)
+    return content, state, False
+
+
+def _tensors(state: "dict[Any, Any]") -> "dict[str, torch.Tensor]":
+    import torch
+
+    return {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
 
 
 def _loaded(path: Path, *, is_script: bool) -> Any:
@@ -140,65 +150,3 @@ def _loaded(path: Path, *, is_script: bool) -> Any:
     except Exception as error:
         # A damaged file may fail in any way at all.
         raise InputError(f"cannot read {path}: {first_lines(error)}", hint=CONVERT_HINT) from error
-
-
-def _named(path: Path, state: Any) -> "dict[str, torch.Tensor]":
-    import torch
-
-    items = state.items() if isinstance(state, dict) else ()
-    named = {key: value for key, value in items if isinstance(value, torch.Tensor)}
-    if not named or not all(isinstance(key, str) for key in named):
-        raise InputError(f"{path} holds no state dict of named tensors", hint=CONVERT_HINT)
-    return named
-
-
-def _entry(name: str, tensor: "torch.Tensor") -> TensorEntry:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    plain = (
-        str(tensor.layout) == "torch.strided"
-        and not tensor.is_quantized
-        and tensor.device.type == "cpu"
-    )
-    return TensorEntry(name, FORMATS.get(dtype, dtype) if plain else "?", tuple(tensor.shape))
-
-
-def _as_array(tensor: "torch.Tensor", dtype: str) -> Raw:
-    import torch
-
-    whole = tensor.detach().contiguous()
-    if dtype in AS_INTEGERS:
-        whole = whole.view(getattr(torch, AS_INTEGERS[dtype]))
-    array: Raw = whole.numpy()
-    return array
-
-
-def _require_own_storage(
-    path: Path, name: str, named: "Mapping[str, torch.Tensor]", content: Any
-) -> None:
-    """Refuse to change a tensor whose bytes another tensor may use too."""
-    tensor = named[name]
-    if any(
-        size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    ):
-        raise InputError(f"{name} in {path} repeats its own elements", hint=CONVERT_HINT)
-    names = {id(each): other for other, each in named.items()}
-    storage = tensor.untyped_storage().data_ptr()
-    for each in [*named.values(), *_tensors(content)]:
-        if each is not tensor and each.untyped_storage().data_ptr() == storage:
-            other = names.get(id(each), "a tensor outside the state dict")
-            raise InputError(
-                f"{name} shares its storage with {other} in {path}, "
-                "so one cannot change without the other",
-                hint=CONVERT_HINT,
-            )
-
-
-def _tensors(content: Any) -> "Iterator[torch.Tensor]":
-    """Yield every tensor in nested containers."""
-    import torch
-
-    if isinstance(content, torch.Tensor):
-        yield content
-    elif isinstance(content, dict | list | tuple | set):
-        for value in content.values() if isinstance(content, dict) else content:
-            yield from _tensors(value)

@@ -17,7 +17,7 @@ from slsgu_cli.records.sets import LOCAL
 
 if TYPE_CHECKING:
     import torch
-from slsgu_cli.clip.models import ResolvedModel, contents, explained, quiet
+from slsgu_cli.clip.models import ResolvedModel, explained, quiet, weights_of
 
 # The timm architecture of every SigLIP tower; its sizes are arguments.
 TIMM_SIGLIP = "vit_base_patch16_siglip_224"
@@ -59,7 +59,7 @@ def is_read_by_open_clip(model: ResolvedModel) -> bool:
         file = open_weights(model.weights)
     except SlsguError:
         return True
-    return not (file.is_script or any(COMPILED in name for name in file.names()))
+    return not (file.is_script or any(COMPILED in name for name in file.entries))
 
 
 def _load_ourselves(
@@ -70,11 +70,12 @@ def _load_ourselves(
 
     with quiet(), explained(model):
         module = _without_weights(model)
-        shapes, read = contents(model)
+        held = weights_of(model)
+        shapes = held.shapes()
         if any(shapes.get(name) != shape for name, shape in _shapes(module).items()):
             raise ValueError("its weights do not match the architecture")
         weights = {
-            name: torch.tensor(read(name)).to(device, value.dtype)
+            name: torch.tensor(held.read(name)).to(device, value.dtype)
             for name, value in module.state_dict().items()
         }
         module.load_state_dict(weights, assign=True)

@@ -9,7 +9,7 @@ from slsgu_cli.checkpoints.hub import FETCH_ERRORS
 from slsgu_cli.checkpoints.layouts import clip_shapes
 from slsgu_cli.checkpoints.naming_schemes import NamingScheme
 from slsgu_cli.clip.loading import built_shapes, is_read_by_open_clip, load
-from slsgu_cli.clip.models import ResolvedModel, contents, resolve
+from slsgu_cli.clip.models import ResolvedModel, resolve, weights_of
 from slsgu_cli.clip.tokenizers import TOKENIZER_CONFIG, fresh_tokenizer, probe_tokens
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.records.sets import LOCAL, ModelSpec
@@ -112,7 +112,7 @@ def require_weights(model: ResolvedModel) -> None:
 def _other_weights(model: ResolvedModel) -> str | None:
     """Return how the names and shapes of a model's weights differ from its configuration."""
     wanted = clip_shapes(model.config) or built_shapes(model)
-    held, _ = contents(model)
+    held = weights_of(model).shapes()
     if "positional_embedding" in held and "positional_embedding" not in wanted:
         # A custom text tower also loads from names without its prefix.
         wanted = {name.removeprefix("text."): shape for name, shape in wanted.items()}

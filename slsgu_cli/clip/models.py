@@ -1,19 +1,18 @@
 """From a model's name to its configuration and weights."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slsgu_cli.checkpoints.clip_weights import ClipWeights
 from slsgu_cli.checkpoints.configurations import OPEN_CLIP
 from slsgu_cli.checkpoints.hub import FETCH_ERRORS, HUB, fetch_clip, unreachable
-from slsgu_cli.checkpoints.layers import Layer
-from slsgu_cli.checkpoints.layouts import file_fingerprint, open_weights, read_layer, weight_files
+from slsgu_cli.checkpoints.layouts import weight_files
 from slsgu_cli.checkpoints.naming_schemes import NamingScheme
 from slsgu_cli.checkpoints.number_formats import Floats
-from slsgu_cli.checkpoints.tensor_file import canonical_name
 from slsgu_cli.checkpoints.transformers_families import (
     KNOWN,
     is_clip,
@@ -22,7 +21,6 @@ from slsgu_cli.checkpoints.transformers_families import (
     require_towers,
 )
 from slsgu_cli.checkpoints.transformers_inputs import preprocess_config
-from slsgu_cli.checkpoints.transformers_weights import ClipWeights
 from slsgu_cli.errors import InputError, MissingError, SlsguError, UsageError, lacks_memory
 from slsgu_cli.records.codec import digest, parse_json
 from slsgu_cli.records.sets import LOCAL, ModelSpec
@@ -81,17 +79,11 @@ def _resolved(spec: ModelSpec) -> ResolvedModel:
     return _resolve_name(spec)
 
 
-def contents(
-    model: ResolvedModel,
-) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Floats]]:
-    """Return the shapes of a model's tensors by open_clip's names, and a function to read one."""
+def weights_of(model: ResolvedModel) -> ClipWeights:
+    """Return a model's tensors by open_clip's names. Raises MissingError or InputError."""
     if model.scheme is NamingScheme.TRANSFORMERS:
-        weights = ClipWeights(model.weights.parent)
-        return weights.shapes(), weights.read
-    file = open_weights(model.weights)
-    names = {canonical_name(name): name for name in file.names()}
-    shapes = {name: file.entry(stored).shape for name, stored in names.items()}
-    return shapes, lambda name: file.read(names[name])
+        return ClipWeights.of_folder(model.weights.parent)
+    return ClipWeights.of_file(model.weights)
 
 
 def fingerprint(model: ResolvedModel, instead: Mapping[str, Floats] | None = None) -> str:
@@ -99,10 +91,7 @@ def fingerprint(model: ResolvedModel, instead: Mapping[str, Floats] | None = Non
 
     Values in `instead` replace those of the file.
     """
-    if model.scheme is NamingScheme.TRANSFORMERS:
-        weights = ClipWeights(model.weights.parent).fingerprint(instead)
-    else:
-        weights = file_fingerprint(model.weights, instead)
+    weights = weights_of(model).fingerprint(instead)
     return digest({"weights": weights, "config": plain_config(model.config)})
 
 
@@ -117,11 +106,7 @@ def has_model(spec: ModelSpec, weights: str | None) -> bool:
 
 def model_layer(model: ResolvedModel, name: str) -> Floats:
     """Return a layer in the precision of the file: fp16 as fp16, bf16 as fp32."""
-    if model.scheme is NamingScheme.OPEN_CLIP:
-        return read_layer(model.weights, name)
-    layer = Layer.parse(name)
-    values: Floats = layer.rows(ClipWeights(model.weights.parent).read(layer.parameter))
-    return values
+    return weights_of(model).layer(name)
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,7 +154,7 @@ def _no_model(folder: Path) -> MissingError:
 
 
 def _resolve_transformers(spec: ModelSpec, folder: Path) -> ResolvedModel:
-    weights = ClipWeights(folder).weights.path
+    weights = ClipWeights.of_folder(folder).weights.path
     config, preprocess = model_config(folder), _defaults() | preprocess_config(folder)
     scheme = NamingScheme.TRANSFORMERS
     return ResolvedModel(spec, str(folder), config, preprocess, weights, folder, scheme)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -71,9 +70,6 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
     else:
         model = resolve(_shared_model(edits, request.model))
         target, config = _files_of(model)
-    compare = None
-    if model is not None and not request.force:
-        compare = partial(_other_layers, model, [*edits, *earlier])
     with TemporaryDirectory() as scratch:
         layout = other_layout(request.layout, model, target, edits, Path(scratch))
         beside = tokenizer_to_add(model, Path(scratch)) if config and layout is None else {}
@@ -88,7 +84,7 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
             place=place,
             library=_library(model) if layout is None else layout.client,
         )
-        return apply_edits(
+        result = apply_edits(
             edits,
             target,
             request.out,
@@ -96,11 +92,15 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
             config=config,
             extra_files=beside,
             earlier=earlier,
-            compare=compare,
             check=lambda folder: why_not_loaded(folder, model),
             card=card.over,
             layout=layout,
         )
+    if model is not None and not request.force:
+        formats = {change.dtype for file in result.files for change in file.changes}
+        if remark := _other_layers(model, [*edits, *earlier], formats):
+            progress.note(remark)
+    return result
 
 
 def _library(model: ResolvedModel | None) -> str | None:
@@ -142,7 +142,7 @@ def _whole_clip(target: Target, edits: Sequence[Edit]) -> ResolvedModel | None:
     try:
         if target.path.is_dir():
             return resolve(here)
-        held = set(map(canonical_name, open_weights(target.path).names()))
+        held = set(map(canonical_name, open_weights(target.path).entries))
         moved = {Layer.parse(edit.header.layer).parameter for edit in edits}
         if known.name.startswith(HUB) or not {LOGIT_SCALE, *moved} <= held:
             return None

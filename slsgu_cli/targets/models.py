@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from slsgu_cli import progress
+from slsgu_cli.checkpoints.clip_weights import ClipWeights
 from slsgu_cli.checkpoints.edits import Edit, by_layer
-from slsgu_cli.checkpoints.layouts import file_fingerprint, weight_files
+from slsgu_cli.checkpoints.layouts import weight_files
 from slsgu_cli.checkpoints.naming_schemes import (
     TensorPlace,
     TowerPlace,
@@ -197,7 +198,9 @@ def folder_fingerprint(folder: Path) -> str:
     """Return a digest of all the weights in a model's folder and the folders in it."""
     folders = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
     files = [path for inner in folders for path in weight_files(inner)]
-    return digest({str(path.relative_to(folder)): file_fingerprint(path) for path in files})
+    return digest(
+        {str(path.relative_to(folder)): ClipWeights.of_file(path).fingerprint() for path in files}
+    )
 
 
 @contextmanager

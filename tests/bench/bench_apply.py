@@ -26,8 +26,8 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 
+from slsgu_cli.checkpoints.clip_weights import ClipWeights
 from slsgu_cli.checkpoints.edits import write_edit
-from slsgu_cli.checkpoints.layouts import read_layer
 from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.records.sets import ModelSpec
 from slsgu_cli.store.store import Store
@@ -53,7 +53,7 @@ def make_model(folder: Path, name: str, dtype: str) -> ModelSpec:
 def make_edit(store: Path, model: ModelSpec) -> None:
     """Write an edit of one layer of a model into a store."""
     resolved = resolve(model)
-    before = read_layer(resolved.weights, LAYER)
+    before = ClipWeights.of_file(resolved.weights).layer(LAYER)
     made = edit(LAYER, np.full(before.shape, 1e-3, np.float32), before)
     header = replace(made.header, model=model, model_fingerprint=fingerprint(resolved))
     write_edit(Store(str(store)), replace(made, header=header))

@@ -167,7 +167,7 @@ def digests(path: Path) -> dict[tuple[Path, str], str]:
                 header = length + head.read(int.from_bytes(length, "little"))
             whole = header + str(file.stat().st_size).encode()
             found[folder, file.name] = hashlib.sha256(whole).hexdigest()
-            for name in opened.names():
+            for name in opened.entries:
                 found[folder, name] = hashlib.sha256(opened.stored(name).tobytes()).hexdigest()
         elif file.is_file():
             found[folder, file.name] = hashlib.sha256(file.read_bytes()).hexdigest()

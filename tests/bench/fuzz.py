@@ -36,7 +36,7 @@ def tensors(data: bytes) -> None:
     PLACE.write_bytes(len(data).to_bytes(8, "little") + data)
     with suppress(SlsguError):
         file = open_weights(PLACE)
-        for name in file.names():
+        for name in file.entries:
             file.stored(name)
 
 

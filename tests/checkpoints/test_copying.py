@@ -88,12 +88,13 @@ def test_a_limit_of_the_system_is_reported_not_hidden(tmp_path: Path) -> None:
         from pathlib import Path
         from slsgu_cli.errors import InputError
         from slsgu_cli.records.options import ApplyOptions
-        from slsgu_cli.checkpoints.model_copy import CopyPlan, FilePlan, write_copy
+        from slsgu_cli.checkpoints.edit_plan import FilePlan
+        from slsgu_cli.checkpoints.model_copy import CopyPlan, write_copy
         source, out = Path({str(source)!r}), Path({str(out)!r})
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
         try:
-            write_copy(CopyPlan(out, {{"": source}}, {{"": FilePlan({{}}, ())}}), ApplyOptions())
+            write_copy(CopyPlan(out, {{"": source}}, {{"": FilePlan()}}), ApplyOptions())
         except InputError as error:
             print(error.message)
     """

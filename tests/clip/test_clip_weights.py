@@ -10,9 +10,9 @@ import tiny_targets
 import torch
 from safetensors.torch import load_file
 
+from slsgu_cli.checkpoints.clip_weights import ClipWeights
 from slsgu_cli.checkpoints.transformers_families import model_config
 from slsgu_cli.checkpoints.transformers_inputs import preprocess_config
-from slsgu_cli.checkpoints.transformers_weights import ClipWeights
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import fingerprint, model_layer, plain_config, resolve
 from slsgu_cli.clip.tokenizers import input_spec
@@ -232,12 +232,12 @@ def test_another_tokenizer_is_refused(copy):
 def test_weights_that_are_not_a_whole_clip_are_refused(copy, state):
     (copy / "model.safetensors").unlink()
     with pytest.raises(MissingError, match="no weights of a whole CLIP"):
-        ClipWeights(copy)
+        ClipWeights.of_folder(copy)
     weights = tiny_targets.transformers_weights(state)
     del weights["visual_projection.weight"]
     tiny_targets.save(weights, copy / "model.safetensors")
     with pytest.raises(InputError, match=r"holds no visual_projection\.weight"):
-        ClipWeights(copy)
+        ClipWeights.of_folder(copy)
 
 
 def test_pointer_names_the_folder(folder, world):

@@ -13,8 +13,9 @@ from edit_headers import edit
 from processes import inside
 from transformers import PreTrainedTokenizerFast
 
+from slsgu_cli.checkpoints.clip_weights import ClipWeights
 from slsgu_cli.checkpoints.edits import load_edit, write_edit
-from slsgu_cli.checkpoints.layouts import clip_shapes, read_layer
+from slsgu_cli.checkpoints.layouts import clip_shapes
 from slsgu_cli.checkpoints.model_card import EditedModelCard, base_card, hub_id
 from slsgu_cli.clip import tokenizers
 from slsgu_cli.clip.model_folder import tokenizer_files
@@ -68,7 +69,7 @@ def write_architecture(folder, tokenizer=None, **changes):
 
 def applied(tmp_path, model, weights, **options):
     store = Store(str(tmp_path / "store"))
-    before = read_layer(weights, LAYER)
+    before = ClipWeights.of_file(weights).layer(LAYER)
     write_edit(store, edit(LAYER, 0 * before + 0.1, before))
     request = {"names": ["facebook"], "model": model, "out": tmp_path / "out"} | options
     return apply(store, ApplyRequest(**request))

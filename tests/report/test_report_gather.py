@@ -13,8 +13,8 @@ from edit_headers import edit
 from reports import NAME, fill, fill_comparison, fill_verification, sections
 
 from slsgu_cli.checkpoints.apply import apply_edits
+from slsgu_cli.checkpoints.clip_weights import ClipWeights
 from slsgu_cli.checkpoints.edits import load_edit, write_edit
-from slsgu_cli.checkpoints.layouts import read_layer
 from slsgu_cli.checkpoints.number_formats import PRECISION, layer_digest
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.clip.models import fingerprint, resolve
@@ -103,15 +103,15 @@ def test_without_a_set_there_is_nothing_to_test(store):
 def test_the_digests_are_those_of_what_apply_reads_and_writes(dtype, tmp_path):
     precision = PRECISION[dtype]
     layer = "visual.proj"
-    original = read_layer(save(state(), tmp_path / "original.safetensors"), layer)
+    original = ClipWeights.of_file(save(state(), tmp_path / "original.safetensors")).layer(layer)
     delta = 0.1 * np.random.default_rng(0).standard_normal(original.shape)
     change = edit(layer, delta.astype(np.float32), original)
     path = save(state(DTYPES[dtype]), tmp_path / "model.safetensors")
     out = tmp_path / "edited.safetensors"
     apply_edits([change], read_target(path), out, options=ApplyOptions())
     facts = edit_facts(change)
-    assert facts.before[precision] == layer_digest(read_layer(path, layer), "fp32")
-    assert facts.after[precision] == layer_digest(read_layer(out, layer), "fp32")
+    assert facts.before[precision] == layer_digest(ClipWeights.of_file(path).layer(layer), "fp32")
+    assert facts.after[precision] == layer_digest(ClipWeights.of_file(out).layer(layer), "fp32")
     assert facts.changed == facts.values == original.size
 
 

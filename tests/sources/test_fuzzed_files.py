@@ -132,7 +132,7 @@ def test_checkpoints(tmp_path_factory, edits, cut, whole):
     path.write_bytes(damaged(whole, edits, cut))
     with suppress(SlsguError):
         file = open_weights(path)
-        for name in file.names():
+        for name in file.entries:
             file.stored(name)
             sum(chunk.size for chunk in file.chunks(name))
 

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from slsgu_cli.checkpoints.edit_plan import FilePlan
 from slsgu_cli.checkpoints.layouts import open_weights
-from slsgu_cli.checkpoints.model_copy import CopyPlan, FilePlan, write_copy
+from slsgu_cli.checkpoints.model_copy import CopyPlan, write_copy
+from slsgu_cli.checkpoints.number_formats import STORAGE, narrow
 from slsgu_cli.records.options import ApplyOptions
 
 DTYPES = {
@@ -55,8 +57,13 @@ def load(path: Path) -> dict[str, torch.Tensor]:
 
 def write_patched(source: Path, out: Path, patches: dict[str, np.ndarray]) -> None:
     """Write a copy of a file as `apply` does, with new values for some of its tensors."""
-    plan = FilePlan(open_weights(source).prepared(patches), ())
-    write_copy(CopyPlan(out, {"": source}, {"": plan}), ApplyOptions())
+    entries = open_weights(source).entries
+    values = {}
+    for name, new in patches.items():
+        dtype = entries[name].dtype
+        is_stored = new.dtype == np.dtype(STORAGE[dtype])
+        values[name] = new if is_stored else narrow(new, dtype)
+    write_copy(CopyPlan(out, {"": source}, {"": FilePlan(values)}), ApplyOptions())
 
 
 def content(path: Path) -> object:
