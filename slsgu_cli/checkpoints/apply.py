@@ -22,7 +22,7 @@ from slsgu_cli.checkpoints.model_copy import (
     CopyPlan,
     write_copy,
 )
-from slsgu_cli.checkpoints.targets import Target
+from slsgu_cli.checkpoints.targets import Target, with_edits
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.records.options import ApplyOptions
 
@@ -77,7 +77,7 @@ def apply_edits(
         relative = {str(path.relative_to(target.path)): plan for path, plan in plans.items()}
         copy = CopyPlan(out, all_files(target.path), relative)
     result = write_copy(_with_card(copy, card), options, check)
-    return replace(result, readers=target.marked_readers(encoders))
+    return replace(result, readers=with_edits(target.readers, encoders))
 
 
 def _with_card(plan: CopyPlan, card: Card | None) -> CopyPlan:

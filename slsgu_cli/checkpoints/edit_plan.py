@@ -11,7 +11,7 @@ from slsgu_cli.checkpoints.edits import Edit, LayerChange, StoredLayer, by_layer
 from slsgu_cli.checkpoints.layouts import WeightSet, placed
 from slsgu_cli.checkpoints.naming_schemes import Places, tensor_places
 from slsgu_cli.checkpoints.number_formats import Raw
-from slsgu_cli.checkpoints.targets import Encoder, Target, prompt_note
+from slsgu_cli.checkpoints.targets import Encoder, Target, prompt_note, with_edits
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.records.options import ApplyOptions
 
@@ -69,7 +69,7 @@ def plan_target(
                         )
             elif not (options.force or options.revert):
                 _require_earlier(holding, below, edits)
-    note = prompt_note(str(target.path), target.marked_readers(edited))
+    note = prompt_note(str(target.path), with_edits(target.readers, edited))
     if note and not options.revert:
         progress.note(note)
     return plans, edited

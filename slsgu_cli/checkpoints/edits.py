@@ -50,10 +50,7 @@ class Edit:
     is_lora: bool = False
 
     def delta(self) -> Floats:
-        """Return the change at factor 1, fp32, in the layer's shape.
-
-        Raises NotFiniteError.
-        """
+        """Return the change at factor 1, fp32, in the layer's shape. Raises NotFiniteError."""
         delta = self.load(DELTA)
         if not np.isfinite(delta).all():
             name, layer = self.header.name, self.header.layer
@@ -318,55 +315,47 @@ class StoredLayer:
     def planned(self, options: ApplyOptions) -> tuple[Raw, LayerChange]:
         """Return the new stored values, and the change.
 
-        Edits are summed in any order; earlier ones stay. Edits can be undone only if the layer is
-        exactly what they made of it. Raises InputError or StaleError.
+        Edits are summed in any order; earlier ones stay. All of them are applied to the original at
+        once, so a layer stored in 16 bits is not rounded twice. Edits can be undone only if the
+        layer is exactly what they made of it. Raises InputError or StaleError.
         """
         if self.dtype not in FLOATS:
             raise InputError(f"{self.layer} in {self.path} is {self.dtype}, not floating point")
-        new, share = self._reverted(options) if options.revert else self._moved(options)
-        names = tuple(edit.header.name for edit in self.edits)
-        shape = self.current.shape
-        return new, LayerChange(self.layer, self.dtype, shape, new.nbytes, share, names)
-
-    def _moved(self, options: ApplyOptions) -> tuple[Raw, float]:
-        """Return the current values with the edits applied, and the share.
-
-        With earlier edits, all of them are applied to the original at once, so a layer stored in
-        16 bits is not rounded twice.
-        """
-        deltas = self._deltas(self.edits)
-        new, share = moved_values(self.current, deltas, self.dtype)
-        if self.earlier:
-            all_in_place = self._after([*self.earlier, *self.edits])
-            if same_values(self._after(self.earlier), self.current):
-                new = all_in_place
-            elif not options.force:
-                if same_values(all_in_place, self.current):
-                    self._refuse_applied()
-                self._refuse_lacking(self.earlier, self.edits)
-        elif not options.force:
-            self._require_original(deltas)
+        if options.revert:
+            new = self._after(self.earlier)
+            share = moved_values(new, self._deltas(self.edits), self.dtype)[1]
+        else:
+            new, share = moved_values(self.current, self._deltas(self.edits), self.dtype)
+            if self.earlier and same_values(self._after(self.earlier), self.current):
+                new = self._after([*self.earlier, *self.edits])
+        if not options.force:
+            self._require_state(revert=options.revert)
         if not math.isfinite(share):
             raise InputError(
                 f"{self.layer} would hold values that {self.dtype} cannot, in {self.path}",
                 hint="a smaller --scale or --step",
             )
-        return new, share
+        names = tuple(edit.header.name for edit in self.edits)
+        shape = self.current.shape
+        return new, LayerChange(self.layer, self.dtype, shape, new.nbytes, share, names)
 
-    def _reverted(self, options: ApplyOptions) -> tuple[Raw, float]:
-        """Return the stored values before the edits, and the share."""
-        before = self._after(self.earlier)
-        edited = self._after([*self.earlier, *self.edits])
-        share = moved_values(before, self._deltas(self.edits), self.dtype)[1]
-        if not options.force and not same_values(edited, self.current):
-            unedited = same_values(before, self.current)
-            what = "not edited" if unedited else "not what these edits made of it"
-            raise StaleError(
-                f"{self.layer} in {self.path} is {what}, so there is nothing to revert",
-                hint="name all the edits of this layer, with the --scale or --step they had, "
-                "or --force to put its original values there",
-            )
-        return before, share
+    def _require_state(self, *, revert: bool) -> None:
+        """Raise StaleError unless the current values are those that the edits need."""
+        if revert:
+            if not same_values(self._after([*self.earlier, *self.edits]), self.current):
+                unedited = same_values(self._after(self.earlier), self.current)
+                what = "not edited" if unedited else "not what these edits made of it"
+                raise StaleError(
+                    f"{self.layer} in {self.path} is {what}, so there is nothing to revert",
+                    hint="name all the edits of this layer, with the --scale or --step they had, "
+                    "or --force to put its original values there",
+                )
+        elif self.earlier:
+            if not same_values(self._after(self.earlier), self.current):
+                self._refuse_applied()
+                self._refuse_lacking(self.earlier, self.edits)
+        else:
+            self._require_original()
 
     def require_in_place(self, later: Sequence[Edit]) -> None:
         """Raise StaleError unless the edits, which `later` ones need, are in place."""
@@ -379,7 +368,11 @@ class StoredLayer:
         return moved_values(self._before(), deltas, self.dtype)[0] if edits else self._before()
 
     def _refuse_applied(self) -> None:
-        raise StaleError(f"{self.path} already holds {_names(self.edits)}", hint="--revert to undo")
+        """Raise StaleError if the edits are in place already."""
+        if same_values(self._after([*self.earlier, *self.edits]), self.current):
+            raise StaleError(
+                f"{self.path} already holds {_names(self.edits)}", hint="--revert to undo"
+            )
 
     def _refuse_lacking(self, earlier: Sequence[Edit], later: Sequence[Edit]) -> None:
         lacks = same_values(self._before(), self.current)
@@ -406,13 +399,11 @@ class StoredLayer:
     def _before(self) -> Raw:
         return narrow(original_values([*self.earlier, *self.edits]), self.dtype)
 
-    def _require_original(self, deltas: Deltas) -> None:
+    def _require_original(self) -> None:
         for edit in self.edits:
             if recognised(self.current, self.dtype, edit.header.digests):
                 continue
-            if not edit.is_lora and same_values(
-                moved_values(self._before(), deltas, self.dtype)[0], self.current
-            ):
+            if not edit.is_lora:
                 self._refuse_applied()
             raise StaleError(
                 f"{self.layer} in {self.path} is not the layer that the edit "

@@ -1,7 +1,7 @@
 """Which outputs of a CLIP tower a model reads, and so which layers can influence it."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from slsgu_cli.checkpoints.layers import Layer
@@ -45,9 +45,9 @@ class ReadFrom:
         return None
 
 
-def last_state(blocks: int | None) -> ReadFrom:
+def last_state(blocks: int) -> ReadFrom:
     """Describe a model that reads the last hidden state of a text encoder."""
-    reads = "the last hidden state" + (f" of {blocks} blocks" if blocks else "")
+    reads = f"the last hidden state of {blocks} blocks"
     return ReadFrom(tower=Tower.TEXT, blocks=blocks, projection=False, reads=reads)
 
 
@@ -89,9 +89,3 @@ def unpooled() -> ReadFrom:
 def whole(*towers: Tower) -> tuple[ReadFrom, ...]:
     """Describe a model that reads the projected output of these towers."""
     return tuple(ReadFrom(tower=tower) for tower in towers)
-
-
-def why_unread(read_from: Sequence[ReadFrom], layer: str) -> str | None:
-    """Return why a layer cannot influence any of the outputs; None if it can."""
-    reasons = [read.why_not(layer) for read in read_from]
-    return None if None in reasons else reasons[-1]

@@ -1,19 +1,15 @@
 """Which layers of a CLIP a target reads, for a ranking."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from slsgu_cli.checkpoints.layers import Layer, block_count
 from slsgu_cli.checkpoints.naming_schemes import tensor_places
 from slsgu_cli.checkpoints.reading import (
     ReadFrom,
-    last_state,
-    penultimate,
     unpooled,
     vision_features,
     whole,
-    why_unread,
 )
 from slsgu_cli.checkpoints.targets import (
     KINDS,
@@ -34,38 +30,20 @@ Shapes = Mapping[str, tuple[int, ...]]
 SECOND_WIDTH = 1280
 
 
-@dataclass(frozen=True, slots=True)
-class TargetLayers:
-    """The target of a ranking, as the user named it, and the outputs of a CLIP that it reads.
+def encoder_of_target(
+    target: str, shapes: Shapes, *, encoder: str | None
+) -> tuple[Encoder, tuple[PromptReader, ...]]:
+    """Return the encoder of `target`, a path or a kind, that a CLIP with these `shapes` is.
 
-    `readers` are its prompt readers; those that an edit would change are marked.
-    """
-
-    target: str
-    read_from: tuple[ReadFrom, ...]
-    readers: tuple[PromptReader, ...] = ()
-
-    def why_not(self, layer: str) -> str | None:
-        """Return why a layer cannot influence the target; None if it can."""
-        return why_unread(self.read_from, layer)
-
-
-def layers_read_by(target: str, shapes: Shapes, *, encoder: str | None) -> TargetLayers:
-    """Return the outputs that `target`, a path or a kind, reads of a CLIP with these `shapes`.
-
-    Raises MissingError, InputError, and UsageError if an encoder must be named.
+    The encoder of a kind has no weights. Return the prompt readers too, those that an edit would
+    change marked. Raises MissingError, InputError, and UsageError if an encoder must be named.
     """
     if target in KINDS and not Path(target).exists():
-        family = Family(target)
-        # The width tells the encoders of a kind apart.
-        width = shapes.get("ln_final.weight", shapes.get("text.ln_final.weight", (0,)))[0]
-        is_second = width == SECOND_WIDTH and family in (Family.SDXL, Family.SD3)
-        name = encoder or ("text_encoder_2" if is_second else "text_encoder")
-        read = with_edits(READERS.get(family, ()), [name])
-        return TargetLayers(target, _of_kind(family, shapes, name), read)
-    model = read_target(Path(target))
-    one = fitting_encoder(model, shapes, encoder)
-    return TargetLayers(target, one.read_from, with_edits(model.readers, [one.name]))
+        one, readers = _of_kind(Family(target), shapes, encoder)
+    else:
+        model = read_target(Path(target))
+        one, readers = fitting_encoder(model, shapes, encoder), model.readers
+    return one, with_edits(readers, [one.name])
 
 
 def fitting_encoder(model: Target, shapes: Shapes, encoder: str | None) -> Encoder:
@@ -87,25 +65,30 @@ def fitting_encoder(model: Target, shapes: Shapes, encoder: str | None) -> Encod
     return fitting[0]
 
 
-def _of_kind(family: Family, shapes: Shapes, encoder: str) -> tuple[ReadFrom, ...]:
+def _of_kind(
+    family: Family, shapes: Shapes, name: str | None
+) -> tuple[Encoder, tuple[PromptReader, ...]]:
+    readers = READERS.get(family, ())
+    if name is None:
+        # The width tells the encoders of a kind apart.
+        width = shapes.get("ln_final.weight", shapes.get("text.ln_final.weight", (0,)))[0]
+        is_second = width == SECOND_WIDTH and family in (Family.SDXL, Family.SD3)
+        name = "text_encoder_2" if is_second else "text_encoder"
+    clips = [reader.name for reader in readers if reader.model == "CLIP"]
+    if clips and name not in clips:
+        raise UsageError(f"{family} has no CLIP called {name}; it has {', '.join(clips)}")
+    read: tuple[ReadFrom, ...]
     match family:
-        case Family.SD1:
-            return (last_state(None),)
-        case Family.SD2:
-            return (penultimate(_depth(shapes, Tower.TEXT), norm=True),)
-        case Family.SDXL | Family.SD3 | Family.FLUX:
-            clips = [one.name for one in READERS[family] if one.model == "CLIP"]
-            if encoder not in clips:
-                raise UsageError(
-                    f"{family} has no CLIP called {encoder}; it has {', '.join(clips)}"
-                )
-            pooled = encoder == "text_encoder_2"
-            return (text_reading(family, _depth(shapes, Tower.TEXT), pooled=pooled),)
+        case Family.CLIP:
+            read = whole(*Tower)
         case Family.LLAVA:
-            return (vision_features([-2], _depth(shapes, Tower.VISION)),)
+            read = (vision_features([-2], _depth(shapes, Tower.VISION)),)
         case Family.PALIGEMMA:
-            return (unpooled(),)
-    return whole(*Tower)
+            read = (unpooled(),)
+        case _:
+            is_second = name == "text_encoder_2"
+            read = (text_reading(family, _depth(shapes, Tower.TEXT), projected=is_second),)
+    return Encoder(name, (), read), readers
 
 
 def _depth(shapes: Shapes, tower: Tower) -> int:

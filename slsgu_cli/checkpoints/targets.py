@@ -28,7 +28,6 @@ from slsgu_cli.checkpoints.reading import (
     unpooled,
     vision_features,
     whole,
-    why_unread,
 )
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.records.method import PromptReader, Tower
@@ -126,7 +125,8 @@ class Encoder:
 
     def why_not(self, layer: str) -> str | None:
         """Return why a layer cannot influence the target through this encoder; None if it can."""
-        return why_unread(self.read_from, layer)
+        reasons = [read.why_not(layer) for read in self.read_from]
+        return None if None in reasons else reasons[-1]
 
     def towers(self, weights: WeightSet) -> list[TowerPlace]:
         """Return the encoder's towers in one of its sets of weights."""
@@ -145,10 +145,6 @@ class Target:
     encoders: tuple[Encoder, ...]
     unread: dict[Path, str] = field(default_factory=dict)
     readers: tuple[PromptReader, ...] = ()
-
-    def marked_readers(self, edited: Collection[str]) -> tuple[PromptReader, ...]:
-        """Return the prompt readers, the `edited` encoders marked."""
-        return with_edits(self.readers, edited)
 
     def chosen(self, name: str | None) -> tuple[Encoder, ...]:
         """Return the encoder called `name`, or with None all of them. Raises UsageError."""
@@ -282,39 +278,37 @@ def _pipeline(folder: Path) -> Target:
                 f"{folder / PIPELINE} names {name!r}, which is outside the model's folder",
                 hint="get the model from a source that you trust",
             )
+    family = None
     unread: dict[Path, str] = {}
-    sets: dict[str, list[WeightSet]] = {}
-    depths: dict[str, int] = {}
-    for name in classes:
-        sets[name], failed = read_weight_sets(folder / name)
-        unread |= failed
-        _require_towers(folder / name, sets[name], failed)
-        weights, place = _towers(sets[name], Tower.TEXT)[0]
-        depths[name] = weights.blocks(place)
-    family = _family(kind, depths[classes[0]])
     encoders, readers = [], []
     for name, model in models.items():
         if name not in classes:
             readers.append(PromptReader(name, _short(model), EVERY_TOKEN))
             continue
-        text = text_reading(family, depths[name], pooled=model.endswith("WithProjection"))
+        weight_sets, failed = read_weight_sets(folder / name)
+        unread |= failed
+        _require_towers(folder / name, weight_sets, failed)
+        weights, place = _towers(weight_sets, Tower.TEXT)[0]
+        blocks = weights.blocks(place)
+        family = family or _family(kind, blocks)
+        # A folder of Stable Diffusion 2 lacks the last block, which the pipeline does not read.
+        as_read = Family.SD1 if family is Family.SD2 else family
+        text = text_reading(as_read, blocks, projected=model.endswith("WithProjection"))
         reads = f"at most {text.reads}" if family is Family.OTHER else text.reads
         readers.append(PromptReader(name, _short(model), reads))
-        encoders.append(Encoder(name, tuple(sets[name]), (text,)))
-    return Target(folder, family, tuple(encoders), unread, tuple(readers))
+        encoders.append(Encoder(name, tuple(weight_sets), (text,)))
+    return Target(folder, family or Family.OTHER, tuple(encoders), unread, tuple(readers))
 
 
 def _text_models(index: Mapping[str, Any]) -> dict[str, str]:
     """Return the classes of a pipeline's text encoders by their names, sorted."""
-    parts = {
+    return {
         name: str(value[1])
         for name, value in sorted(index.items())
-        if isinstance(value, list) and len(value) == 2 and value[1] is not None
-    }
-    return {
-        name: model
-        for name, model in parts.items()
-        if name.startswith("text_encoder") or model.startswith("CLIPText")
+        if isinstance(value, list)
+        and len(value) == 2
+        and value[1] is not None
+        and (name.startswith("text_encoder") or str(value[1]).startswith("CLIPText"))
     }
 
 
@@ -336,16 +330,18 @@ def _family(kind: str, blocks: int) -> Family:
     return Family.SD2 if blocks > 12 else Family.SD1
 
 
-def text_reading(family: Family, blocks: int, *, pooled: bool) -> ReadFrom:
-    """Return the output of a text encoder that a pipeline reads; `pooled` means projected."""
+def text_reading(family: Family, blocks: int, *, projected: bool) -> ReadFrom:
+    """Return the output of a text encoder, `projected` or not, that a pipeline reads."""
     match family:
         case Family.FLUX:
             return replace(last_state(blocks), reads=POOLED)
-        case Family.SDXL if not pooled:
+        case Family.SD2:
+            return penultimate(blocks, norm=True)
+        case Family.SDXL if not projected:
             return penultimate(blocks, norm=False)
         case Family.SDXL | Family.SD3:
             return ReadFrom(tower=Tower.TEXT, reads=PENULTIMATE_AND_POOLED)
-    return whole(Tower.TEXT)[0] if pooled else last_state(blocks)
+    return ReadFrom(tower=Tower.TEXT) if projected else last_state(blocks)
 
 
 def _single_file(path: Path) -> Target:
@@ -358,10 +354,11 @@ def _single_file(path: Path) -> Target:
     if family is Family.SD3 and any(_OF_FLUX in key for key in weights.owners):
         family = Family.FLUX
     if family is not None:
-        encoders = tuple(
-            Encoder(name, (weights,), (_file_read(family, weights, place),), place.prefix)
-            for name, place in _named(texts)
-        )
+        encoders = []
+        for name, place in _named(texts):
+            is_projected = place.scheme is NamingScheme.OPEN_CLIP
+            text = text_reading(family, weights.blocks(place), projected=is_projected)
+            encoders.append(Encoder(name, (weights,), (text,), place.prefix))
         held = {encoder.name for encoder in encoders}
         t5 = any(key.startswith(_T5_IN_FILES) for key in weights.owners)
         readers = tuple(
@@ -369,7 +366,7 @@ def _single_file(path: Path) -> Target:
             for reader in READERS.get(family, ())
             if reader.name in held or (t5 and reader.model == "T5")
         )
-        return Target(path, family, encoders, readers=readers)
+        return Target(path, family, tuple(encoders), readers=readers)
     if any(start in key for key in weights.owners for start in PROJECTORS):
         read = _features([weights], config_of(path.parent / CONFIG))
         encoder = Encoder("vision_tower", (weights,), (read,))
@@ -386,15 +383,6 @@ def _named(texts: Sequence[TowerPlace]) -> list[tuple[str, TowerPlace]]:
         for place, other in zip(texts, numbered, strict=True)
     ]
     return sorted(zip(names, texts, strict=True), key=lambda pair: pair[0])
-
-
-def _file_read(family: Family, weights: WeightSet, place: TowerPlace) -> ReadFrom:
-    blocks = weights.blocks(place)
-    if family is Family.SD1:
-        return last_state(blocks)
-    if family is Family.SD2:
-        return penultimate(blocks, norm=True)
-    return text_reading(family, blocks, pooled=place.scheme is NamingScheme.OPEN_CLIP)
 
 
 def _require_towers(

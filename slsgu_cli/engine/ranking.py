@@ -15,7 +15,8 @@ import slsgu_cli
 from slsgu_cli import processes
 from slsgu_cli.checkpoints.layers import Layer, find_layers, layers_of, selected
 from slsgu_cli.checkpoints.number_formats import Floats
-from slsgu_cli.checkpoints.target_layers import TargetLayers, layers_read_by
+from slsgu_cli.checkpoints.target_layers import encoder_of_target
+from slsgu_cli.checkpoints.targets import Encoder
 from slsgu_cli.clip.models import ResolvedModel, model_layer
 from slsgu_cli.engine.directions import as_tensor, implementation, layer_gradient
 from slsgu_cli.engine.gradients import graded_model
@@ -38,6 +39,7 @@ from slsgu_cli.records.method import (
     GradientPointer,
     LayerScore,
     ParameterNorm,
+    PromptReader,
     Ranking,
     Tower,
 )
@@ -55,8 +57,8 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
     pointer = read_pointer(store, manifest)
     store.require_writable(Artifact.RANKING.path(name))
     header = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader)
-    target_layers = _target_layers(header, options)
-    layers, unreached = _to_rank(header, target_layers, options)
+    encoder, readers = _encoder(header, options)
+    layers, unreached = _to_rank(header, encoder, options)
     covariances = None
     if options.direction.needs_inputs and layers:
         covariances = ensure_covariances(store, manifest, pointer, layers, device=options.device)
@@ -88,14 +90,14 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
         target=options.target,
         unreached=unreached,
         qkv=options.qkv,
-        readers=target_layers.readers if target_layers else (),
+        readers=readers,
     )
     store.write_record(Artifact.RANKING.path(name), ranking)
     return ranking
 
 
 def _to_rank(
-    header: GradientHeader, read: TargetLayers | None, options: RankOptions
+    header: GradientHeader, encoder: Encoder | None, options: RankOptions
 ) -> tuple[list[str], dict[str, str]]:
     """Return the layers to rank, and why the target does not read the other candidates."""
     candidates = [
@@ -107,7 +109,7 @@ def _to_rank(
     unreached = {
         layer: reason
         for layer in candidates
-        if read and (reason := read.why_not(layer)) is not None
+        if encoder and (reason := encoder.why_not(layer)) is not None
     }
     return [layer for layer in candidates if layer not in unreached], unreached
 
@@ -178,12 +180,14 @@ def _note_unscored(weights: "_Weights", layers: Sequence[str]) -> None:
         note_layers(text, unreached)
 
 
-def _target_layers(header: GradientHeader, options: RankOptions) -> TargetLayers | None:
-    """Return the layers that the target reads; None without a target."""
+def _encoder(
+    header: GradientHeader, options: RankOptions
+) -> tuple[Encoder | None, tuple[PromptReader, ...]]:
+    """Return the encoder of the target that is ranked, and the target's prompt readers, if any."""
     if options.target is None:
-        return None
+        return None, ()
     shapes = {name: weight.shape for name, weight in header.weights.items()}
-    return layers_read_by(options.target, shapes, encoder=options.encoder)
+    return encoder_of_target(options.target, shapes, encoder=options.encoder)
 
 
 @dataclass(frozen=True, slots=True)

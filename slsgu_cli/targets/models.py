@@ -26,7 +26,14 @@ from slsgu_cli.checkpoints.naming_schemes import (
     tower_places,
 )
 from slsgu_cli.checkpoints.number_formats import layer_digests
-from slsgu_cli.checkpoints.targets import Encoder, Family, Target, prompt_note, read_target
+from slsgu_cli.checkpoints.targets import (
+    Encoder,
+    Family,
+    Target,
+    prompt_note,
+    read_target,
+    with_edits,
+)
 from slsgu_cli.clip.batches import spans
 from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.errors import (
@@ -286,7 +293,7 @@ class Pipeline:
 
     def warn_of_readers(self, edited: Collection[str]) -> None:
         """Note which other encoders read the prompts as well as the `edited` ones."""
-        if note := prompt_note(str(self.target.path), self.target.marked_readers(edited)):
+        if note := prompt_note(str(self.target.path), with_edits(self.target.readers, edited)):
             progress.note(note)
 
     @contextmanager

@@ -4,7 +4,7 @@ import pytest
 import tiny_targets
 from tiny_targets import llava, pipeline, tower
 
-from slsgu_cli.checkpoints.target_layers import layers_read_by
+from slsgu_cli.checkpoints.target_layers import encoder_of_target
 from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.method.layers import is_candidate
 
@@ -15,7 +15,7 @@ def shapes(state):
 
 
 def live(shapes, target, encoder=None):
-    aim = layers_read_by(str(target), shapes, encoder=encoder)
+    aim, _ = encoder_of_target(str(target), shapes, encoder=encoder)
     return {name for name in shapes if aim.why_not(name) is None}
 
 

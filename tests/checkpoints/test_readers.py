@@ -16,8 +16,8 @@ from slsgu_cli.checkpoints.apply import apply_edits
 from slsgu_cli.checkpoints.edits import by_origin, write_edit
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.naming_schemes import tensor_places
-from slsgu_cli.checkpoints.target_layers import layers_read_by
-from slsgu_cli.checkpoints.targets import Family, prompt_note, read_target
+from slsgu_cli.checkpoints.target_layers import encoder_of_target
+from slsgu_cli.checkpoints.targets import Family, prompt_note, read_target, with_edits
 from slsgu_cli.cli.apply import show_applied
 from slsgu_cli.engine.find_edits import Presence, find_edits
 from slsgu_cli.errors import InputError, StaleError, UsageError
@@ -53,7 +53,7 @@ def states(tiny_model):
 
 def note(target):
     """Return what is told of a target whose first encoder is edited."""
-    return prompt_note(str(target.path), target.marked_readers(["text_encoder"]))
+    return prompt_note(str(target.path), with_edits(target.readers, ["text_encoder"]))
 
 
 def text_layers(state):
@@ -76,7 +76,7 @@ def test_reach_is_what_diffusers_makes_of_a_prompt(kind, tiny_pipeline, states):
         live = LiveEncoder.find(getattr(loaded, encoder.name), encoder)
         parameters = dict(live.module.named_parameters())
         shapes = text_layers(states[encoder.name])
-        kinds = layers_read_by(kind, shapes, encoder=encoder.name)
+        kinds, _ = encoder_of_target(kind, shapes, encoder=encoder.name)
         for layer in shapes:
             # A text encoder that is not projected has no such tensor.
             places = [place.key for place in tensor_places(layer, live.tower_place)]
@@ -90,10 +90,10 @@ def test_reach_is_what_diffusers_makes_of_a_prompt(kind, tiny_pipeline, states):
 def test_what_reads_prompts_beside_an_edit_is_told(kind, tiny_pipeline, states):
     path = tiny_pipeline(kind)
     by_path, by_kind = (
-        layers_read_by(name, text_layers(states["text_encoder"]), encoder=None)
+        encoder_of_target(name, text_layers(states["text_encoder"]), encoder=None)[1]
         for name in (str(path), kind)
     )
-    assert by_path.readers == by_kind.readers
+    assert by_path == by_kind
     told = note(read_target(path))
     assert told == f"prompts of {path} are read by {READ[kind]}"
 
@@ -194,7 +194,7 @@ def test_what_no_clip_reads_is_told_of(tmp_path, tiny_pipeline, states):
     with pytest.raises(UsageError, match=r"the text_encoder_2 of .* is a T5, not a CLIP"):
         flux.chosen("text_encoder_2")
     with pytest.raises(UsageError, match="flux has no CLIP called text_encoder_2"):
-        layers_read_by("flux", text_layers(states["text_encoder"]), encoder="text_encoder_2")
+        encoder_of_target("flux", text_layers(states["text_encoder"]), encoder="text_encoder_2")
     other = shutil.copytree(tiny_pipeline("flux"), tmp_path / "other")
     index = (other / "model_index.json").read_text()
     (other / "model_index.json").write_text(index.replace("FluxPipeline", "VisualClozePipeline"))

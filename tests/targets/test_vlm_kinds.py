@@ -15,7 +15,7 @@ from worlds import Listener
 from slsgu_cli.checkpoints.apply import apply_edits
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.naming_schemes import tensor_places
-from slsgu_cli.checkpoints.target_layers import layers_read_by
+from slsgu_cli.checkpoints.target_layers import encoder_of_target
 from slsgu_cli.checkpoints.targets import Family, read_target
 from slsgu_cli.errors import StaleError
 from slsgu_cli.method.layers import is_candidate
@@ -92,10 +92,10 @@ def test_reach_is_what_words_depend_on(kind, folder):
         held = [parameters[key].grad for key in keys if key in parameters]
         moved = any(each is not None and each.count_nonzero() for each in held)
         assert moved == (encoder.why_not(layer) is None), layer
-    ranked = layers_read_by(str(folder), shapes, encoder=None)
+    ranked, _ = encoder_of_target(str(folder), shapes, encoder=None)
     assert ranked.why_not(LAYERS[kind]) is None
     if kind == "paligemma":
-        by_kind = layers_read_by(kind, shapes, encoder=None)
+        by_kind, _ = encoder_of_target(kind, shapes, encoder=None)
         assert all(by_kind.why_not(layer) == encoder.why_not(layer) for layer in shapes)
 
 
