@@ -15,7 +15,8 @@ each module's change.
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +71,8 @@ def modules_of(header: EditHeader) -> tuple[TensorPlace, ...]:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Factors:
-    """The change of one module: `up @ down`, of shapes (out, rank) and (rank, in)."""
-
-    up: Floats
-    down: Floats
-
-    @property
-    def rank(self) -> int:
-        """How many directions it has."""
-        return int(self.down.shape[0])
+# The change of one module, `up @ down`: arrays of shapes (out, rank) and (rank, in).
+Factors = tuple[Floats, Floats]
 
 
 class Decomposed:
@@ -107,7 +99,7 @@ class Decomposed:
         for key, (u, s, v) in self._parts.items():
             root = np.sqrt(s[:rank])
             up, down = u[:, :rank] * root, root[:, None] * v[:rank]
-            factors[key] = Factors(up.astype(np.float32), down.astype(np.float32))
+            factors[key] = up.astype(np.float32), down.astype(np.float32)
         return factors
 
     def delta(self, rank: int) -> Floats:
@@ -116,7 +108,7 @@ class Decomposed:
 
 
 def _delta(places: Sequence[TensorPlace], factors: Mapping[str, Factors]) -> Floats:
-    tensors = {key: one.up @ one.down for key, one in factors.items()}
+    tensors = {key: up @ down for key, (up, down) in factors.items()}
     alone = [replace(place, within=None) for place in places]
     whole: Floats = assembled(alone, tensors.__getitem__)
     return np.ascontiguousarray(whole, dtype=np.float32)
@@ -136,23 +128,19 @@ def lora_tensors(
         starts = {}
         for key, factors in decomposed.factors(rank).items():
             before = together.setdefault(prefix, {}).setdefault(key, [])
-            starts[key] = sum(one.rank for one in before)
+            starts[key] = sum(len(down) for _, down in before)
             before.append(factors)
         elsewhere = None if prefix == first else prefix
         listed.append(LoraEdit(decomposed.header, rank, starts, elsewhere))
-    name = _peft_tensors if layout is LoraLayout.PEFT else _kohya_tensors
+    tensors_of = _peft_tensors if layout is LoraLayout.PEFT else _kohya_tensors
     tensors: dict[str, Floats] = {}
     for prefix, modules in sorted(together.items()):
-        tensors |= name(
-            {key: _concatenated(parts) for key, parts in sorted(modules.items())}, prefix
-        )
+        whole = {}
+        for key, parts in sorted(modules.items()):
+            ups, downs = zip(*parts, strict=True)
+            whole[key] = np.concatenate(ups, axis=1), np.concatenate(downs)
+        tensors |= tensors_of(whole, prefix)
     return tensors, LoraHeader(layout, first, tuple(listed), version=listed[0].edit.version)
-
-
-def _concatenated(parts: Sequence[Factors]) -> Factors:
-    """Return factors for the sum of the changes of `parts`."""
-    ups, downs = [one.up for one in parts], [one.down for one in parts]
-    return Factors(np.concatenate(ups, axis=1), np.concatenate(downs))
 
 
 def _kohya_tensors(factors: Mapping[str, Factors], prefix: str) -> dict[str, Floats]:
@@ -161,18 +149,18 @@ def _kohya_tensors(factors: Mapping[str, Factors], prefix: str) -> dict[str, Flo
     diffusers supports only one rank and one alpha for a text encoder, and detects attention by the
     output projection, which is zero if no edit changes it.
     """
-    rank = max(one.rank for one in factors.values())
+    rank = max(len(down) for _, down in factors.values())
     whole = dict(factors)
-    for key, one in factors.items():
+    for key, (_, down) in factors.items():
         if attention := IN_ATTENTION.fullmatch(key):
-            output, width = f"{attention[1]}.out_proj.weight", one.down.shape[1]
+            output, width = f"{attention[1]}.out_proj.weight", down.shape[1]
             zeros = np.zeros((width, 0), np.float32), np.zeros((0, width), np.float32)
-            whole.setdefault(output, Factors(*zeros))
+            whole.setdefault(output, zeros)
     tensors: dict[str, Floats] = {}
-    for key, one in sorted(whole.items()):
-        module, lacking = _kohya_module(key, prefix), rank - one.rank
-        tensors[module + DOWN] = np.pad(one.down, ((0, lacking), (0, 0)))
-        tensors[module + UP] = np.pad(one.up, ((0, 0), (0, lacking)))
+    for key, (up, down) in sorted(whole.items()):
+        module, lacking = _kohya_module(key, prefix), rank - len(down)
+        tensors[module + DOWN] = np.pad(down, ((0, lacking), (0, 0)))
+        tensors[module + UP] = np.pad(up, ((0, 0), (0, lacking)))
         tensors[f"{module}.alpha"] = np.array(rank, dtype=np.float32)
     return tensors
 
@@ -180,10 +168,10 @@ def _kohya_tensors(factors: Mapping[str, Factors], prefix: str) -> dict[str, Flo
 def _peft_tensors(factors: Mapping[str, Factors], prefix: str) -> dict[str, Floats]:
     """Return the factors under both names of a text encoder's module in transformers."""
     tensors: dict[str, Floats] = {}
-    for key, one in factors.items():
+    for key, (up, down) in factors.items():
         for module in _peft_modules(key):
-            tensors[f"{PEFT_PREFIX}{module}{PEFT_DOWN}"] = one.down
-            tensors[f"{PEFT_PREFIX}{module}{PEFT_UP}"] = one.up
+            tensors[f"{PEFT_PREFIX}{module}{PEFT_DOWN}"] = down
+            tensors[f"{PEFT_PREFIX}{module}{PEFT_UP}"] = up
     return tensors
 
 
@@ -239,39 +227,27 @@ def read_lora(store: Store, path: str) -> list[tuple[EditHeader, Callable[[str],
     """
     header = store.read_header(path, LoraHeader)
     return [
-        (replace(one.edit, rank=one.rank), _LoraChange(store, path, header, one))
+        (replace(one.edit, rank=one.rank), partial(_read_change, store, path, header, one))
         for one in header.edits
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _LoraChange:
-    """Reads the change of one edit from a LoRA, by the name of its tensor."""
-
-    store: Store
-    path: str
-    header: LoraHeader
-    edit: LoraEdit
-
-    def __call__(self, name: str) -> Floats:
-        """Return the change. Raises InputError for the original values, which a LoRA lacks."""
-        if name != "delta":
-            raise InputError(
-                f"{self.path} is a LoRA and does not hold the original values of "
-                f"{self.edit.edit.layer}",
-                hint=f"use the edit {self.edit.edit.name} itself",
-            )
-        factors = {}
-        for key, start in self.edit.starts.items():
-            down, up = self._names(key)
-            tensors = self.store.read_tensors(self.path, [down, up])
-            span = slice(start, start + self.edit.rank)
-            factors[key] = Factors(tensors[up][:, span], tensors[down][span])
-        return _delta(modules_of(self.edit.edit), factors)
-
-    def _names(self, key: str) -> tuple[str, str]:
-        if self.header.layout is LoraLayout.PEFT:
+def _read_change(store: Store, path: str, header: LoraHeader, edit: LoraEdit, name: str) -> Floats:
+    """Return the change of an edit in a LoRA. Raises InputError for the original values."""
+    if name != "delta":
+        raise InputError(
+            f"{path} is a LoRA and does not hold the original values of {edit.edit.layer}",
+            hint=f"use the edit {edit.edit.name} itself",
+        )
+    factors = {}
+    for key, start in edit.starts.items():
+        if header.layout is LoraLayout.PEFT:
             module = PEFT_PREFIX + _peft_modules(key)[0]
-            return module + PEFT_DOWN, module + PEFT_UP
-        module = _kohya_module(key, self.edit.prefix or self.header.prefix)
-        return module + DOWN, module + UP
+            down, up = module + PEFT_DOWN, module + PEFT_UP
+        else:
+            module = _kohya_module(key, edit.prefix or header.prefix)
+            down, up = module + DOWN, module + UP
+        tensors = store.read_tensors(path, [down, up])
+        span = slice(start, start + edit.rank)
+        factors[key] = tensors[up][:, span], tensors[down][span]
+    return _delta(modules_of(edit.edit), factors)

@@ -22,9 +22,45 @@ from slsgu_cli.records.sets import ModelSpec
 
 # The base model's card follows this line.
 THEIRS = "<!-- slsgu: the card of the base model -->\n"
-EDITS = ("edit", "forgets", "layer", "moved by", "strength", "digest", "base model")
-FIGURES = ("edit", "figure", "base", "edited", "images")
 WHOLE = "whole"
+BODY = """\
+{{ mark }}
+
+# {{ base | code }} without {{ concepts | map("code") | join(", ") }}
+
+This is {{ base | code }} with the edits below, made by slsgu {{ version }} \
+([SLUG](https://arxiv.org/abs/2407.11867)).\
+{{ "" if licensed else " Its licence is that of the base model, which is unknown here." }}
+
+## Figures
+
+{% if measured %}
+| edit | figure | base | edited | images |
+| --- | --- | --- | --- | --- |
+{% for name, edit in edits.items() %}
+{% for row in edit.figures %}
+| {{ name | code }} | {{ row | join(" | ") }} |
+{% endfor %}
+{% endfor %}
+{% else %}
+Nothing was measured.
+{% endif %}
+
+FA is the accuracy on the concept, TA the accuracy on everything else. \
+Each edit was measured alone on the base model.
+
+## Edits
+
+| edit | forgets | layer | moved by | strength | digest | base model |
+| --- | --- | --- | --- | --- | --- | --- |
+{% for name, edit in edits.items() %}
+| {{ name | code }} | {{ edit.forgets | code }} | {{ edit.layer | code }} \
+| {{ edit["moved by"] }} | {{ edit.strength }} | {{ edit.digest }} | {{ edit["base model"] }} |
+{% endfor %}
+
+`slsgu check . --edit NAME` reports whether these weights contain an edit, and \
+`slsgu apply --revert` takes it out.
+"""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -64,12 +100,11 @@ class EditedModelCard:
         name = place.resolve().name
         if spec is not None and spec.pretrained:
             name = f"{Path(spec.name).stem} ({Path(spec.pretrained).name})"
-        strength = [] if options.scale == 1 else [f"scale {options.scale:g}"]
-        strength += [] if options.rank is None else [f"rank {options.rank}"]
-        strength += [] if options.step is None else [f"step {options.step:g}"]
+        scale = None if options.scale == 1 else options.scale
+        given = (("scale", scale), ("rank", options.rank), ("step", options.step))
+        strength = " ".join(f"{word} {value:g}" for word, value in given if value is not None)
         now, before = ([edit.header for edit in each] for each in (edits, earlier))
-        how = " ".join(strength) or WHOLE
-        return cls(now, before, known or name, known, how, options.revert, library)
+        return cls(now, before, known or name, known, strength or WHOLE, options.revert, library)
 
     def over(self, present: str | None) -> str | None:
         """Return the card to write where a card is `present`: the base model's, or an earlier one.
@@ -102,15 +137,15 @@ class EditedModelCard:
         return text if theirs is None else f"{text}\n{THEIRS}{theirs}"
 
     def _about(self, edit: EditHeader) -> dict[str, Any]:
-        values = (
-            edit.concept,
-            edit.layer,
-            f"{100 * edit.share:.3g}%",
-            self.strength if edit in self.edits else WHOLE,
-            digest(edit),
-            edit.model_fingerprint,
-        )
-        return {**dict(zip(EDITS[1:], values, strict=True)), "figures": _figures(edit)}
+        return {
+            "forgets": edit.concept,
+            "layer": edit.layer,
+            "moved by": f"{100 * edit.share:.3g}%",
+            "strength": self.strength if edit in self.edits else WHOLE,
+            "digest": digest(edit),
+            "base model": edit.model_fingerprint,
+            "figures": _figures(edit),
+        }
 
 
 def base_card(present: str | None) -> str | None:
@@ -151,28 +186,19 @@ def _figures(edit: EditHeader) -> list[list[str]]:
 
 
 def _body(base: str, edits: Mapping[str, Mapping[str, Any]], *, licensed: bool) -> str:
-    concepts = ", ".join(dict.fromkeys(_code(edit["forgets"]) for edit in edits.values()))
-    figures = [[_code(name), *row] for name, edit in edits.items() for row in edit["figures"]]
-    rows = [
-        [_code(name), *(_code(edit[key]) for key in EDITS[1:3]), *(edit[key] for key in EDITS[3:])]
-        for name, edit in edits.items()
-    ]
-    parts = [
-        OURS,
-        f"# {_code(base)} without {concepts}",
-        f"This is {_code(base)} with the edits below, made by slsgu {slsgu_cli.__version__} "
-        "([SLUG](https://arxiv.org/abs/2407.11867))."
-        + ("" if licensed else " Its licence is that of the base model, which is unknown here."),
-        "## Figures",
-        _table(FIGURES, figures) if figures else "Nothing was measured.",
-        "FA is the accuracy on the concept, TA the accuracy on everything else. Each edit was "
-        "measured alone on the base model.",
-        "## Edits",
-        _table(EDITS, rows),
-        "`slsgu check . --edit NAME` reports whether these weights contain an edit, and "
-        "`slsgu apply --revert` takes it out.",
-    ]
-    return "\n\n".join(parts) + "\n"
+    from jinja2 import Environment
+
+    environment = Environment(trim_blocks=True, keep_trailing_newline=True)
+    environment.filters["code"] = _code
+    return environment.from_string(BODY).render(
+        mark=OURS,
+        base=base,
+        concepts=dict.fromkeys(edit["forgets"] for edit in edits.values()),
+        licensed=licensed,
+        version=slsgu_cli.__version__,
+        edits=edits,
+        measured=any(edit["figures"] for edit in edits.values()),
+    )
 
 
 def hub_id(spec: ModelSpec | None, place: Path) -> str | None:
@@ -203,7 +229,3 @@ def _of_tag(name: str, tag: str) -> str | None:
 def _code(text: str) -> str:
     """Return text that may hold Markdown as inline code, in one cell of a table."""
     return f"`{' '.join(text.replace('`', ' ').replace('|', ' ').split())}`"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(r)} |" for r in (columns, ["---"] * len(columns), *rows))
