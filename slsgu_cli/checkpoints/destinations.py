@@ -43,19 +43,14 @@ def require_place(
 
 
 def require_nothing_lost(out: Path, written: Iterable[str]) -> None:
-    """Refuse to replace a folder with files that will not be `written` again.
-
-    Raises InputError for these, and for anything but files and folders.
-    """
+    """Raise InputError for a folder with files that will not be `written` again."""
     if not out.is_dir():
         return
     replaced = set(written)
     card = out / README
     if card.is_file() and OURS.encode() in card.read_bytes():
         replaced.add(README)
-    present = [path for path in out.rglob("*") if path.is_symlink() or not path.is_dir()]
-    for path in present:
-        require_regular(path)
+    present = (path for path in out.rglob("*") if path.is_symlink() or not path.is_dir())
     names = (str(path.relative_to(out)) for path in present)
     lost = sorted(name for name in names if name not in replaced and not name.startswith(PARTIAL))
     if lost:
@@ -68,7 +63,7 @@ def require_nothing_lost(out: Path, written: Iterable[str]) -> None:
 def all_files(folder: Path) -> dict[str, Path]:
     """Return every file below a folder by its relative name; links to files are followed.
 
-    Raises InputError for anything that cannot be copied.
+    Raises InputError for a link to a folder.
     """
     files: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
@@ -81,8 +76,6 @@ def all_files(folder: Path) -> dict[str, Path]:
             )
         if path.is_file():
             files[str(name)] = path
-        elif not path.is_dir():
-            raise InputError(f"{path} is neither a file nor a folder", hint="remove it")
     return files
 
 

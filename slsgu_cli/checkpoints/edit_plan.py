@@ -7,10 +7,11 @@ from pathlib import Path
 from shlex import quote
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.edits import Edit, LayerChange, StoredLayer, by_layer, by_origin
+from slsgu_cli.checkpoints.edits import Edit, by_layer, by_origin
 from slsgu_cli.checkpoints.layouts import WeightSet, placed
 from slsgu_cli.checkpoints.naming_schemes import Places, tensor_places
 from slsgu_cli.checkpoints.number_formats import Raw
+from slsgu_cli.checkpoints.stored_layer import LayerChange, StoredLayer
 from slsgu_cli.checkpoints.targets import Encoder, Target, prompt_note, with_edits
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.records.options import ApplyOptions
@@ -114,7 +115,7 @@ def _fitting(
     for encoder, copies in _influential(target, holding, edits, force=options.force):
         try:
             layers = (
-                (weights, places, StoredLayer.read(weights, places, edits, earlier))
+                (weights, places, StoredLayer(weights, places, edits, earlier))
                 for weights, places in copies
             )
             new = [(weights, places, *layer.planned(options)) for weights, places, layer in layers]
@@ -171,7 +172,7 @@ def _require_earlier(
     for _, copies in holding:
         try:
             for weights, places in copies:
-                StoredLayer.read(weights, places, earlier).require_in_place(later)
+                StoredLayer(weights, places, earlier).require_in_place(later)
         except StaleError as error:
             refused.append(error)
             continue

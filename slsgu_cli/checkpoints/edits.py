@@ -1,34 +1,21 @@
-"""Edits: the change of one layer, scaled, combined, applied to stored values and undone."""
+"""Edits: the change of one layer, read, written, scaled and grouped."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from shlex import quote
 
 import numpy as np
-import numpy.typing as npt
 
 from slsgu_cli import progress
 from slsgu_cli.checkpoints.layers import in_whole_and_in_part
-from slsgu_cli.checkpoints.layouts import WeightSet
 from slsgu_cli.checkpoints.lora import is_lora, read_lora
-from slsgu_cli.checkpoints.naming_schemes import Places
-from slsgu_cli.checkpoints.number_formats import (
-    CHUNK,
-    FLOATS,
-    PRECISION,
-    Floats,
-    Raw,
-    layer_digest,
-    narrow,
-    widen,
-)
+from slsgu_cli.checkpoints.number_formats import Floats
 from slsgu_cli.errors import InputError, MissingError, NotFiniteError, StaleError, UsageError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import EditHeader
-from slsgu_cli.records.options import ApplyOptions, StrengthOptions
+from slsgu_cli.records.options import StrengthOptions
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
 
@@ -228,22 +215,6 @@ def strength_of(edit: Edit, options: StrengthOptions) -> Edit:
     return limited if options.scale == 1 else limited.scaled(options.scale)
 
 
-COARSE = ("fp16", "bf16")
-Deltas = list[tuple[float, Floats]]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerChange:
-    """A changed layer of one file. `share` is the norm of the change over the layer's norm."""
-
-    layer: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    share: float
-    edits: tuple[str, ...]
-
-
 def by_layer(edits: Sequence[Edit]) -> dict[str, list[Edit]]:
     """Group edits by the layer they change, in a fixed order of layers and edits.
 
@@ -252,11 +223,11 @@ def by_layer(edits: Sequence[Edit]) -> dict[str, list[Edit]]:
     layers = sorted({edit.header.layer for edit in edits})
     if twice := in_whole_and_in_part(layers):
         raise UsageError(
-            f"{_names(edits)} change both {twice} as a whole and its q, k or v slice",
+            f"{names_of(edits)} change both {twice} as a whole and its q, k or v slice",
             hint="rank and search all of them with the same --qkv",
         )
     return {
-        layer: _in_order(edit for edit in edits if edit.header.layer == layer) for layer in layers
+        layer: in_order(edit for edit in edits if edit.header.layer == layer) for layer in layers
     }
 
 
@@ -271,11 +242,11 @@ def by_origin(edits: Sequence[Edit]) -> list[list[Edit]]:
                 others.append(group)
             else:
                 same += group
-        groups = [*others, _in_order(same)]
+        groups = [*others, in_order(same)]
     return groups
 
 
-def _in_order(edits: Iterable[Edit]) -> list[Edit]:
+def in_order(edits: Iterable[Edit]) -> list[Edit]:
     """Return edits in the order in which they are summed."""
     return sorted(edits, key=lambda e: (e.header.name, e.header.gradient, e.factor))
 
@@ -288,180 +259,7 @@ def original_values(edits: Sequence[Edit]) -> Floats:
     return max((edit.before() for edit in edits), key=lambda values: values.itemsize)
 
 
-@dataclass(frozen=True, slots=True)
-class StoredLayer:
-    """A layer in one file, and its edits; `earlier` ones are already in place.
-
-    `current` are the values stored now, in the layer's shape and the number format `dtype`;
-    `path` is their file, for messages.
-    """
-
-    path: Path
-    layer: str
-    current: Raw
-    dtype: str
-    edits: Sequence[Edit]
-    earlier: Sequence[Edit] = ()
-
-    @classmethod
-    def read(
-        cls, weights: WeightSet, places: Places, edits: Sequence[Edit], earlier: Sequence[Edit] = ()
-    ) -> "StoredLayer":
-        """Read the layer that these edits change from its tensors."""
-        path, layer = weights.owners[places[0].key], edits[0].header.layer
-        current, dtype = weights.layer(places)
-        return cls(path, layer, current, dtype, edits, earlier)
-
-    def planned(self, options: ApplyOptions) -> tuple[Raw, LayerChange]:
-        """Return the new stored values, and the change.
-
-        Edits are summed in any order; earlier ones stay. All of them are applied to the original at
-        once, so a layer stored in 16 bits is not rounded twice. Edits can be undone only if the
-        layer is exactly what they made of it. Raises InputError or StaleError.
-        """
-        if self.dtype not in FLOATS:
-            raise InputError(f"{self.layer} in {self.path} is {self.dtype}, not floating point")
-        if options.revert:
-            new = self._after(self.earlier)
-            share = moved_values(new, self._deltas(self.edits), self.dtype)[1]
-        else:
-            new, share = moved_values(self.current, self._deltas(self.edits), self.dtype)
-            if self.earlier and same_values(self._after(self.earlier), self.current):
-                new = self._after([*self.earlier, *self.edits])
-        if not options.force:
-            self._require_state(revert=options.revert)
-        if not math.isfinite(share):
-            raise InputError(
-                f"{self.layer} would hold values that {self.dtype} cannot, in {self.path}",
-                hint="a smaller --scale or --step",
-            )
-        names = tuple(edit.header.name for edit in self.edits)
-        shape = self.current.shape
-        return new, LayerChange(self.layer, self.dtype, shape, new.nbytes, share, names)
-
-    def _require_state(self, *, revert: bool) -> None:
-        """Raise StaleError unless the current values are those that the edits need."""
-        if revert:
-            if not same_values(self._after([*self.earlier, *self.edits]), self.current):
-                unedited = same_values(self._after(self.earlier), self.current)
-                what = "not edited" if unedited else "not what these edits made of it"
-                raise StaleError(
-                    f"{self.layer} in {self.path} is {what}, so there is nothing to revert",
-                    hint="name all the edits of this layer, with the --scale or --step they had, "
-                    "or --force to put its original values there",
-                )
-        elif self.earlier:
-            if not same_values(self._after(self.earlier), self.current):
-                self._refuse_applied()
-                self._refuse_lacking(self.earlier, self.edits)
-        else:
-            self._require_original()
-
-    def require_in_place(self, later: Sequence[Edit]) -> None:
-        """Raise StaleError unless the edits, which `later` ones need, are in place."""
-        if not same_values(self._after(self.edits), self.current):
-            self._refuse_lacking(self.edits, later)
-
-    def _after(self, edits: Sequence[Edit]) -> Raw:
-        """Return the original values with these edits, as stored."""
-        deltas = self._deltas(_in_order(edits))
-        return moved_values(self._before(), deltas, self.dtype)[0] if edits else self._before()
-
-    def _refuse_applied(self) -> None:
-        """Raise StaleError if the edits are in place already."""
-        if same_values(self._after([*self.earlier, *self.edits]), self.current):
-            raise StaleError(
-                f"{self.path} already holds {_names(self.edits)}", hint="--revert to undo"
-            )
-
-    def _refuse_lacking(self, earlier: Sequence[Edit], later: Sequence[Edit]) -> None:
-        lacks = same_values(self._before(), self.current)
-        what = "lacks" if lacks else f"holds in {self.layer} something other than"
-        named = " ".join(quote(edit.header.name) for edit in (*earlier, *later))
-        raise StaleError(
-            f"{self.path} {what} {_names(earlier)}, which {_names(later)} build"
-            f"{'s' if len(later) == 1 else ''} on",
-            hint=f"`slsgu apply {named} ...` puts all of them into the original weights",
-        )
-
-    def _deltas(self, edits: Sequence[Edit]) -> Deltas:
-        pairs = [(edit.factor, edit.delta()) for edit in edits]
-        for edit, (_, delta) in zip(edits, pairs, strict=True):
-            if delta.shape != self.current.shape:
-                raise StaleError(
-                    f"the edit {edit.header.name} changes {self.layer} of shape "
-                    f"{list(delta.shape)}, but in {self.path} it has "
-                    f"{list(self.current.shape)}",
-                    hint=_right_model(edit.header),
-                )
-        return pairs
-
-    def _before(self) -> Raw:
-        return narrow(original_values([*self.earlier, *self.edits]), self.dtype)
-
-    def _require_original(self) -> None:
-        for edit in self.edits:
-            if recognised(self.current, self.dtype, edit.header.digests):
-                continue
-            if not edit.is_lora:
-                self._refuse_applied()
-            raise StaleError(
-                f"{self.layer} in {self.path} is not the layer that the edit "
-                f"{edit.header.name} was made for ({edit.header.model})",
-                hint=f"{_right_model(edit.header)}, or --force; "
-                "name several edits of one layer in one call, on the original weights",
-            )
-
-
-def recognised(current: Raw, dtype: str, made_for: Mapping[str, str]) -> bool:
-    """Return whether the two layers are equal, or one is a rounded copy of the other."""
-    values = widen(current, dtype)
-    # The stored values are already rounded to their precision.
-    if layer_digest(values, "fp32") == made_for.get(PRECISION[dtype]):
-        return True
-    return any(
-        made_for.get(coarse) == made_for.get("fp32") == layer_digest(values, coarse)
-        for coarse in COARSE
-    )
-
-
-def moved_values(stored: Raw, deltas: Deltas, dtype: str) -> tuple[Raw, float]:
-    """Return stored values plus the sum of factor * delta, as stored values, and the share.
-
-    The share is the norm of the change over the norm of the stored values; it is not finite if a
-    new value is not. A few MB are processed at a time.
-    """
-    flat = stored.reshape(-1)
-    parts = [(factor, delta.reshape(-1)) for factor, delta in deltas]
-    new = np.empty_like(flat)
-    length = norm = 0.0
-    for start in range(0, flat.size, CHUNK):
-        span = slice(start, start + CHUNK)
-        was: npt.NDArray[np.float64] = widen(flat[span], dtype).astype(np.float64)
-        total = was.copy()
-        for factor, delta in parts:
-            total += np.float64(factor) * delta[span]
-        new[span] = narrow(total, dtype)
-        step = widen(new[span], dtype) - was
-        length += float(np.dot(step, step))
-        norm += float(np.dot(was, was))
-    return new.reshape(stored.shape), math.sqrt(length / norm) if norm else math.sqrt(length)
-
-
-def same_values(one: Raw, other: Raw) -> bool:
-    """Return whether two arrays have the same bits."""
-    unsigned = f"u{one.itemsize}"
-    return bool(
-        np.array_equal(
-            np.ascontiguousarray(one).view(unsigned), np.ascontiguousarray(other).view(unsigned)
-        )
-    )
-
-
-def _names(edits: Sequence[Edit]) -> str:
+def names_of(edits: Sequence[Edit]) -> str:
+    """Return the names of edits for a message."""
     names = [edit.header.name for edit in edits]
     return f"the edit {names[0]}" if len(names) == 1 else f"the edits {', '.join(names)}"
-
-
-def _right_model(header: EditHeader) -> str:
-    return f"use the weights it was made for, {header.model.flags()}"

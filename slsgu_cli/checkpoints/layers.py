@@ -53,14 +53,6 @@ class Layer:
         )
 
     @property
-    def short(self) -> str:
-        """Return the name without the parts that every layer of its tower shares."""
-        name = self.name
-        for prefix in ("visual.trunk.", "visual.", "text."):
-            name = name.removeprefix(prefix)
-        return known_as(name)
-
-    @property
     def recorded_tower(self) -> Tower:
         """Return the tower in records: text for a parameter of neither."""
         return self.tower or Tower.TEXT

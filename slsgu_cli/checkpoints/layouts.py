@@ -20,14 +20,12 @@ from slsgu_cli.checkpoints.naming_schemes import (
     tower_places,
 )
 from slsgu_cli.checkpoints.number_formats import Raw
-from slsgu_cli.checkpoints.safetensors_file import (
-    looks_like_safetensors,
-    open_safetensors,
-)
+from slsgu_cli.checkpoints.safetensors_file import open_safetensors
 from slsgu_cli.checkpoints.tensor_file import TensorEntry, TensorFile
 from slsgu_cli.checkpoints.torch_file import ZIP_START, TorchFile
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.method import Tower
+from slsgu_cli.store.tensor_header import LENGTH
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 
@@ -42,7 +40,7 @@ def open_weights(path: Path) -> TensorFile:
             start = file.read(16)
         if start.startswith(ZIP_START):
             return TorchFile(path)
-        if looks_like_safetensors(start) or path.suffix == ".safetensors":
+        if start[LENGTH : LENGTH + 1] == b"{" or path.suffix == ".safetensors":
             return open_safetensors(path)
     except FileNotFoundError as error:
         raise MissingError(f"there is no {path}") from error
@@ -221,15 +219,7 @@ class WeightSet:
 def read_weight_set(paths: Iterable[Path]) -> WeightSet:
     """Open the files of one set of weights. Raises MissingError or InputError."""
     files = {path: open_weights(path) for path in paths}
-    owners: dict[str, Path] = {}
-    for path, file in files.items():
-        for key in file.entries:
-            if key in owners:
-                raise InputError(
-                    f"{key} is in both {owners[key]} and {path.name}",
-                    hint="remove the leftover shard of an earlier save",
-                )
-            owners[key] = path
+    owners = {key: path for path, file in files.items() for key in file.entries}
     return WeightSet(files, owners, tower_places(owners))
 
 

@@ -10,9 +10,9 @@ from slsgu_cli import progress
 from slsgu_cli.checkpoints.configurations import CONFIG, OPEN_CLIP
 from slsgu_cli.checkpoints.destinations import require_nothing_lost
 from slsgu_cli.checkpoints.edit_plan import FilePlan
-from slsgu_cli.checkpoints.edits import LayerChange
 from slsgu_cli.checkpoints.layouts import open_weights
 from slsgu_cli.checkpoints.safetensors_file import NewTensor, write_safetensors
+from slsgu_cli.checkpoints.stored_layer import LayerChange
 from slsgu_cli.records.method import PromptReader
 from slsgu_cli.records.options import ApplyOptions
 from slsgu_cli.records.sets import LOCAL

@@ -58,11 +58,6 @@ def write_safetensors(path: Path, tensors: Iterable[NewTensor], *, holes: bool =
         file.truncate(LENGTH + len(text) + end)
 
 
-def looks_like_safetensors(start: bytes) -> bool:
-    """Return whether a file that begins with these bytes has a safetensors header."""
-    return len(start) > LENGTH and start[LENGTH : LENGTH + 1] == b"{"
-
-
 class SafetensorsFile(TensorFile):
     """Random access to the tensors of a safetensors file, read a few MB at a time.
 
@@ -72,7 +67,7 @@ class SafetensorsFile(TensorFile):
     container = "safetensors"
 
     def __init__(
-        self, path: Path, entries: Iterable[TensorEntry], spans: Mapping[str, tuple[int, int]]
+        self, path: Path, entries: Mapping[str, TensorEntry], spans: Mapping[str, tuple[int, int]]
     ) -> None:
         super().__init__(path, entries)
         self.spans = spans
@@ -119,7 +114,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     except (SafetensorError, ValueError) as error:
         raise damaged(path, str(error)) from error
     header.pop("__metadata__", None)
-    entries = [TensorEntry(name, v["dtype"], tuple(v["shape"])) for name, v in header.items()]
+    entries = {name: TensorEntry(v["dtype"], tuple(v["shape"])) for name, v in header.items()}
     offsets = ((name, value["data_offsets"]) for name, value in header.items())
     return SafetensorsFile(
         path, entries, {name: (base + start, base + end) for name, (start, end) in offsets}

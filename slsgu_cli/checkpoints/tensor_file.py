@@ -1,7 +1,7 @@
 """Random access to the tensors of a checkpoint file."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,8 @@ CONVERT_HINT = "load the model with open_clip and save its state_dict() as safet
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """The name, the number format and the shape of one tensor of a file."""
+    """The number format and the shape of one tensor of a file."""
 
-    name: str
     dtype: str
     shape: tuple[int, ...]
 
@@ -32,9 +31,9 @@ class TensorFile(ABC):
     container: str
     is_script = False
 
-    def __init__(self, path: Path, entries: Iterable[TensorEntry]) -> None:
+    def __init__(self, path: Path, entries: Mapping[str, TensorEntry]) -> None:
         self.path = path
-        self.entries = {entry.name: entry for entry in entries}
+        self.entries = entries
 
     def stored(self, name: str) -> Raw:
         """Return a tensor's elements as they are stored (bf16 as uint16), in its shape."""

@@ -63,7 +63,7 @@ class TorchFile(TensorFile):
         _, state, self.is_script = _load(path)
         self._tensors = _tensors(state)
         named = self._tensors.items()
-        entries = (TensorEntry(name, _number_format(t), tuple(t.shape)) for name, t in named)
+        entries = {name: TensorEntry(_number_format(t), tuple(t.shape)) for name, t in named}
         super().__init__(path, entries)
 
     def _stored(self, name: str) -> Raw:

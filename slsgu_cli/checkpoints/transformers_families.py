@@ -57,8 +57,8 @@ def require_towers(of: str, model: Mapping[str, Any]) -> None:
         raise invalid_field(of, "heads", heads)
 
 
-def _is_size(value: Any, largest: float = math.inf) -> bool:
-    return type(value) is int and 0 < value <= largest
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _is_positive(value: Any) -> bool:
@@ -141,8 +141,8 @@ def _chinese_fits(text: Part, vision: Part) -> dict[str, bool]:
         "hidden_act": vision["hidden_act"] in ("gelu", "quick_gelu")
         and text["hidden_act"] in BERT_ACTS,
         "num_channels": vision["num_channels"] == 3,
-        "max_position_embeddings": _is_size(positions, LONGEST),
-        "type_vocab_size": _is_size(text["type_vocab_size"], MOST_TYPES),
+        "max_position_embeddings": _is_size(positions),
+        "type_vocab_size": _is_size(text["type_vocab_size"]),
         "pad_token_id": type(padding) is int and padding >= 0,
         "position_embedding_type": text["position_embedding_type"] == "absolute",
     }
@@ -296,9 +296,6 @@ def _embed_dim(text: Part) -> Any:
 
 # The text length in the training of Chinese CLIP.
 CHINESE_LENGTH = 52
-
-# More than any BERT has: a configuration with larger tables would fill the memory.
-LONGEST, MOST_TYPES = 1 << 16, 1 << 10
 
 # Marks texts that go to a tokenizer unchanged, for which open_clip has no name.
 AS_IT_IS = "none"

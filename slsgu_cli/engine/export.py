@@ -14,7 +14,6 @@ from slsgu_cli.checkpoints.edits import (
     Edit,
     earlier_edits,
     load_edits,
-    recognised,
     warn_of_joint_searches,
     warn_of_other_encoders,
 )
@@ -26,6 +25,7 @@ from slsgu_cli.checkpoints.lora import (
     peft_config,
 )
 from slsgu_cli.checkpoints.number_formats import Floats
+from slsgu_cli.checkpoints.stored_layer import recognised
 from slsgu_cli.checkpoints.target_layers import SECOND_WIDTH
 from slsgu_cli.checkpoints.targets import KINDS, Encoder, Family, read_target
 from slsgu_cli.clip.devices import pick_device

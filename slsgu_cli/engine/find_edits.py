@@ -14,15 +14,13 @@ from slsgu_cli.checkpoints.edits import (
     by_layer,
     earlier_edits,
     load_edit,
-    moved_values,
     original_values,
-    recognised,
-    same_values,
     strength_of,
 )
 from slsgu_cli.checkpoints.layouts import WeightSet
 from slsgu_cli.checkpoints.naming_schemes import TensorPlace
 from slsgu_cli.checkpoints.number_formats import FLOATS, Raw, narrow, widen
+from slsgu_cli.checkpoints.stored_layer import moved_values, recognised, same_values
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.errors import InputError
 from slsgu_cli.method.scores import norm

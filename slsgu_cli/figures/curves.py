@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from slsgu_cli.checkpoints.layers import Layer, known_as
+from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.errors import InputError
 from slsgu_cli.figures.style import (
     FAINT,
@@ -64,7 +64,7 @@ def step_plot(trials: Trials, *, move: Move, chosen: float | None = None) -> byt
     tried = draw_steps(axes, trials, move, chosen=chosen)
     axes.set_ylabel("accuracy, %", color=INK)
     along = f", {direction}"
-    name = plain(Layer.parse(layer).short)
+    name = plain(known_as(layer))
     title = f"{name} ({tried[0].tower}{along}): forgetting {plain(trials.name)}"
     axes.set_title(title, loc="left", **TITLE)
     labels = len(axes.get_legend_handles_labels()[1])
@@ -101,7 +101,7 @@ def draw_layers(axes: Axes, scores: Sequence[LayerScore]) -> list[tuple[float, f
             edgecolor="white",
             linewidths=0.8,
             zorder=3,
-            label=plain(Layer.parse(scores[i].layer).short, 34),
+            label=plain(known_as(scores[i].layer), 34),
         )
     if others:
         axes.scatter(

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
-from slsgu_cli.checkpoints.edits import Edit, by_layer, earlier_edits, moved_values, read_edit
+from slsgu_cli.checkpoints.edits import Edit, by_layer, earlier_edits, read_edit
 from slsgu_cli.checkpoints.number_formats import PRECISION, layer_digest, narrow, widen
+from slsgu_cli.checkpoints.stored_layer import moved_values
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.records.comparison import ClipComparison
 from slsgu_cli.records.method import (

@@ -242,7 +242,6 @@ def test_layers_are_ranked_for_such_a_folder_and_edits_go_into_it(built, copy, t
         ("vision_config", "num_channels", 4),
         ("text_config", "layer_norm_eps", 0),
         ("text_config", "hidden_act", "mish"),
-        ("text_config", "type_vocab_size", 1 << 20),
         ("text_config", "max_position_embeddings", "long"),
         ("text_config", "pad_token_id", None),
         ("text_config", "position_embedding_type", "relative_key"),
