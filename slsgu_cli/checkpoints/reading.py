@@ -1,7 +1,7 @@
 """Which outputs of a CLIP tower a model reads, and so which layers can influence it."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from slsgu_cli.checkpoints.layers import Layer
@@ -14,14 +14,14 @@ _PROJECTION = re.compile(r"text_projection|^text\.proj|^visual\.(?:proj|head|tru
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadFrom:
-    """The output of one tower that a model reads.
+    """The output of a tower, or of both if `tower` is None, that a model reads.
 
     `blocks` is the number of blocks before that output (None for all of them); `norm` and
     `projection` are True if the final norm and the projection come before it. `reads` describes
     it in words.
     """
 
-    tower: Tower
+    tower: Tower | None
     blocks: int | None = None
     norm: bool = True
     projection: bool = True
@@ -30,7 +30,7 @@ class ReadFrom:
     def why_not(self, name: str) -> str | None:
         """Return why a layer cannot influence the model; None if it can."""
         layer = Layer.parse(name)
-        if layer.tower is not self.tower:
+        if self.tower not in (None, layer.tower):
             return f"the {layer.tower} tower is not part of it"
         if layer.block is not None:
             unread = self.blocks is not None and layer.block >= self.blocks
@@ -86,6 +86,6 @@ def unpooled() -> ReadFrom:
     return ReadFrom(tower=Tower.VISION, projection=False, reads=reads)
 
 
-def whole(*towers: Tower) -> tuple[ReadFrom, ...]:
+def whole(towers: Collection[Tower]) -> ReadFrom:
     """Describe a model that reads the projected output of these towers."""
-    return tuple(ReadFrom(tower=tower) for tower in towers)
+    return ReadFrom(tower=None if len(towers) > 1 else next(iter(towers)))

@@ -6,7 +6,6 @@ from pathlib import Path
 from slsgu_cli.checkpoints.layers import Layer, block_count
 from slsgu_cli.checkpoints.naming_schemes import tensor_places
 from slsgu_cli.checkpoints.reading import (
-    ReadFrom,
     unpooled,
     vision_features,
     whole,
@@ -77,17 +76,16 @@ def _of_kind(
     clips = [reader.name for reader in readers if reader.model == "CLIP"]
     if clips and name not in clips:
         raise UsageError(f"{family} has no CLIP called {name}; it has {', '.join(clips)}")
-    read: tuple[ReadFrom, ...]
     match family:
         case Family.CLIP:
-            read = whole(*Tower)
+            read = whole(set(Tower))
         case Family.LLAVA:
-            read = (vision_features([-2], _depth(shapes, Tower.VISION)),)
+            read = vision_features([-2], _depth(shapes, Tower.VISION))
         case Family.PALIGEMMA:
-            read = (unpooled(),)
+            read = unpooled()
         case _:
             is_second = name == "text_encoder_2"
-            read = (text_reading(family, _depth(shapes, Tower.TEXT), projected=is_second),)
+            read = text_reading(family, _depth(shapes, Tower.TEXT), projected=is_second)
     return Encoder(name, (), read), readers
 
 

@@ -120,13 +120,12 @@ class Encoder:
 
     name: str
     copies: tuple[WeightSet, ...]
-    read_from: tuple[ReadFrom, ...]
+    read_from: ReadFrom
     prefix: str | None = None
 
     def why_not(self, layer: str) -> str | None:
         """Return why a layer cannot influence the target through this encoder; None if it can."""
-        reasons = [read.why_not(layer) for read in self.read_from]
-        return None if None in reasons else reasons[-1]
+        return self.read_from.why_not(layer)
 
     def towers(self, weights: WeightSet) -> list[TowerPlace]:
         """Return the encoder's towers in one of its sets of weights."""
@@ -215,8 +214,8 @@ def _is_llava(config: Mapping[str, Any]) -> bool:
 def _clip(folder: Path, config: Mapping[str, Any] | None = None) -> Target:
     weight_sets, unread = read_weight_sets(folder)
     _require_towers(folder, weight_sets, unread, config)
-    towers = sorted({place.tower for weights in weight_sets for place in weights.towers})
-    encoder = Encoder("clip", tuple(weight_sets), whole(*towers))
+    towers = {place.tower for weights in weight_sets for place in weights.towers}
+    encoder = Encoder("clip", tuple(weight_sets), whole(towers))
     return Target(folder, Family.CLIP, (encoder,), unread)
 
 
@@ -235,7 +234,7 @@ def _llava(folder: Path, config: dict[str, Any]) -> Target:
         read, family = unpooled(), Family.PALIGEMMA
     else:
         read, family = _features(towers, config), Family.LLAVA
-    encoder = Encoder("vision_tower", tuple(towers), (read,))
+    encoder = Encoder("vision_tower", tuple(towers), read)
     return Target(folder, family, (encoder,), unread)
 
 
@@ -296,7 +295,7 @@ def _pipeline(folder: Path) -> Target:
         text = text_reading(as_read, blocks, projected=model.endswith("WithProjection"))
         reads = f"at most {text.reads}" if family is Family.OTHER else text.reads
         readers.append(PromptReader(name, _short(model), reads))
-        encoders.append(Encoder(name, tuple(weight_sets), (text,)))
+        encoders.append(Encoder(name, tuple(weight_sets), text))
     return Target(folder, family or Family.OTHER, tuple(encoders), unread, tuple(readers))
 
 
@@ -358,7 +357,7 @@ def _single_file(path: Path) -> Target:
         for name, place in _named(texts):
             is_projected = place.scheme is NamingScheme.OPEN_CLIP
             text = text_reading(family, weights.blocks(place), projected=is_projected)
-            encoders.append(Encoder(name, (weights,), (text,), place.prefix))
+            encoders.append(Encoder(name, (weights,), text, place.prefix))
         held = {encoder.name for encoder in encoders}
         t5 = any(key.startswith(_T5_IN_FILES) for key in weights.owners)
         readers = tuple(
@@ -369,10 +368,10 @@ def _single_file(path: Path) -> Target:
         return Target(path, family, tuple(encoders), readers=readers)
     if any(start in key for key in weights.owners for start in PROJECTORS):
         read = _features([weights], config_of(path.parent / CONFIG))
-        encoder = Encoder("vision_tower", (weights,), (read,))
+        encoder = Encoder("vision_tower", (weights,), read)
         return Target(path, Family.LLAVA, (encoder,))
-    towers = sorted({place.tower for place in weights.towers})
-    return Target(path, Family.CLIP, (Encoder("clip", (weights,), whole(*towers)),))
+    towers = {place.tower for place in weights.towers}
+    return Target(path, Family.CLIP, (Encoder("clip", (weights,), whole(towers)),))
 
 
 def _named(texts: Sequence[TowerPlace]) -> list[tuple[str, TowerPlace]]:

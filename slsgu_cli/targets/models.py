@@ -60,7 +60,7 @@ class LiveEncoder:
     @classmethod
     def find(cls, module: nn.Module, encoder: Encoder) -> "LiveEncoder":
         """Return the CLIP tower among a module's parameters. Raises InputError."""
-        tower = encoder.read_from[0].tower
+        tower = encoder.read_from.tower
         places = [
             place for place in tower_places(dict(module.named_parameters())) if place.tower is tower
         ]

@@ -66,10 +66,10 @@ def test_single_files_are_told_by_their_names(tmp_path, state):
 def test_a_llava_file_is_read_with_the_configuration_beside_it(tmp_path, state):
     folder = llava(tmp_path / "llava", state, "vision_tower.", vision_feature_layer=-1)
     (encoder,) = read_target(folder / "model.safetensors").encoders
-    assert (encoder.name, encoder.read_from[0].blocks) == ("vision_tower", 3)
+    assert (encoder.name, encoder.read_from.blocks) == ("vision_tower", 3)
     (folder / "config.json").unlink()
     (encoder,) = read_target(folder / "model.safetensors").encoders
-    assert encoder.read_from[0].blocks == 2
+    assert encoder.read_from.blocks == 2
 
 
 OUTSIDE = ("../model.safetensors", "/etc/model.safetensors", "a/../../b.bin")
