@@ -251,7 +251,7 @@ def test_an_edit_is_found_where_it_is_and_not_elsewhere(tmp_path, state, other, 
     assert [row.share for row in rows] == pytest.approx([0.5] * len(rows), abs=0.01)
 
 
-def test_of_several_edits_of_a_layer_each_is_told(tmp_path, state, other):
+def test_check_reports_each_of_several_edits_of_a_layer(tmp_path, state, other):
     path, store = clip(tmp_path / "clip", state, other), Store(str(tmp_path / "store"))
     layer = TEXT.format("mlp.c_proj.weight")
     made = [edit_of(state, layer, name=name, seed=n) for n, name in enumerate("ab")]
@@ -279,7 +279,7 @@ def test_an_edit_is_found_after_the_model_was_saved_in_another_precision(tmp_pat
         assert found(store, saved, made) == {("facebook", presence)}
 
 
-def test_the_command_says_by_its_exit_code_whether_an_edit_is_in_a_model(tmp_path, state, other):
+def test_the_exit_code_of_check_says_whether_a_model_contains_an_edit(tmp_path, state, other):
     path, store = clip(tmp_path / "clip", state, other), Store(str(tmp_path / "store"))
     made = edit_of(state, TEXT.format("mlp.c_proj.weight"))
     write_edit(store, made)
@@ -303,7 +303,7 @@ def test_the_command_says_by_its_exit_code_whether_an_edit_is_in_a_model(tmp_pat
 @pytest.mark.parametrize(
     "layout", ["clip", "clip in shards", "sd with variants", "sd2 file", "llava"]
 )
-def test_a_third_changes_its_tensor_or_its_rows_and_nothing_else(tmp_path, state, other, layout):
+def test_an_edit_of_a_qkv_slice_changes_its_tensor_or_its_rows_only(tmp_path, state, other, layout):
     make, names = LAYOUTS[layout]
     path = make(tmp_path / "original", state, other)
     keys = [
@@ -363,27 +363,13 @@ def test_each_edit_of_sdxl_finds_its_encoder(tmp_path, state, other):
         run(both[:1], path, tmp_path / "no", encoder="clip")
 
 
-def test_two_encoders_with_the_same_weights_must_be_told_apart(tmp_path, state):
+def test_one_of_two_encoders_with_the_same_weights_must_be_named(tmp_path, state):
     path = sdxl(tmp_path / "original", state, state)
     made = edit_of(state, TEXT.format(LAYERS[0]))
     with pytest.raises(UsageError, match="several encoders"):
         run([made], path, tmp_path / "no")
     result = run([made], path, tmp_path / "out", encoder="text_encoder_2")
     assert [Path(file.path).parent.name for file in result.files] == ["text_encoder_2"]
-
-
-def test_several_edits_of_a_layer_sum_and_revert_together(tmp_path, state, other):
-    path = clip(tmp_path / "original", state, other, shards=2)
-    layer = VISION.format(LAYERS[0])
-    edits = [edit_of(state, layer, name=f"c{n}", seed=n) for n in range(3)]
-    edits.append(edit_of(state, "text_projection", name="text"))
-    run(edits, path, tmp_path / "a")
-    run(edits[::-1], path, tmp_path / "b")
-    assert files(tmp_path / "a") == files(tmp_path / "b")
-    with pytest.raises(StaleError, match="not what these edits made"):
-        run(edits[:2], tmp_path / "a", tmp_path / "no", revert=True)
-    run(edits, tmp_path / "a", tmp_path / "back", revert=True)
-    assert files(tmp_path / "back") == files(path)
 
 
 # -- which layers
@@ -443,7 +429,7 @@ def test_weights_that_cannot_be_edited_stop_it(tmp_path, state, other):
     assert (tmp_path / "out/text_encoder/pytorch_model.bin").read_bytes() == legacy.read_bytes()
 
 
-def test_other_files_with_the_layer_are_told_of(tmp_path, state, other):
+def test_apply_warns_of_other_files_with_the_layer(tmp_path, state, other):
     path = sd1(tmp_path / "sd", state, other)
     save(sd1_file(state, other), path / "v1-5.safetensors")
     (path / "text_encoder/flax_model.msgpack").write_bytes(b"weights")
@@ -475,9 +461,7 @@ def test_a_lost_shard_is_noticed(tmp_path, state, other):
         ("llava", "visual.transformer.resblocks.6.attn.in_proj_weight"),
     ],
 )
-def test_trained_models_take_an_edit_of_their_clip_and_give_it_back(
-    tmp_path, trained_models, name, layer
-):
+def test_edits_apply_to_trained_models_and_revert(tmp_path, trained_models, name, layer):
     own = load_file(trained_models / "clip/open_clip_model.safetensors")
     made = edit_of(own, layer)
     path = trained_models / name

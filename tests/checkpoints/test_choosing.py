@@ -75,7 +75,7 @@ def test_sdxl_reads_its_encoders_differently(tmp_path, state, shapes):
     assert live(wide, "sdxl") == text(shapes)
 
 
-def test_another_clip_inside_is_told_of(tmp_path, state, shapes):
+def test_a_target_with_another_clip_is_refused(tmp_path, state, shapes):
     encoder = ("CLIPTextModel", tower(state, "text"))
     sd = pipeline(tmp_path / "sd", "StableDiffusionPipeline", {"text_encoder": encoder})
     wider = {name: tuple(2 * size for size in shape) for name, shape in shapes.items()}
@@ -83,7 +83,7 @@ def test_another_clip_inside_is_told_of(tmp_path, state, shapes):
         live(wider, sd)
 
 
-def test_a_tower_that_lies_elsewhere_is_told_of(tmp_path, shapes):
+def test_a_llava_without_its_tower_is_refused(tmp_path, shapes):
     tiny_targets.write_json(
         tmp_path / "config.json", {"model_type": "llava_llama", "mm_vision_tower": "some/clip"}
     )
@@ -92,7 +92,7 @@ def test_a_tower_that_lies_elsewhere_is_told_of(tmp_path, shapes):
     assert "mm_vision_tower" in str(caught.value.hint)
 
 
-def test_what_is_no_model_is_told_of(tmp_path, shapes):
+def test_a_path_without_a_model_is_refused(tmp_path, shapes):
     with pytest.raises(MissingError, match="there is no model"):
         live(shapes, tmp_path / "nothing")
     with pytest.raises(MissingError, match=r"has no config\.json"):

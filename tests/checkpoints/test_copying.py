@@ -54,28 +54,6 @@ def test_a_pipe_or_a_socket_is_not_replaced(
     assert there()
 
 
-@pytest.mark.parametrize("stage", ["copy_file", "write_at"])
-def test_a_failure_leaves_the_old_target_and_no_partials(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
-) -> None:
-    source = save(state(), tmp_path / "m.safetensors")
-    target = tmp_path / "out" / "m.safetensors"
-    target.parent.mkdir()
-    target.write_text("old")
-
-    def fail(path: Path, other: object) -> None:
-        if stage == "copy_file":
-            Path(str(other)).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(f"slsgu_cli.checkpoints.safetensors_file.{stage}", fail)
-    with pytest.raises(InputError, match="No space left") as caught:
-        write_patched(source, target, {"visual.proj": np.ones((6, 5), np.float32)})
-    assert caught.value.hint
-    assert target.read_text() == "old"
-    assert [path.name for path in target.parent.iterdir()] == ["m.safetensors"]
-
-
 def test_a_limit_of_the_system_is_reported_not_hidden(tmp_path: Path) -> None:
     source = save({"w": torch.zeros(1 << 18)}, tmp_path / "m.safetensors")
     out = tmp_path / "out" / "m.safetensors"
@@ -151,7 +129,7 @@ def test_kill_9_leaves_the_old_target_and_the_next_write_clears_up(tmp_path: Pat
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-def test_a_folder_takes_anothers_place(
+def test_a_folder_replaces_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
 ) -> None:
     if not exchange:

@@ -53,7 +53,7 @@ def test_a_damaged_model_gives_its_result_or_one_refusal(models, seed):
         ("llava", "config.json", '{"model_type": "llava", "vision_feature_layer": {}}', "vision l"),
     ],
 )
-def test_a_configuration_of_other_types_is_named(models, layout, file, content, message):
+def test_a_configuration_with_wrong_types_is_refused(models, layout, file, content, message):
     chosen = models.layouts[layout]
     path = chosen.folder / file
     whole = path.read_bytes()

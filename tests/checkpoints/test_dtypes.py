@@ -22,7 +22,7 @@ def awkward() -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", sorted(TORCH))
-def test_rounding_is_torchs(dtype: str) -> None:
+def test_rounding_agrees_with_torch(dtype: str) -> None:
     values = awkward()
     expected = torch.from_numpy(values.copy()).to(TORCH[dtype]).float().numpy()
     ours = rounded(values, dtype)

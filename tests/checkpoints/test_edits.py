@@ -46,7 +46,9 @@ def test_an_edit_is_found_by_name_and_as_a_file(store: Store, tmp_path: Path, mo
         np.testing.assert_array_equal(load_edit(store, name).delta(), DELTA)
 
 
-def test_what_is_not_there_or_not_an_edit(store: Store, tmp_path: Path) -> None:
+def test_a_missing_edit_and_a_file_of_another_kind_are_refused(
+    store: Store, tmp_path: Path
+) -> None:
     write_edit(store, edit("visual.proj", DELTA, BEFORE))
     with pytest.raises(MissingError, match="has no edit nike; it has facebook") as caught:
         load_edit(store, "nike")

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import CONTAINERS, header, save, state
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from slsgu_cli.checkpoints.layouts import open_weights
 from slsgu_cli.errors import InputError, MissingError
@@ -82,7 +80,7 @@ def text(path: Path) -> None:
         (text, "neither a safetensors file nor an archive"),
     ],
 )
-def test_other_formats_are_named_with_a_way_out(tmp_path: Path, make, message: str) -> None:
+def test_other_formats_are_refused_with_a_hint(tmp_path: Path, make, message: str) -> None:
     make(tmp_path / "m.pt")
     with pytest.raises(InputError, match=message) as caught:
         open_weights(tmp_path / "m.pt")
@@ -106,34 +104,6 @@ def test_every_truncation_is_an_input_error(tmp_path: Path, container: str) -> N
             open_weights(cut)
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
-def test_flipped_bytes_never_cause_anything_but_an_input_error(
-    tmp_path: Path, container: str
-) -> None:
-    whole = save(state(), tmp_path / f"m.{container}").read_bytes()
-    path = tmp_path / f"bad.{container}"
-
-    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(
-        st.lists(
-            st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), min_size=1, max_size=4
-        )
-    )
-    def check(changes: list[tuple[int, int]]) -> None:
-        data = bytearray(whole)
-        for place, value in changes:
-            data[place] = value
-        path.write_bytes(data)
-        try:
-            file = open_weights(path)
-            for name in file.entries:
-                file.stored(name)
-        except InputError:
-            pass
-
-    check()
-
-
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
@@ -147,7 +117,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         header({"a": ENTRY}, b"12345678", length=2**63),
     ],
 )
-def test_headers_that_cannot_be_right(tmp_path: Path, data: bytes) -> None:
+def test_invalid_headers_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "m.safetensors").write_bytes(data)
     with pytest.raises(InputError, match="damaged"):
         open_weights(tmp_path / "m.safetensors")

@@ -153,7 +153,7 @@ def test_flux_loads_its_clip_from_what_export_writes(tiny_model, tiny_pipeline, 
     assert not torch.allclose(hidden(pipe.text_encoder), original, atol=1e-3)
 
 
-def test_a_strength_of_diffusers_is_that_share_of_the_edit(state, tmp_path):
+def test_a_strength_of_diffusers_scales_the_edit(state, tmp_path):
     pytest.importorskip("peft")
     one = made(state, LAYERS["attention"])
     path, _ = exported(tmp_path, [one])
@@ -227,7 +227,7 @@ def test_one_file_holds_edits_of_both_encoders_of_sdxl(tiny_model, tiny_pipeline
     close(*pooled)
 
 
-def test_two_encoders_are_not_for_every_client(tiny_model, tiny_pipeline, tmp_path):
+def test_some_clients_support_only_one_encoder(tiny_model, tiny_pipeline, tmp_path):
     folder = str(tiny_pipeline("sdxl"))
     of_first, of_second = (edits for _, edits in of_both(tiny_model))
     with pytest.raises(UsageError, match="PEFT's layout has one text encoder, but these edits"):
@@ -262,7 +262,7 @@ def test_peft_merges_what_apply_writes(state, tmp_path, kind, recwarn):
 
 @pytest.mark.parametrize("layout", LoraLayout)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_lora_is_read_back_as_the_edits_it_was_made_of(state, tmp_path, layer, layout):
+def test_a_lora_is_read_back_as_its_edits(state, tmp_path, layer, layout):
     edits = [made(state, LAYERS[layer]), made(state, LAYERS[layer], name="red", rank=2, seed=1)]
     out, result = exported(tmp_path, edits, layout=layout)
     assert [one.rank for one in result.edits] == [3, 2] and not result.figures
@@ -315,13 +315,13 @@ def test_the_smallest_rank_that_suffices_is_found(full):
         ("text.transformer.encoder.layer.0.output.dense.weight", "is not a linear module"),
     ],
 )
-def test_a_layer_that_no_client_can_name_is_refused(state, layer, reason):
+def test_a_layer_that_no_client_supports_is_refused(state, layer, reason):
     values = state.get(layer, torch.ones(2, 2)).numpy()
     with pytest.raises(InputError, match=reason):
         modules_of(edit(layer, values, values).header)
 
 
-def test_a_pipeline_at_hand_says_which_encoder_it_is_for(state, tmp_path):
+def test_the_pipeline_determines_the_encoder_of_a_lora(state, tmp_path):
     one = made(state, LAYERS["proj"])
     first = tiny_clip.fresh_model(seed=1).state_dict()
     encoders = {
@@ -344,7 +344,7 @@ def test_a_pipeline_at_hand_says_which_encoder_it_is_for(state, tmp_path):
         exported(tmp_path, [one], target=str(sd2), overwrite=True)
 
 
-def test_what_stands_at_the_place_is_not_lost(state, tmp_path):
+def test_export_does_not_overwrite_files(state, tmp_path):
     one = made(state, LAYERS["proj"])
     path, _ = exported(tmp_path, [one])
     with pytest.raises(InputError, match="exists already"):

@@ -82,7 +82,7 @@ def test_a_layer_comes_back_from_its_parts(state):
         ("cond_stage_model.model.transformer.resblocks.3.ln_1.weight", "cond_stage_model.model."),
     ],
 )
-def test_text_towers_are_found_by_what_their_names_end_with(key, place):
+def test_text_towers_are_found_by_the_end_of_their_names(key, place):
     scheme = NamingScheme.TRANSFORMERS if "embeddings." in key else NamingScheme.OPEN_CLIP
     assert tower_places([key, "logit_scale"]) == [TowerPlace(Tower.TEXT, scheme, place)]
 
@@ -110,7 +110,7 @@ def test_vision_towers_are_found_too(key, prefix, scheme):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_layers_of_every_family_of_open_clip_lie_under_their_own_names(kind, tmp_path):
+def test_layers_of_every_family_of_open_clip_have_their_own_names(kind, tmp_path):
     names = [name for name, _ in make(kind, tmp_path).named_parameters()]
     layers = layers_of(names, Qkv.SPLIT)
     assert len(layers) > 10

@@ -68,7 +68,7 @@ def test_candidates_with_a_text_tower_of_its_own_are_the_same():
         "text_decoder.resblocks.0.mlp.c_fc.weight",
     ],
 )
-def test_what_is_added_scaled_or_looked_up_is_no_candidate(name):
+def test_biases_scales_and_embeddings_are_no_candidates(name):
     assert not is_candidate(name)
 
 
@@ -127,12 +127,12 @@ def test_patterns_select(include, exclude, expected):
         ("model.down_blocks.2.weight", None),
     ],
 )
-def test_the_block_is_told_by_the_name(name, block):
+def test_the_name_gives_the_block(name, block):
     assert Layer.parse(name).block == block
 
 
 @pytest.mark.parametrize("make", [np.asarray, torch.tensor])
-def test_a_layers_rows_are_taken_and_replaced_in_arrays_and_tensors(make):
+def test_the_rows_of_a_layer_are_read_and_replaced_in_arrays_and_tensors(make):
     values = make(np.arange(12.0).reshape(6, 2))
     layer = Layer.parse("transformer.resblocks.0.attn.in_proj_weight.k")
     assert layer.rows(values).tolist() == [[4, 5], [6, 7]]
@@ -143,7 +143,7 @@ def test_a_layers_rows_are_taken_and_replaced_in_arrays_and_tensors(make):
     assert whole.rows(values) is values and whole.replaced(values, new) is new
 
 
-def test_the_name_in_tables_is_short_and_one_layers_own():
+def test_names_in_tables_are_short_and_unique():
     names = sorted(candidates(tiny_clip.fresh_model()))
     known = [known_as(name) for name in names]
     assert len(set(known)) == len(names)
@@ -151,7 +151,7 @@ def test_the_name_in_tables_is_short_and_one_layers_own():
     assert {"visual.conv1", "visual.2.mlp.c_fc", "2.mlp.c_fc", "text_projection"} <= set(known)
 
 
-def test_a_layer_is_found_by_its_name_by_the_one_in_tables_and_by_a_part():
+def test_a_layer_is_found_by_its_name_its_short_name_or_a_part():
     names = sorted(candidates(tiny_clip.fresh_model()))
     for name in names:
         assert find_layers(name, names) == [name]

@@ -51,12 +51,12 @@ def rows(values, letter):
         ("visual.attnpool.q_proj.weight", "visual.attnpool.q_proj.weight", None),
     ],
 )
-def test_a_third_is_told_by_its_name(layer, parameter, third):
+def test_the_name_of_a_qkv_slice_is_parsed(layer, parameter, third):
     parsed = Layer.parse(layer)
     assert (parsed.parameter, parsed.part) == (parameter, third)
 
 
-def test_split_layers_take_the_place_of_fused_ones():
+def test_split_layers_replace_fused_ones():
     names = [VISION, f"{VISION[:-6]}bias", "ln_final.weight", "logit_scale"]
     assert layers_of(names, Qkv.FUSED) == ["ln_final.weight", VISION]
     assert layers_of(names, Qkv.SPLIT) == ["ln_final.weight", *(f"{VISION}.{x}" for x in "qkv")]
@@ -64,7 +64,7 @@ def test_split_layers_take_the_place_of_fused_ones():
     assert in_whole_and_in_part([f"{VISION}.q", VISION]) == VISION
 
 
-def test_thirds_are_scored_by_their_rows(world):
+def test_qkv_slices_are_scored_by_their_rows(world):
     weights = load_file(world.folder / "open_clip_model.safetensors")
     pointer = world.pointer
     forget, retain = (
@@ -85,7 +85,7 @@ def test_thirds_are_scored_by_their_rows(world):
     assert whole.forget_norm == pytest.approx(np.linalg.norm(parts), rel=1e-6)
 
 
-def test_whitened_thirds_add_up_to_the_whole(world):
+def test_whitened_qkv_slices_add_up_to_the_whole_layer(world):
     """Importance is sqrt(<G, D>) / ||W||_P; both are sums over the rows."""
     split = {s.layer: s for s in ranked(world, direction=Direction.WHITENED).scores}
     fused = {s.layer: s for s in ranked(world, direction=Direction.WHITENED, qkv=Qkv.FUSED).scores}
@@ -99,7 +99,7 @@ def test_whitened_thirds_add_up_to_the_whole(world):
 
 
 @pytest.mark.parametrize("layers", [(f"{VISION}.v", f"{VISION}.q"), (f"{FUSED}.v", f"{FUSED}.k")])
-def test_a_search_of_thirds_is_the_plain_search(world, layers):
+def test_a_search_of_qkv_slices_is_the_plain_search(world, layers):
     ranked(world)
     result = search(
         world.store,
@@ -128,30 +128,6 @@ def test_a_search_of_thirds_is_the_plain_search(world, layers):
     np.testing.assert_allclose(edit.delta(), result.chosen.step * gradient, rtol=1e-6)
 
 
-def test_an_applied_third_changes_its_rows_alone(world, tmp_path):
-    edits = [
-        direct_edit(world.store, world.name, layer=f"{VISION}.{letter}", step=step)
-        for letter, step in (("q", 0.3), ("v", -0.2))
-    ]
-    apply_edits(edits, read_target(world.folder), tmp_path / "out", options=ApplyOptions())
-    name = "open_clip_model.safetensors"
-    before, after = load_file(world.folder / name), load_file(tmp_path / "out" / name)
-    assert [n for n in before if not np.array_equal(before[n], after[n])] == [VISION]
-    for edit in edits:
-        letter = edit.header.layer[-1]
-        expected = (rows(before[VISION], letter).astype(float) + edit.delta()).astype(np.float32)
-        assert np.array_equal(rows(after[VISION], letter), expected)
-    assert np.array_equal(rows(after[VISION], "k"), rows(before[VISION], "k"))
-    written, undo = read_target(tmp_path / "out"), ApplyOptions(revert=True)
-    apply_edits(edits[:1], written, tmp_path / "half", options=undo)
-    half = load_file(tmp_path / "half" / name)[VISION]
-    assert np.array_equal(rows(half, "q"), rows(before[VISION], "q"))
-    assert np.array_equal(rows(half, "v"), rows(after[VISION], "v"))
-    apply_edits(edits, written, tmp_path / "back", options=undo)
-    original = (world.folder / name).read_bytes()
-    assert (tmp_path / "back" / name).read_bytes() == original
-
-
 def test_a_layer_is_not_edited_whole_and_in_part(world, tmp_path):
     edits = [
         direct_edit(world.store, world.name, layer=layer, step=0.1)
@@ -162,7 +138,7 @@ def test_a_layer_is_not_edited_whole_and_in_part(world, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_moves_of_a_whole_and_a_third_are_summed(world):
+def test_moves_of_a_whole_layer_and_its_slice_are_summed(world):
     model = load(resolve(world.model))
     original = model.get_parameter(VISION).data.clone()
     change = torch.ones_like(original)
@@ -173,7 +149,7 @@ def test_moves_of_a_whole_and_a_third_are_summed(world):
     assert torch.equal(model.get_parameter(VISION).data, original)
 
 
-def test_what_was_ranked_otherwise_is_told(world):
+def test_a_ranking_of_other_layers_is_refused(world):
     ranked(world)
     options = SearchOptions(qkv=Qkv.FUSED)
     with pytest.raises(StaleError, match="query, key and value split, not fused"):
@@ -189,7 +165,7 @@ def test_what_was_ranked_otherwise_is_told(world):
     )
 
 
-def test_a_model_that_changed_is_noticed(world, tmp_path):
+def test_ranking_refuses_a_changed_model(world, tmp_path):
     folder = shutil.copytree(world.folder, tmp_path / "clip")
     pointer = replace(world.pointer, model=ModelSpec(f"local-dir:{folder}"))
     world.store.write_record(Artifact.POINTER.path(world.name), pointer)
@@ -201,7 +177,7 @@ def test_a_model_that_changed_is_noticed(world, tmp_path):
         ranked(world)
 
 
-def test_the_commands_take_the_choice(world, tmp_path):
+def test_commands_take_the_option_qkv(world, tmp_path):
     def slsgu(*words):
         done = CliRunner().invoke(app, [*words, "--store", world.store.root, "-q"])
         assert done.exit_code == 0, done.output

@@ -54,6 +54,6 @@ def test_timms_names_are_known():
     assert live(reach, *alive) == list(alive)
 
 
-def test_clip_itself_is_reached_everywhere():
+def test_every_layer_influences_a_clip():
     layers = ("text_projection", "visual.proj", TEXT.format(9), VISION.format(9))
     assert live(whole(set(Tower)), *layers) == list(layers)

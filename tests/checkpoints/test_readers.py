@@ -65,7 +65,7 @@ def text_layers(state):
 
 
 @pytest.mark.parametrize("kind", tiny_pipelines.KINDS)
-def test_reach_is_what_diffusers_makes_of_a_prompt(kind, tiny_pipeline, states):
+def test_influential_layers_are_those_with_a_gradient_in_diffusers(kind, tiny_pipeline, states):
     diffusers = pytest.importorskip("diffusers")
     target = read_target(tiny_pipeline(kind))
     assert target.family == kind
@@ -87,7 +87,7 @@ def test_reach_is_what_diffusers_makes_of_a_prompt(kind, tiny_pipeline, states):
 
 
 @pytest.mark.parametrize("kind", tiny_pipelines.KINDS)
-def test_what_reads_prompts_beside_an_edit_is_told(kind, tiny_pipeline, states):
+def test_a_note_names_all_readers_of_prompts(kind, tiny_pipeline, states):
     path = tiny_pipeline(kind)
     by_path, by_kind = (
         encoder_of_target(name, text_layers(states["text_encoder"]), encoder=None)[1]
@@ -141,7 +141,7 @@ def both_edits(states):
     ]
 
 
-def test_edits_are_told_apart_by_what_they_were_made_for(states, tmp_path, tiny_pipeline):
+def test_edits_are_grouped_by_the_weights_they_were_made_for(states, tmp_path, tiny_pipeline):
     first, second = both_edits(states)
     values = states["text_encoder"][LAYER].numpy()
     half = edit(LAYER, np.ones_like(values), values.astype(np.float16).astype(np.float32))
@@ -184,7 +184,7 @@ def test_single_files_of_comfyui_are_read(states, tmp_path):
     assert note(sd3).endswith(READ["sd3"])
 
 
-def test_what_no_clip_reads_is_told_of(tmp_path, tiny_pipeline, states):
+def test_pipelines_without_a_clip_and_unknown_encoders_are_refused(tmp_path, tiny_pipeline, states):
     parts = {"text_encoder": ["transformers", "Mistral3ForConditionalGeneration"]}
     write_json(tmp_path / "model_index.json", {"_class_name": "Flux2Pipeline"} | parts)
     told = "it is a Flux2Pipeline, whose prompts are read by Mistral3ForConditionalGeneration"

@@ -39,7 +39,7 @@ def test_a_pipelines_text_encoders_are_found_by_their_class(tmp_path, state):
         read_target(path)
 
 
-def test_single_files_are_told_by_their_names(tmp_path, state):
+def test_the_family_of_a_single_file_follows_from_its_names(tmp_path, state):
     text = tower(state, "text")
     own = {name: value for name, value in state.items() if not name.startswith("visual.")}
     cases = {
@@ -63,7 +63,7 @@ def test_single_files_are_told_by_their_names(tmp_path, state):
         read_target(tmp_path / "nothing.safetensors")
 
 
-def test_a_llava_file_is_read_with_the_configuration_beside_it(tmp_path, state):
+def test_a_llava_file_is_read_with_the_configuration_next_to_it(tmp_path, state):
     folder = llava(tmp_path / "llava", state, "vision_tower.", vision_feature_layer=-1)
     (encoder,) = read_target(folder / "model.safetensors").encoders
     assert (encoder.name, encoder.read_from.blocks) == ("vision_tower", 3)
@@ -125,7 +125,9 @@ def test_the_commands_aim_at_a_pipeline(world, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_a_whole_clip_of_transformers_is_one_whatever_its_towers_are_called(tmp_path, state, kind):
+def test_a_whole_clip_of_transformers_is_recognised_by_any_type_of_its_towers(
+    tmp_path, state, kind
+):
     named = {"architectures": ["CLIPModel"], "model_type": kind}
     tiny_targets.write_json(
         tmp_path / "config.json", {**named, "vision_config": {"model_type": f"{kind}_vision_model"}}

@@ -78,7 +78,7 @@ def test_the_copy_equals_cp_where_nothing_is_patched(tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["out.pt"]
 
 
-def test_parameters_prefixes_and_training_checkpoints(tmp_path: Path) -> None:
+def test_training_checkpoints_with_prefixes_are_read_and_patched(tmp_path: Path) -> None:
     weights = {
         f"module.{name}": torch.nn.Parameter(tensor)
         for name, tensor in state().items()
@@ -102,7 +102,7 @@ def test_parameters_prefixes_and_training_checkpoints(tmp_path: Path) -> None:
     assert torch.equal(after["optimizer"]["state"][0]["exp_avg"], torch.zeros(6, 5))
 
 
-def test_a_text_tower_of_its_own_resolves_to_the_older_names(tmp_path: Path) -> None:
+def test_names_of_a_separate_text_tower_resolve_to_older_names(tmp_path: Path) -> None:
     weights = ClipWeights.of_file(save(state(), tmp_path / "m.safetensors"))
     name = "transformer.resblocks.0.mlp.c_fc.weight"
     np.testing.assert_array_equal(weights.read(f"text.{name}"), state()[name].numpy())
@@ -148,7 +148,7 @@ class Part(torch.nn.Module):
         return self.proj(x)
 
 
-def test_torchscript_is_read_and_patched_as_it_is(tmp_path: Path) -> None:
+def test_torchscript_is_read_and_patched(tmp_path: Path) -> None:
     module = Part()
     with warnings.catch_warnings(action="ignore"):
         torch.jit.script(module).save(str(tmp_path / "m.pt"))
@@ -186,7 +186,7 @@ def test_the_fingerprint_ignores_container_precision_of_storage_and_order(tmp_pa
     assert len(prints) == 1 and len(prints.pop()) == 64
 
 
-def test_the_fingerprint_tells_values_names_shapes_and_signs_of_zero_apart(tmp_path: Path) -> None:
+def test_fingerprints_differ_by_values_names_shapes_and_signs_of_zero(tmp_path: Path) -> None:
     base = {"a": torch.zeros(2, 3), "b": torch.ones(1)}
     variants = [
         base,
@@ -202,7 +202,7 @@ def test_the_fingerprint_tells_values_names_shapes_and_signs_of_zero_apart(tmp_p
     assert len(prints) == len(variants)
 
 
-def test_layer_digests_meet_where_precision_does() -> None:
+def test_digests_of_a_rounded_layer_equal_those_of_the_original() -> None:
     values = np.random.default_rng(0).standard_normal((300, 7)).astype(np.float32)
     full, half = layer_digests(values), layer_digests(values.astype(np.float16))
     assert full["fp16"] == half["fp16"] == half["fp32"] != full["fp32"]
@@ -210,7 +210,7 @@ def test_layer_digests_meet_where_precision_does() -> None:
     assert layer_digests(values.astype(np.float64)) == full
 
 
-def test_read_layer_keeps_the_files_precision(tmp_path: Path) -> None:
+def test_a_layer_is_read_in_the_precision_of_its_file(tmp_path: Path) -> None:
     kinds = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "f4"}
     for dtype, kind in kinds.items():
         path = save(state(DTYPES[dtype]), tmp_path / f"{dtype}.safetensors")
