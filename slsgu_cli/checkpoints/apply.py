@@ -10,7 +10,7 @@ from slsgu_cli import progress
 from slsgu_cli.checkpoints.configurations import OPEN_CLIP
 from slsgu_cli.checkpoints.conversion import OtherLayout, converted
 from slsgu_cli.checkpoints.destinations import README, SAFETENSORS, all_files, require_place
-from slsgu_cli.checkpoints.edit_plan import FilePlan, patched, plan_target, require_distinct
+from slsgu_cli.checkpoints.edit_plan import FilePlan, patched, plan_target
 from slsgu_cli.checkpoints.edits import (
     Edit,
     strength_of,
@@ -52,7 +52,7 @@ def apply_edits(
     card: Card | None = None,
     layout: OtherLayout | None = None,
 ) -> AppliedResult:
-    """Write a copy of a model with edits applied (or undone) at `out`.
+    """Write a copy of a model with distinct edits, if any, applied (or undone) at `out`.
 
     The edits build on `earlier` ones, which must be in place and stay unchanged.
     `out` is a folder, or for a single file also a file of the same format. With `config`,
@@ -63,17 +63,19 @@ def apply_edits(
     `out` is replaced in one step, even if it is the model itself.
     Raises UsageError, InputError, MissingError or StaleError, with nothing written.
     """
-    require_distinct(edits)
     require_place(target.path, out, overwrite=options.overwrite, layout=layout)
     scaled = [strength_of(edit, options) for edit in edits]
     plans, encoders = plan_target(scaled, target, options, earlier)
     if layout is not None:
         copy = _converted_copy(target, out, plans, layout, options)
     elif target.path.is_file():
-        copy = _file_copy(target.path, out, plans[target.path], config, extra_files or {})
+        copy = _file_copy(
+            target.path, out, plans.get(target.path, FilePlan()), config, extra_files or {}
+        )
     else:
-        _require_readable(target, options)
-        _warn_of_other_files(target, plans)
+        if edits:
+            _require_readable(target, options)
+            _warn_of_other_files(target, plans)
         relative = {str(path.relative_to(target.path)): plan for path, plan in plans.items()}
         copy = CopyPlan(out, all_files(target.path), relative)
     result = write_copy(_with_card(copy, card), options, check)
@@ -89,27 +91,6 @@ def _with_card(plan: CopyPlan, card: Card | None) -> CopyPlan:
     files = {name: path for name, path in plan.files.items() if name != README}
     texts = plan.texts if text is None else {**plan.texts, README: text}
     return replace(plan, files=files, texts=texts)
-
-
-def copy_model(
-    target: Target,
-    out: Path,
-    *,
-    options: ApplyOptions,
-    config: Mapping[str, Any] | None = None,
-    extra_files: Mapping[str, Path] | None = None,
-    check: Check | None = None,
-) -> AppliedResult:
-    """Write a copy of a model at `out`, in the layout of `apply_edits`, without any edit.
-
-    Raises UsageError or InputError, with nothing written.
-    """
-    require_place(target.path, out, overwrite=options.overwrite)
-    if target.path.is_file():
-        copy = _file_copy(target.path, out, FilePlan(), config, extra_files or {})
-    else:
-        copy = CopyPlan(out, all_files(target.path), {})
-    return write_copy(copy, options, check=check)
 
 
 def _file_copy(

@@ -6,14 +6,12 @@ removes its own, and writes the card again.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import slsgu_cli
 from slsgu_cli.checkpoints.configurations import CONFIG, PIPELINE, config_of
 from slsgu_cli.checkpoints.destinations import OURS
-from slsgu_cli.checkpoints.edits import Edit
 from slsgu_cli.checkpoints.hub import HUB
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import EditHeader
@@ -22,7 +20,6 @@ from slsgu_cli.records.sets import ModelSpec
 
 # The base model's card follows this line.
 THEIRS = "<!-- slsgu: the card of the base model -->\n"
-WHOLE = "whole"
 BODY = """\
 {{ mark }}
 
@@ -64,88 +61,66 @@ Each edit was measured alone on the base model.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-@dataclass(frozen=True, slots=True)
-class EditedModelCard:
-    """The card of a model with `edits`, applied on top of `earlier` ones.
+def edited_card(
+    present: str | None,
+    edits: Sequence[EditHeader],
+    earlier: Sequence[EditHeader],
+    *,
+    spec: ModelSpec | None,
+    place: Path,
+    options: ApplyRequest,
+    library: str | None = None,
+) -> str | None:
+    """Return the card of a model with `edits`, applied (or undone) on top of `earlier` ones.
 
-    `base` is the name of the base model, `hub_id` its repository on the hub. `strength` says
-    whether the edits are whole, scaled or cut; with `revert` they are taken out. `library`
-    loads the model.
+    The card `present` is the base model's, or an earlier one, whose other edits stay on it. If no
+    edit is left, the result is the base model's card. The base model is named by its repository,
+    its `spec`, or the last part of its path, `place`. `library` loads the model.
     """
+    from huggingface_hub import ModelCardData
 
-    edits: Sequence[EditHeader]
-    earlier: Sequence[EditHeader]
-    base: str
-    hub_id: str | None
-    strength: str = WHOLE
-    revert: bool = False
-    library: str | None = None
+    theirs = base_card(present)
+    old = {} if present is None or present == theirs else _front_matter(present)
+    scale = None if options.scale == 1 else options.scale
+    given = (("scale", scale), ("rank", options.rank), ("step", options.step))
+    strength = " ".join(f"{word} {value:g}" for word, value in given if value is not None)
+    rows: dict[str, Any] = {**old.get("slsgu", {}).get("edits", {})}
+    for edit in edits if options.revert else [*edits, *earlier]:
+        rows.pop(edit.name, None)
+        if not options.revert:
+            rows[edit.name] = {
+                "forgets": edit.concept,
+                "layer": edit.layer,
+                "moved by": f"{100 * edit.share:.3g}%",
+                "strength": strength if strength and edit in edits else "whole",
+                "digest": digest(edit),
+                "base model": edit.model_fingerprint,
+                "figures": _figures(edit),
+            }
+    if not rows:
+        return theirs
+    rows = dict(sorted(rows.items()))
+    if old:
+        base, repository = old["slsgu"]["base"], old.get("base_model")
+    else:
+        repository = hub_id(spec, place)
+        base = repository or _name(spec, place)
+    data = ModelCardData(
+        tags=["clip", "machine-unlearning"],
+        library_name=library,
+        base_model=repository,
+        license=_front_matter(theirs or "").get("license"),
+        slsgu={"base": base, "edits": rows},
+    )
+    body = _body(base, rows, licensed=data.license is not None)
+    text = f"---\n{data.to_yaml()}\n---\n\n{body}"
+    return text if theirs is None else f"{text}\n{THEIRS}{theirs}"
 
-    @classmethod
-    def of(
-        cls,
-        edits: Sequence[Edit],
-        earlier: Sequence[Edit],
-        *,
-        spec: ModelSpec | None,
-        place: Path,
-        options: ApplyRequest,
-        library: str | None = None,
-    ) -> "EditedModelCard":
-        """Return the card of edits in the model at `place`, applied by `options`.
 
-        The base model is named by its repository, its `spec`, or the last part of its path.
-        """
-        known = hub_id(spec, place)
-        name = place.resolve().name
-        if spec is not None and spec.pretrained:
-            name = f"{Path(spec.name).stem} ({Path(spec.pretrained).name})"
-        scale = None if options.scale == 1 else options.scale
-        given = (("scale", scale), ("rank", options.rank), ("step", options.step))
-        strength = " ".join(f"{word} {value:g}" for word, value in given if value is not None)
-        now, before = ([edit.header for edit in each] for each in (edits, earlier))
-        return cls(now, before, known or name, known, strength or WHOLE, options.revert, library)
-
-    def over(self, present: str | None) -> str | None:
-        """Return the card to write where a card is `present`: the base model's, or an earlier one.
-
-        Other edits of an earlier card stay on it. If no edit is left, the result is the base
-        model's card.
-        """
-        from huggingface_hub import ModelCardData
-
-        theirs = base_card(present)
-        earlier = {} if present is None or present == theirs else _front_matter(present)
-        edits: dict[str, Any] = {**earlier.get("slsgu", {}).get("edits", {})}
-        for edit in self.edits if self.revert else [*self.edits, *self.earlier]:
-            edits.pop(edit.name, None)
-            if not self.revert:
-                edits[edit.name] = self._about(edit)
-        if not edits:
-            return theirs
-        edits = dict(sorted(edits.items()))
-        base = earlier["slsgu"]["base"] if earlier else self.base
-        data = ModelCardData(
-            tags=["clip", "machine-unlearning"],
-            library_name=self.library,
-            base_model=earlier.get("base_model") if earlier else self.hub_id,
-            license=_front_matter(theirs or "").get("license"),
-            slsgu={"base": base, "edits": edits},
-        )
-        body = _body(base, edits, licensed=data.license is not None)
-        text = f"---\n{data.to_yaml()}\n---\n\n{body}"
-        return text if theirs is None else f"{text}\n{THEIRS}{theirs}"
-
-    def _about(self, edit: EditHeader) -> dict[str, Any]:
-        return {
-            "forgets": edit.concept,
-            "layer": edit.layer,
-            "moved by": f"{100 * edit.share:.3g}%",
-            "strength": self.strength if edit in self.edits else WHOLE,
-            "digest": digest(edit),
-            "base model": edit.model_fingerprint,
-            "figures": _figures(edit),
-        }
+def _name(spec: ModelSpec | None, place: Path) -> str:
+    if spec is not None and spec.pretrained:
+        return f"{Path(spec.name).stem} ({Path(spec.pretrained).name})"
+    return place.resolve().name
 
 
 def base_card(present: str | None) -> str | None:

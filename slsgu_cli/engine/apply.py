@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from slsgu_cli import progress
-from slsgu_cli.checkpoints.apply import apply_edits, copy_model
+from slsgu_cli.checkpoints.apply import apply_edits
+from slsgu_cli.checkpoints.edit_plan import require_distinct
 from slsgu_cli.checkpoints.edits import (
     Edit,
     by_layer,
@@ -23,7 +25,7 @@ from slsgu_cli.checkpoints.edits import (
 from slsgu_cli.checkpoints.hub import HUB
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.layouts import open_weights
-from slsgu_cli.checkpoints.model_card import EditedModelCard
+from slsgu_cli.checkpoints.model_card import edited_card
 from slsgu_cli.checkpoints.model_copy import AppliedResult
 from slsgu_cli.checkpoints.naming_schemes import NamingScheme
 from slsgu_cli.checkpoints.number_formats import Floats, rounded
@@ -54,6 +56,7 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
         raise UsageError("--target takes the place of --model", hint="leave one of them out")
     require_regular(request.out)
     edits = _requested_edits(store, request)
+    require_distinct(edits)
     for edit in edits:
         if edit.header.criterion is not None and not edit.header.forgotten:
             progress.warn(
@@ -73,15 +76,13 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
     with TemporaryDirectory() as scratch:
         layout = other_layout(request.layout, model, target, edits, Path(scratch))
         beside = tokenizer_to_add(model, Path(scratch)) if config and layout is None else {}
-        place = target.path
-        if model is not None and request.target is None:
-            place = model.folder or model.weights
-        card = EditedModelCard.of(
-            edits,
-            earlier,
+        card = partial(
+            edited_card,
+            edits=[edit.header for edit in edits],
+            earlier=[edit.header for edit in earlier],
             options=request,
             spec=model.spec if model is not None and request.target is None else None,
-            place=place,
+            place=target.path,
             library=_library(model) if layout is None else layout.client,
         )
         result = apply_edits(
@@ -93,7 +94,7 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
             extra_files=beside,
             earlier=earlier,
             check=lambda folder: why_not_loaded(folder, model),
-            card=card.over,
+            card=card,
             layout=layout,
         )
     if model is not None and not request.force:
@@ -116,7 +117,8 @@ def copy_original(spec: ModelSpec, out: Path, *, options: ApplyOptions) -> Appli
     model = resolve(spec)
     target, config = _files_of(model)
     with TemporaryDirectory() as scratch:
-        return copy_model(
+        return apply_edits(
+            [],
             target,
             out,
             options=options,

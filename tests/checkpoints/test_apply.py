@@ -17,6 +17,7 @@ from edit_headers import MODEL, edit
 from slsgu_cli.checkpoints.apply import apply_edits
 from slsgu_cli.checkpoints.clip_weights import ClipWeights
 from slsgu_cli.checkpoints.configurations import OPEN_CLIP
+from slsgu_cli.checkpoints.edit_plan import require_distinct
 from slsgu_cli.checkpoints.edits import Edit, write_edit
 from slsgu_cli.checkpoints.layouts import open_weights
 from slsgu_cli.checkpoints.model_copy import AppliedResult
@@ -184,7 +185,7 @@ def test_an_edit_is_not_applied_twice(tmp_path: Path) -> None:
     with pytest.raises(StaleError, match="not edited"):
         run([made], path, tmp_path / "no.safetensors", revert=True)
     with pytest.raises(UsageError, match="named twice"):
-        run([made, made], path, tmp_path / "no.safetensors")
+        require_distinct([made, made])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.safetensors", "out.safetensors"]
 
 
@@ -488,7 +489,8 @@ def test_applying_a_stored_edit_imports_neither_torch_nor_open_clip(
         from pathlib import Path
         from slsgu_cli.checkpoints.apply import apply_edits
         from slsgu_cli.records.options import ApplyOptions
-        from slsgu_cli.checkpoints.edits import load_edit
+        from slsgu_cli.checkpoints.edit_plan import require_distinct
+from slsgu_cli.checkpoints.edits import load_edit
         from slsgu_cli.checkpoints.targets import read_target
         from slsgu_cli.store.store import Store
         target = read_target(Path({str(path)!r}))

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from slsgu_cli.checkpoints.clip_weights import ClipWeights
 from slsgu_cli.checkpoints.edits import load_edit, write_edit
 from slsgu_cli.checkpoints.layouts import clip_shapes
-from slsgu_cli.checkpoints.model_card import EditedModelCard, base_card, hub_id
+from slsgu_cli.checkpoints.model_card import base_card, edited_card, hub_id
 from slsgu_cli.clip import tokenizers
 from slsgu_cli.clip.model_folder import tokenizer_files
 from slsgu_cli.clip.models import resolve
@@ -209,19 +209,23 @@ def test_a_card_has_figures_of_test_rows(tmp_path):
         baseline_utility={"brands": before},
         utility={"brands": after},
     )
-    text = EditedModelCard([header], [], "clip", "org/clip", "scale 0.5").over(None)
+
+    def written(present, name, **options):
+        request = ApplyRequest(names=[name], out=tmp_path, **options)
+        edits = [dataclasses.replace(header, name=name, concept=name)]
+        spec = ModelSpec("hf-hub:org/clip")
+        return edited_card(present, edits, [], spec=spec, place=tmp_path, options=request)
+
+    text = written(None, "face|book", scale=0.5)
     assert "base_model: org/clip" in text
     row = "| `face book` | TA@1 brands | 98.00% | 2.00% | 50 test images |"
     assert row in text
     assert "| scale 0.5 |" in text
-    other = dataclasses.replace(header, name="other", concept="other")
-    both = EditedModelCard([other], [], "edited", None).over(text)
-    assert both == EditedModelCard([header], [], "clip", "org/clip", "scale 0.5").over(
-        EditedModelCard([other], [], "clip", "org/clip").over(None)
-    )
-    assert "# `clip` without `face book`, `other`" in both and row in both
-    out = EditedModelCard([other], [], "edited", None, revert=True)
-    assert out.over(both) == text and out.over(None) is None
+    both = written(text, "other")
+    assert both == written(written(None, "other"), "face|book", scale=0.5)
+    assert "# `org/clip` without `face book`, `other`" in both and row in both
+    assert written(both, "other", revert=True) == text
+    assert written(None, "other", revert=True) is None
 
 
 def test_the_card_of_the_base_model_stays_and_comes_back_to_the_byte(tmp_path, demo_clip):
