@@ -489,8 +489,7 @@ def test_applying_a_stored_edit_imports_neither_torch_nor_open_clip(
         from pathlib import Path
         from slsgu_cli.checkpoints.apply import apply_edits
         from slsgu_cli.records.options import ApplyOptions
-        from slsgu_cli.checkpoints.edit_plan import require_distinct
-from slsgu_cli.checkpoints.edits import load_edit
+        from slsgu_cli.checkpoints.edits import load_edit
         from slsgu_cli.checkpoints.targets import read_target
         from slsgu_cli.store.store import Store
         target = read_target(Path({str(path)!r}))
