@@ -25,7 +25,7 @@ from slsgu_cli.checkpoints.tensor_file import TensorEntry, TensorFile
 from slsgu_cli.checkpoints.torch_file import ZIP_START, TorchFile
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.method import Tower
-from slsgu_cli.store.tensor_header import LENGTH
+from slsgu_cli.store.tensor_format import LENGTH
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 

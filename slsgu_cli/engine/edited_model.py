@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from slsgu_cli.checkpoints.edits import Edit, by_layer, moved_values, recognised
+from slsgu_cli.checkpoints.edits import Edit, by_layer
 from slsgu_cli.checkpoints.layers import Layer
+from slsgu_cli.checkpoints.stored_layer import moved_values, recognised
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation
 from slsgu_cli.clip.finite import counted_by
 from slsgu_cli.clip.in_place import edited
