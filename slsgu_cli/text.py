@@ -36,12 +36,6 @@ def near(text: str, names: Collection[str], most: int = 3) -> str | None:
     return f"near: {', '.join(by_letters[each] for each in chosen)}" if chosen else None
 
 
-def near_names(name: str, names: Collection[str]) -> str:
-    """Return the end of a message with similar names; empty if there are none."""
-    close = difflib.get_close_matches(name, names, n=3)
-    return f"; near names: {', '.join(close)}" if close else ""
-
-
 # PyTorch refuses pickled objects and suggests loading them anyway, which runs their code.
 _UNSAFE_ADVICE = re.compile(r"weights[ _]only", re.IGNORECASE)
 _LONGEST = 300

@@ -21,7 +21,6 @@ from slsgu_cli.checkpoints.number_formats import (
 from slsgu_cli.checkpoints.tensor_file import canonical_name
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.method import Tower
-from slsgu_cli.text import near_names
 
 # The order in which transformers looks for weights.
 PREFERRED = ("model.safetensors", "model-", "pytorch_model.bin", "pytorch_model-")
@@ -82,7 +81,7 @@ class ClipWeights:
 
         The same weights have one fingerprint in every layout and after upcasting, because the
         values are hashed as fp32 under open_clip's names. Other content of a checkpoint does not
-        count. Parameters of `instead` count with these values in place of their own.
+        count. Values in `instead` replace those of the parameters.
         """
         other = {self._known(name): values for name, values in (instead or {}).items()}
 
@@ -111,8 +110,7 @@ class ClipWeights:
         hint = None
         if any(key.startswith(("text_model.", "vision_model.")) for key in self.places):
             hint = "this file has the names of transformers: use --target"
-        near = near_names(name, self.places)
-        raise InputError(f"{self.weights.path} holds no layer {name}{near}", hint=hint)
+        raise InputError(f"{self.weights.path} holds no layer {name}", hint=hint)
 
     def _digest(self, name: str) -> str:
         places = self.places[name]

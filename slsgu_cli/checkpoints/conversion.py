@@ -1,4 +1,4 @@
-"""Layouts other than the model's own, and the conversion of its weights."""
+"""The conversion of a model's weights to another layout."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

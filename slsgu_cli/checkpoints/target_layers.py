@@ -69,7 +69,7 @@ def _of_kind(
 ) -> tuple[Encoder, tuple[PromptReader, ...]]:
     readers = READERS.get(family, ())
     if name is None:
-        # The width tells the encoders of a kind apart.
+        # The width distinguishes the encoders of a kind.
         width = shapes.get("ln_final.weight", shapes.get("text.ln_final.weight", (0,)))[0]
         is_second = width == SECOND_WIDTH and family in (Family.SDXL, Family.SD3)
         name = "text_encoder_2" if is_second else "text_encoder"

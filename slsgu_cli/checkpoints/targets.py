@@ -84,14 +84,15 @@ def prompt_note(target: str, readers: Sequence[PromptReader]) -> str | None:
     if len(readers) < 2:
         return None
     edited = [reader.name for reader in readers if reader.edited]
-    left = [reader.name for reader in readers if not reader.edited]
+    unedited = [reader.name for reader in readers if not reader.edited]
     read = [f"{reader.name} ({reader.model}: {reader.reads})" for reader in readers]
     what = f"prompts of {target} are read by {enumerated(read)}"
-    if not left:
+    if not unedited:
         return f"{what}; edits go into all of them"
-    verb = "reads" if len(left) == 1 else "read"
+    verb = "reads" if len(unedited) == 1 else "read"
     return (
-        f"{what}; edits go into {enumerated(edited)}, and {enumerated(left)} {verb} them as before"
+        f"{what}; edits go into {enumerated(edited)}, "
+        f"and {enumerated(unedited)} {verb} them as before"
     )
 
 

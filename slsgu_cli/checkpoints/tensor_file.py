@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from slsgu_cli.checkpoints.number_formats import CHUNK, FLOATS, STORAGE, Floats, Raw, widen
+from slsgu_cli.checkpoints.number_formats import CHUNK, STORAGE, Raw
 from slsgu_cli.errors import InputError
 
 # Prefixes that torch.compile and training in several processes put before every name.
@@ -48,13 +48,6 @@ class TensorFile(ABC):
     @abstractmethod
     def write_copy(self, target: Path, values: Mapping[str, Raw]) -> None:
         """Write a copy in which tensors have new values, as the file stores them."""
-
-    def read(self, name: str) -> Floats:
-        """Return a floating-point tensor as fp32 (fp64 where the file has fp64), exactly."""
-        dtype = self.entries[name].dtype
-        if dtype not in FLOATS:
-            raise InputError(f"{name} in {self.path} is {dtype}, not floating point")
-        return widen(self.stored(name), dtype)
 
     def chunks(self, name: str) -> Iterator[Raw]:
         """Yield a tensor's stored elements in order, a few MB at a time, flat."""

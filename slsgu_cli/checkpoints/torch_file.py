@@ -1,7 +1,7 @@
 """Checkpoints of PyTorch: state dicts that `torch.save` wrote, and TorchScript.
 
 State dicts are loaded with `weights_only`, which refuses all objects but tensors and plain
-containers. TorchScript, as OpenAI's own files are, is loaded by `torch.jit`. PyTorch is imported
+containers. TorchScript, such as OpenAI's files, is loaded by `torch.jit`. PyTorch is imported
 when such a file is opened.
 """
 
@@ -76,7 +76,7 @@ class TorchFile(TensorFile):
         return array
 
     def write_copy(self, target: Path, values: Mapping[str, Raw]) -> None:
-        """Write a copy in which tensors have new values, in storage of their own.
+        """Write a copy in which tensors have new values, in separate storage.
 
         All else in the file is written as it was read.
         """
