@@ -12,17 +12,16 @@ from slsgu_cli.report.gather import StoredRecord
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One section. `trouble` says why its content is missing, `run` which command adds it."""
+    """One section. If its content is missing, `run` is the command that adds it."""
 
     title: str
     content: Markup
-    trouble: str | None = None
     run: str | None = None
 
     @property
     def state(self) -> str:
         """Whether the content is shown or missing."""
-        return "missing" if self.trouble else "shown"
+        return "missing" if self.run else "shown"
 
 
 def section(
@@ -39,7 +38,7 @@ def section(
 
 def absent(title: str, trouble: str, run: str) -> Section:
     """Return a section that says what is missing and which command adds it."""
-    return Section(title, fill("missing.html", trouble=trouble, run=run), trouble, run)
+    return Section(title, fill("missing.html", trouble=trouble, run=run), run)
 
 
 def fill(template: str, **values: Any) -> Markup:

@@ -32,32 +32,16 @@ def forgetting_generated(
     retained = request.retain_sources or request.sources
     if not retained:
         raise UsageError("there is no source to retain", hint="name one with --source")
-    made = generated_source(store, images)
-    # Captions are the prompts. An earlier run may have left more images than requested.
-    return replace(
-        request,
-        sources=[made],
-        retain_sources=retained,
-        match=tuple(dict.fromkeys(images.prompts)),
-        max_forget=request.max_forget or images.count,
-    )
-
-
-def generated_source(store: Store, request: SourceRequest) -> str:
-    """Generate the missing images of a source; return its location.
-
-    Raises MissingError, InputError and UsageError.
-    """
-    if not request.prompts or any(not prompt.strip() for prompt in request.prompts):
+    if not images.prompts or any(not prompt.strip() for prompt in images.prompts):
         raise UsageError("--generate needs a prompt", hint="--generate 'an avocado chair'")
-    require_family(request.pipeline, answers=False)
+    require_family(images.pipeline, answers=False)
     record = GeneratedSource(
-        pipeline=str(request.pipeline),
-        pipeline_fingerprint=folder_fingerprint(request.pipeline),
-        prompts=tuple(request.prompts),
-        count=request.count,
-        seed=request.seed,
-        diffusion=request.diffusion,
+        pipeline=str(images.pipeline),
+        pipeline_fingerprint=folder_fingerprint(images.pipeline),
+        prompts=tuple(images.prompts),
+        count=images.count,
+        seed=images.seed,
+        diffusion=images.diffusion,
         version=slsgu_cli.__version__,
     )
     # More images of the same prompts are added to the existing ones. Neither the pipeline's
@@ -65,19 +49,26 @@ def generated_source(store: Store, request: SourceRequest) -> str:
     made_from = [record.pipeline_fingerprint, record.prompts, record.seed, record.diffusion]
     address = digest(made_from)
     folder = Artifact.GENERATED.folder_of(address)
-    prompts = itertools.islice(itertools.cycle(request.prompts), request.count)
-    jobs = [ImageJob(prompt, request.seed + number) for number, prompt in enumerate(prompts)]
+    prompts = itertools.islice(itertools.cycle(images.prompts), images.count)
+    jobs = [ImageJob(prompt, images.seed + number) for number, prompt in enumerate(prompts)]
     done = [store.exists(_caption(folder, number)) for number in range(len(jobs))]
     if any(done):
         progress.note(f"{sum(done)} of {len(jobs)} images already exist")
     if not all(done):
-        pipe = Pipeline.load(request.pipeline, device=request.device)
-        for number, image in pipe.generate_missing(jobs, request.diffusion, done):
+        pipe = Pipeline.load(images.pipeline, device=images.device)
+        for number, image in pipe.generate_missing(jobs, images.diffusion, done):
             store.write_bytes(f"{folder}/{number:06}.png", encoded(image))
             # The caption is written last: it marks the image as complete.
             store.write_bytes(_caption(folder, number), jobs[number].prompt.encode())
     store.write_record(Artifact.GENERATED.path(address), record)
-    return store.where(folder)
+    # Captions are the prompts. An earlier run may have left more images than requested.
+    return replace(
+        request,
+        sources=[store.where(folder)],
+        retain_sources=retained,
+        match=tuple(dict.fromkeys(images.prompts)),
+        max_forget=request.max_forget or images.count,
+    )
 
 
 def _caption(folder: str, number: int) -> str:

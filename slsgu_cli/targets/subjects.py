@@ -1,6 +1,6 @@
 """A target under search: its prompts or questions, and the steps that its layers can take."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -415,30 +415,23 @@ def by_gain(
 ) -> list[TargetMove]:
     """Return moves with their expected gain as importance, best first.
 
-    The gain is the slope of the loss per change of the features that the language model reads.
+    The gain is the slope of the loss per change of the features that the language model reads;
+    0 for a move that changes none.
     """
     before = subject.read()
 
-    def measured(move: TargetMove) -> TargetMove:
-        def change(step: float) -> float:
-            with move.in_place(step):
-                return float((subject.read() - before).norm() / before.norm())
+    def change(move: TargetMove, step: float) -> float:
+        with move.in_place(step):
+            return float((subject.read() - before).norm() / before.norm())
 
+    ranked = []
+    for move in moves:
         gradient = gradients[move.layer].to(move.along.device)
         slope = float((gradient.double() * move.along.double()).sum())
-        return replace(move, importance=gain_per_change(slope, change, move.first))
-
-    return sorted(map(measured, moves), key=_by_importance)
-
-
-def gain_per_change(slope: float, change: Callable[[float], float], first: float) -> float:
-    """Return a slope over the change of the features per unit of step.
-
-    `change` measures the change by a step. The change by `first` gives a step that changes
-    the features by about CHANGE, which is then measured. Returns 0 if `first` changes nothing.
-    """
-    first_change = change(first)
-    if first_change == 0:
-        return 0.0
-    step = first * CHANGE / first_change
-    return slope * step / change(step)
+        gain = 0.0
+        if first_change := change(move, move.first):
+            # A step that changes the features by about CHANGE.
+            step = move.first * CHANGE / first_change
+            gain = slope * step / change(move, step)
+        ranked.append(replace(move, importance=gain))
+    return sorted(ranked, key=_by_importance)

@@ -45,7 +45,7 @@ def test_the_page_holds_its_images_and_escapes_prompts():
     assert page.count("rose") == 3
 
 
-def test_answers_stand_next_to_their_image():
+def test_answers_are_drawn_next_to_their_image():
     answers = [Answer("x", "What is it?", "a star", "a sun"), Answer("x", "A logo?", "no", "no")]
     one = answers_png("title", [AnsweredImage(RED, True, answers)])
     more = AnsweredImage(BLUE, False, answers[:1])

@@ -82,7 +82,7 @@ def browse(address, profile, *options):
     return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
 
 
-def test_it_fits_a_phone_and_asks_for_nothing(served, tmp_path):
+def test_the_page_fits_a_phone_and_requests_nothing(served, tmp_path):
     place, asked = served
     # Whatever is asked for, of any host, comes to this server.
     proxy = (f"--proxy-server={place}", "--proxy-bypass-list=<-loopback>")
@@ -102,7 +102,7 @@ def test_it_fits_a_phone_and_asks_for_nothing(served, tmp_path):
     assert {path for path in asked if "google" not in path} <= ours
 
 
-def test_it_prints(served, tmp_path):
+def test_the_page_can_be_printed(served, tmp_path):
     place, _ = served
     page = tmp_path / "page.pdf"
     browse(f"http://{place}/report.html", tmp_path / "profile", f"--print-to-pdf={page}")

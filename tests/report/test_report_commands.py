@@ -45,7 +45,7 @@ def test_a_line_for_each_step_in_order(store):
     ]
 
 
-def test_options_that_were_not_the_default_are_commands_in(store):
+def test_options_other_than_the_defaults_are_shown(store):
     change(store, GradientPointer, batch_size=8, precision="bf16")
     trials = store.read_record(PATHS[Trials], Trials)
     some = tuple(trial for trial in trials.trials if trial.layer in FRONT[:2])

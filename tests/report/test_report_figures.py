@@ -39,7 +39,7 @@ def test_other_figures():
     assert (cosine(-0.058), cosine(-0.001)) == ("−0.06", "0.00")
 
 
-def test_zero_of_33_is_not_zero_for_sure():
+def test_zero_of_33_has_an_upper_bound():
     assert interval(Share(0, 33)) == "0.0 to 10.6%"
 
 

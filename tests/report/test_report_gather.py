@@ -40,7 +40,7 @@ def gathered(store):
     return gather(Catalog(store), NAME)
 
 
-def test_everything_is_found_with_its_hash(store):
+def test_every_record_is_gathered_with_its_hash(store):
     fill_verification(store)
     fill_comparison(store)
     records = gathered(store)
@@ -63,7 +63,7 @@ def test_a_stale_record_is_named_and_withheld(store):
     assert ranking.run == f"slsgu rank {NAME}"
 
 
-def test_an_edit_of_a_layer_that_the_model_has_not_is_withheld(store):
+def test_an_edit_of_an_unknown_layer_is_withheld(store):
     pointer = store.read_record(f"gradients/{NAME}.json", GradientPointer)
     edit = load_edit(store, NAME)
     header = replace(edit.header, layer="no.such.layer.weight", gradient=pointer.forget)
@@ -74,7 +74,7 @@ def test_an_edit_of_a_layer_that_the_model_has_not_is_withheld(store):
     assert "it names no.such.layer.weight" in edit.trouble
 
 
-def test_what_is_made_of_new_gradients_is_stale_too(store):
+def test_records_of_earlier_gradients_are_stale(store):
     path = f"gradients/{NAME}.json"
     pointer = store.read_record(path, GradientPointer)
     store.write_record(path, replace(pointer, forget=pointer.retain))
@@ -94,13 +94,13 @@ def test_a_damaged_record_and_a_missing_one(store):
     assert records.edit.trouble == "There is no edit yet."
 
 
-def test_without_a_set_there_is_nothing_to_test(store):
+def test_an_unknown_set_is_an_error(store):
     with pytest.raises(MissingError, match="it has mouse"):
         gather(Catalog(store), "other")
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-def test_the_digests_are_those_of_what_apply_reads_and_writes(dtype, tmp_path):
+def test_digests_of_a_layer_equal_those_of_the_files_that_apply_reads_and_writes(dtype, tmp_path):
     precision = PRECISION[dtype]
     layer = "visual.proj"
     original = ClipWeights.of_file(save(state(), tmp_path / "original.safetensors")).layer(layer)
@@ -144,7 +144,7 @@ def test_an_edit_searched_on_a_target_has_its_figures_by_each_judge(store):
     assert "did not reach its goal" in str(one.content)
 
 
-def test_a_copy_is_known_as_a_folder_and_as_a_file_of_weights(tmp_path):
+def test_a_written_copy_has_a_fingerprint_as_a_folder_and_as_a_file(tmp_path):
     folder = tiny_clip.write_folder(tmp_path / "clip")
     weights = folder / "open_clip_model.safetensors"
     (tmp_path / "arch.json").write_text(json.dumps(tiny_clip.CONFIG))

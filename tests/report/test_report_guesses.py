@@ -42,7 +42,7 @@ def edited(shared_world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("layer", list(LAYERS))
-def test_what_is_shown_is_what_the_whole_models_say(layer, edited):
+def test_guesses_and_cosines_equal_those_of_whole_models(layer, edited):
     world = edited[layer]
     edit = load_edit(world.store, world.name)
     guessed = GuessingModels(world.store, device="cpu").before_after(world.manifest, edit.header)

@@ -108,7 +108,7 @@ def test_sections_are_headed_linked_and_in_order(alone):
         assert section["aria-labelledby"] in ids
 
 
-def test_it_can_be_read_without_sight_of_it(alone):
+def test_the_page_is_accessible_to_screen_readers(alone):
     outline = Outline(alone)
     assert outline.all("html") == [{"lang": "en"}]
     assert all("alt" in image for image in outline.all("img"))
@@ -120,7 +120,7 @@ def test_it_can_be_read_without_sight_of_it(alone):
     assert tables == ["table", "caption"] * (len(tables) // 2)
 
 
-def test_it_says_what_was_measured(alone):
+def test_the_page_shows_figures_and_records(alone):
     text = re.sub(r"<[^>]+>", " ", alone)
     assert "the model recognised 96.97% before the edit" in text
     assert "0.0 to 10.6%" in text
@@ -165,7 +165,7 @@ def test_several_names_have_a_summary_and_an_article_each(store):
     assert "All edits on this page" in page
 
 
-def test_joint_searches_and_sweeps_are_shown_to_the_concepts_they_concern(store, tmp_path):
+def test_joint_searches_and_sweeps_are_on_the_pages_of_their_concepts(store, tmp_path):
     shutil.copytree(store.root, tmp_path / "store")
     more = Store(str(tmp_path / "store"))
     fill(more, concept="dog", name="dog")
@@ -218,7 +218,7 @@ def test_verification_and_comparison_are_shown_with_their_verdicts(store, tmp_pa
     assert "Where the concept went" not in page
 
 
-def test_the_style_knows_print_phones_and_dark_rooms(alone):
+def test_the_style_has_rules_for_print_phones_and_dark_themes(alone):
     for rule in ("@media print", "@page", "prefers-color-scheme: dark", "max-width: 40rem"):
         assert rule in alone
     assert 'name="viewport"' in alone
@@ -243,7 +243,7 @@ def contrast(one, other):
     return (high + 0.05) / (low + 0.05)
 
 
-def test_text_has_contrast_on_every_ground(alone):
+def test_text_has_contrast_on_every_background(alone):
     style = alone.partition("<style>")[2].partition("</style>")[0]
     for theme in re.findall(r":root \{(.*?)\}", style, re.S)[:2]:
         colours = {name: channels(c) for name, c in re.findall(r"--(\w+): (#\w{6})", theme)}

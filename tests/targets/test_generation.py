@@ -83,7 +83,7 @@ def test_a_live_edit_is_the_edit_that_apply_writes(pipe, edits, tmp_path, traine
     np.testing.assert_array_max_ulp(values[TEXT].half().numpy(), written, maxulp=1)
 
 
-def test_edits_end_with_their_block_and_fused_layers_are_split(pipe):
+def test_edits_in_memory_end_with_their_block_and_split_fused_layers(pipe):
     live = pipe.encoders[0]
     fused = "transformer.resblocks.0.attn.in_proj_weight"
     before = live.value(fused).clone()
@@ -111,7 +111,7 @@ def test_other_weights_and_layers_without_reach_are_refused(pipe, llava, edits):
         llava.encoder.places("visual.transformer.resblocks.7.mlp.c_fc.weight")
 
 
-def test_an_image_depends_on_its_prompt_and_seed_alone(pipe):
+def test_an_image_depends_only_on_its_prompt_and_seed(pipe):
     from slsgu_cli.records.targets import DiffusionOptions
     from slsgu_cli.targets.models import ImageJob
 
@@ -123,7 +123,7 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(pipe):
     assert np.abs(whole[0].astype(int) - whole[1]).max() > 50
 
 
-def test_generate_keeps_images_a_sheet_and_a_record(
+def test_generate_writes_images_a_sheet_and_a_record(
     loaded, pipe, edits, demo_world, trained_models
 ):
     from slsgu_cli.records.targets import DiffusionOptions, GenerateRequest
@@ -157,7 +157,7 @@ def test_generate_keeps_images_a_sheet_and_a_record(
     assert output.where("sheet.html").endswith("generations/text/sheet.html")
 
 
-def test_generate_goes_on_where_it_was_stopped(loaded, pipe, edits, trained_models, monkeypatch):
+def test_generate_resumes_after_an_interruption(loaded, pipe, edits, trained_models, monkeypatch):
     from slsgu_cli.records.targets import DiffusionOptions, GenerateRequest
     from slsgu_cli.targets import models
     from slsgu_cli.targets.generate import generate
@@ -182,11 +182,11 @@ def test_generate_goes_on_where_it_was_stopped(loaded, pipe, edits, trained_mode
         generate(edits, request)
     generate(edits, request)
     assert len(generated) == 5
-    went_on = {path.name: path.read_bytes() for path in files_of(edits)}
+    resumed = {path.name: path.read_bytes() for path in files_of(edits)}
     generate(edits, request)
-    # What is complete is made anew.
+    # A complete output is generated again.
     assert len(generated) == 9
-    assert {path.name: path.read_bytes() for path in files_of(edits)} == went_on
+    assert {path.name: path.read_bytes() for path in files_of(edits)} == resumed
 
 
 def files_of(store):
@@ -290,7 +290,7 @@ def test_a_search_on_a_target_records_and_reuses_its_trials(
     assert edit.header.forgotten is first.forgotten
 
 
-def test_a_generated_forget_set_goes_on_where_it_stopped(
+def test_a_generated_forget_set_resumes_after_an_interruption(
     loaded, demo_world, tmp_path, trained_models
 ):
     from slsgu_cli.records.options import BuildRequest
@@ -363,7 +363,7 @@ def test_an_answer_set_has_the_benchmarks_layout_and_figures(
 
 
 @pytest.mark.parametrize("lack", [MemoryError(), torch.OutOfMemoryError("8 GiB are missing")])
-def test_a_lack_of_memory_is_not_told_as_a_damaged_model(lack):
+def test_a_lack_of_memory_is_not_reported_as_a_damaged_model(lack):
     with pytest.raises(type(lack)), explained(Path("pipeline")):
         raise lack
     told = pytest.raises(InputError, match="cannot load pipeline: no weights")

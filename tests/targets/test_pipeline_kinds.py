@@ -67,14 +67,14 @@ def test_edits_of_each_encoder_change_pictures(kind, tiny_pipeline):
     assert pipe.edited_names(both) == [each.header.name for each in edits]
 
 
-def test_a_pipeline_that_makes_no_pictures_is_told_of():
+def test_a_pipeline_that_generates_no_images_is_refused():
     loaded = Pipeline(lambda *_, **__: SimpleNamespace(frames=[]), (), "cpu", target=None)
     with pytest.raises(InputError, match="generates no images"):
         list(loaded.generate([ImageJob("a blue circle", 1)], DiffusionOptions(steps=1)))
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
-def test_their_clip_is_searched_along_what_it_is_applied_to(kind, tiny_pipeline):
+def test_the_clip_of_sd3_and_flux_moves_along_its_whitened_gradient(kind, tiny_pipeline):
     pipe = opened(tiny_pipeline(kind))
     shapes = {LAYER: tuple(pipe.encoders[0].value(LAYER).shape)}
     encoder = fitting_encoder(read_target(tiny_pipeline(kind)), shapes, None)
@@ -117,7 +117,9 @@ def target_options(folder, *beside, **options):
     )
 
 
-def test_one_encoder_is_searched_with_the_others_edit_in_place(both, world, tmp_path, listener):
+def test_a_search_of_one_encoder_has_the_edit_of_the_other_in_place(
+    both, world, tmp_path, listener
+):
     folder, (_, second) = both
     options = target_options(folder, "text_encoder_2", goal=0.0)
     found = search_target(world.store, "blue", options=options)
@@ -138,7 +140,7 @@ def test_one_encoder_is_searched_with_the_others_edit_in_place(both, world, tmp_
     assert any("their inputs differ (beside)" in text for text in listener.heard)
 
 
-def test_pictures_are_painted_with_what_was_put_in_place(both, world):
+def test_images_are_generated_with_the_edits_in_place(both, world):
     folder, (_, second) = both
     plan = TargetPlan.load(world.store, "blue", target_options(folder, "text_encoder_2"))
     pipe, plain = plan.subject.pipe, opened(folder)
@@ -154,7 +156,7 @@ def test_pictures_are_painted_with_what_was_put_in_place(both, world):
     assert torch.equal(pipe.encoders[0].value(LAYER), plain.encoders[0].value(LAYER))
 
 
-def test_an_edit_that_is_left_out_again_is_told(both, world, tmp_path, listener):
+def test_apply_warns_if_the_edit_of_the_other_encoder_is_missing(both, world, tmp_path, listener):
     folder, _ = both
     few = (
         "--images",

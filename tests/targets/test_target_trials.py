@@ -81,7 +81,7 @@ def make(target, move, tmp_path):
     return made
 
 
-def test_what_is_kept_is_measured_of_the_shortest_step_that_forgets(make, move, target):
+def test_retained_accuracy_is_measured_for_the_shortest_step_that_forgets(make, move, target):
     run = make(steps=6)
     best = run.run([move], {})
     assert best.concept == Share(0, 10)
@@ -90,7 +90,7 @@ def test_what_is_kept_is_measured_of_the_shortest_step_that_forgets(make, move, 
     assert target.asked == 1
 
 
-def test_a_full_search_measures_what_every_trial_keeps(make, move, target):
+def test_a_full_search_measures_retained_accuracy_for_every_trial(make, move, target):
     plain, full = make(steps=6), make(steps=6, full=True)
     chosen = [run.run([move], {}) for run in (plain, full)]
     assert chosen[0] == chosen[1]
@@ -101,7 +101,7 @@ def test_a_full_search_measures_what_every_trial_keeps(make, move, target):
     )
 
 
-def test_the_time_of_a_search_goes_on_from_what_is_recorded(make, move):
+def test_the_time_of_a_search_includes_that_of_recorded_trials(make, move):
     run = make()
     run.bisect(move, 2)
     spent = run.record.seconds

@@ -1,4 +1,4 @@
-"""What is chosen by some prompts, seeds and images, and reported of others, on stand-ins."""
+"""Searches on targets choose by validation prompts and rows and report test ones, on stand-ins."""
 
 import io
 import re
@@ -83,7 +83,7 @@ def reported_jobs(painter):
     return [job for job in painter.jobs if is_reported(job)]
 
 
-def test_no_prompt_serves_both_purposes_whatever_the_sets_templates_are():
+def test_validation_and_test_prompts_are_disjoint_for_all_templates():
     assert {p.format("x") for p in SEARCHED}.isdisjoint(p.format("x") for p in REPORTED)
     for templates in (("an icon of {}",), REPORTED, ("The {}.", "A  simple {}", "a {}")):
         assert prompts_for(Split.TEST, templates) == REPORTED
@@ -91,7 +91,7 @@ def test_no_prompt_serves_both_purposes_whatever_the_sets_templates_are():
         assert prompts_for(Split.VALIDATION, templates) == (*SEARCHED, *rest)
 
 
-def test_no_prompt_and_no_seed_of_a_report_is_searched_by():
+def test_a_report_uses_no_prompt_or_seed_of_the_search():
     judge = tiny_targets.pixel_judge(JUDGES[0], dict.fromkeys(NAMES, ("{}",)))
     searched = JudgedPrompts([judge], "blue", Budget(), ("{}", "an icon of {}"), Split.VALIDATION)
     usual = [
@@ -112,7 +112,7 @@ def test_no_prompt_and_no_seed_of_a_report_is_searched_by():
         assert "blue" not in {prompt.label for prompt in reports.of_others}
 
 
-def test_figures_are_of_pictures_that_nothing_was_chosen_by(sd, world):
+def test_figures_are_measured_on_test_images(sd, world):
     painter = sd()
     result = search_target(world.store, "blue", options=sd.options)
     figures = load_edit(world.store, "blue@sd").header.target
@@ -124,13 +124,13 @@ def test_figures_are_of_pictures_that_nothing_was_chosen_by(sd, world):
     assert {job.seed for job in jobs}.isdisjoint(job.seed for job in searched)
     assert figures.before.concept == Share(14, 14) and figures.after.concept == Share(0, 14)
     assert figures.before.others == figures.after.others == Share(6, 6)
-    # Without a overshoot, what was searched by is gone, and what is reported on is not.
+    # Without an overshoot, validation images are forgotten, and test images are not.
     short = search_target(world.store, "blue", options=replace(sd.options, overshoot=1.0))
     assert short.forgotten and short.chosen.concept.count == 0
     assert short.figures.after.concept == Share(14, 14)
 
 
-def test_a_step_has_its_reserve_beyond_the_shortest_that_reaches_the_goal(sd, world):
+def test_a_step_overshoots_the_shortest_that_reaches_the_goal(sd, world):
     sd()
     result = search_target(world.store, "blue", options=sd.options)
     tried = [t for t in result.trials.trials if t.layer == result.chosen.layer]
@@ -142,7 +142,7 @@ def test_a_step_has_its_reserve_beyond_the_shortest_that_reaches_the_goal(sd, wo
 
 
 @pytest.mark.parametrize("others", [0.7, 0.6])
-def test_a_reserve_is_cut_where_others_would_lose_too_much(sd, world, others):
+def test_the_overshoot_is_reduced_if_others_would_lose_too_much(sd, world, others):
     sd(lambda job, name: lasts(job, name, others))
     options = replace(sd.options, top=1)
     result = search_target(world.store, "blue", options=options)
@@ -154,7 +154,7 @@ def test_a_reserve_is_cut_where_others_would_lose_too_much(sd, world, others):
     assert whole.chosen.step == pytest.approx(1.5 * enough.step)
 
 
-def test_others_come_first_where_no_step_that_reaches_the_goal_spares_them(sd, world):
+def test_others_come_first_if_every_step_to_the_goal_costs_them_too_much(sd, world):
     sd(lambda job, name: lasts(job, name, 0.5))
     options = replace(sd.options, top=1)
     result = search_target(world.store, "blue", options=options)
@@ -167,18 +167,18 @@ def test_others_come_first_where_no_step_that_reaches_the_goal_spares_them(sd, w
     assert whole.forgotten and whole.chosen.others.count == 0
 
 
-def test_a_search_ends_with_a_layer_by_which_others_lose_nothing(sd, world):
+def test_a_search_stops_at_a_layer_without_a_loss_of_others(sd, world):
     sd()
     first = search_target(world.store, "blue", options=sd.options)
     assert {trial.layer for trial in first.trials.trials} == {first.chosen.layer}
     assert first.chosen.layer == next(iter(first.trials.importance))
-    # A layer more says the same, and is searched where each trial is to be measured.
+    # A full search measures another layer, and chooses the same.
     full = search_target(world.store, "blue", options=replace(sd.options, full=True))
     assert len({trial.layer for trial in full.trials.trials}) == 2
     assert full.chosen == first.chosen
 
 
-def test_trials_that_miss_the_goal_end_early_and_are_chosen_from_as_if_they_had_not(sd, world):
+def test_trials_that_miss_the_goal_end_early_without_changing_the_choice(sd, world):
     painter = sd()
     first = search_target(world.store, "blue", options=sd.options)
     missed = [t.concept for t in first.trials.trials if t.concept.count]
@@ -196,7 +196,7 @@ def test_trials_that_miss_the_goal_end_early_and_are_chosen_from_as_if_they_had_
     assert all(trial.concept.total == 10 for trial in again.trials.trials if trial.others)
 
 
-def test_a_second_judge_has_figures_of_its_own_and_no_part_in_the_search(sd, world):
+def test_a_second_judge_adds_figures_and_does_not_change_the_search(sd, world):
     sd()
     alone = search_target(world.store, "blue", options=sd.options)
     both = search_target(world.store, "blue", options=replace(sd.options, judges=JUDGES))
@@ -209,7 +209,7 @@ def test_a_second_judge_has_figures_of_its_own_and_no_part_in_the_search(sd, wor
     assert strictly.figures.after.concept.count == 0 < strictly.chosen.step - both.chosen.step
 
 
-def test_a_search_that_is_repeated_paints_nothing_and_of_other_reports_only_these(sd, world):
+def test_a_repeated_search_generates_only_images_of_new_reports(sd, world):
     first = search_target(world.store, "blue", options=(sd(), sd.options)[1])
     painter = sd()
     assert replace(search_target(world.store, "blue", options=sd.options), reused=0) == first
@@ -259,7 +259,7 @@ def keys(questions):
     return {key for keys in questions.images for key in keys}
 
 
-def test_a_llava_is_asked_about_some_rows_and_reported_on_of_others(world):
+def test_questions_of_a_search_and_of_a_report_are_about_different_rows(world):
     world.build(test_fraction=0.5)
     budget = Budget(concept=30, others=20, questions=("What?", "Which?"))
     choose, report = (Questions.about(world.store, world.manifest, p, budget) for p in Split)
@@ -267,7 +267,7 @@ def test_a_llava_is_asked_about_some_rows_and_reported_on_of_others(world):
     colours = DataBlock.open(world.store, world.manifest.evals["first"])
     shown = int((colours.labels == colours.class_names.index("blue")).sum())
     assert len(report.of_concept) == 2 * (shown // 2) < 2 * 30
-    # Images of the forget set make up for what is wanting to choose by, and for no figure.
+    # Images of the forget set complete the validation images, not the test images.
     forget = set(DataBlock.open(world.store, world.manifest.forget).keys)
     assert set(choose.images[-1]) <= forget and keys(report).isdisjoint(forget)
     assert len(choose.of_concept) == 2 * (shown - shown // 2 + len(choose.images[-1]))
@@ -278,7 +278,7 @@ def test_a_llava_is_asked_about_some_rows_and_reported_on_of_others(world):
 
 
 @pytest.mark.parametrize("share", [0.5, 0.0])
-def test_figures_of_a_llava_are_of_the_rows_that_are_reported_on(llava, world, share):
+def test_figures_of_a_llava_are_measured_on_test_rows(llava, world, share):
     world.build(test_fraction=share)
     answerer = llava()
     result = search_target(world.store, "blue", options=llava.options)
@@ -294,7 +294,7 @@ def test_figures_of_a_llava_are_of_the_rows_that_are_reported_on(llava, world, s
         search_target(world.store, "blue", options=replace(llava.options, judges=JUDGES[:1]))
 
 
-def test_pictures_of_a_set_are_of_rows_that_are_reported_on(world):
+def test_sample_pictures_are_test_rows(world):
     world.build(test_fraction=0.5)
     shown = [picture.name for picture in sample_pictures(world.store, "blue", 50)]
     budget = Budget(concept=500, others=500)
@@ -313,7 +313,7 @@ def shown(store, result, verbosity):
     return console._stdout.getvalue()
 
 
-def test_figures_that_are_printed_are_of_the_test_split_and_of_both_with_v(sd, world):
+def test_printed_figures_are_of_the_test_split_and_with_v_of_both(sd, world):
     sd()
     options = replace(sd.options, judges=JUDGES)
     result = search_target(world.store, "blue", options=options)
