@@ -121,14 +121,20 @@ def write_evidence(job: Job, request: EvidenceRequest) -> dict[str, Any]:
     rows = _rows(job, request)
     store, names = job.store, [row.name for row in rows]
     models = written_models(job)
-    pairs = {name: pair for name in names if (pair := _verified(job, name, models))}
+    written = [slsgu.written_fingerprint(job.ledger.model, Path(model.place)) for model in models]
+    pairs: dict[str, list[VerifiedModel]] = {}
+    for name in names:
+        record, edit = (_usable(job, kind, name) for kind in (Artifact.VERIFICATION, Artifact.EDIT))
+        # The original and a written model, or else the model with the edit alone.
+        if record and (pair := slsgu.verified_pair(record, edit, [*filter(None, written)])):
+            pairs[name] = pair
     versions = {name: version(name) for name in PACKAGES}
     content: dict[str, Any] = document(
         {
             "slsgu": slsgu.__version__,
             "versions": {"python": platform.python_version(), **versions},
             "model": str(job.ledger.model),
-            "requests": [_content(job, row, models, pairs.get(row.name, ())) for row in rows],
+            "requests": [_content(job, row, models, pairs.get(row.name, [])) for row in rows],
             "models": models,
             "checks": [line for model in models for line in _checks(request, model)],
             "commands": [*_commands(job, request, pairs)],
@@ -193,16 +199,6 @@ def _usable(job: Job, kind: Artifact, name: str) -> Any:
     if record is None or job.catalog.standing(kind, name, record)[0] is not Standing.OK:
         return None
     return record
-
-
-def _verified(job: Job, name: str, models: Sequence[WrittenModel]) -> Sequence[VerifiedModel]:
-    """Return the original and the verified model: one of these, or the one with the edit alone."""
-    record = _usable(job, Artifact.VERIFICATION, name)
-    if record is None:
-        return ()
-    prints = [slsgu.written_fingerprint(job.ledger.model, Path(each.place)) for each in models]
-    edit = _usable(job, Artifact.EDIT, name)
-    return slsgu.verified_pair(record, edit, [key for key in prints if key])
 
 
 def _content(
@@ -282,7 +278,7 @@ def _checks(request: EvidenceRequest, model: WrittenModel) -> Iterator[str]:
 
 
 def _commands(
-    job: Job, request: EvidenceRequest, pairs: dict[str, Sequence[VerifiedModel]]
+    job: Job, request: EvidenceRequest, pairs: dict[str, list[VerifiedModel]]
 ) -> Iterator[str]:
     """Yield the commands that repeat the removal."""
     yield f"export SLSGU_STORE={shlex.quote(job.store.url)}"

@@ -187,18 +187,10 @@ def _placed(path: Path, device: str, *, answers: bool) -> tuple[Target, str, tor
 
 
 def library(name: str) -> Any:
-    """Import an optional library. Raises MissingError that names its extra."""
-    try:
-        with progress.quiet():
-            module = importlib.import_module(name)
-            # Both libraries draw progress bars while they load.
-            importlib.import_module("transformers").utils.logging.disable_progress_bar()
-            importlib.import_module(f"{name}.utils.logging").disable_progress_bar()
-            return module
-    except ImportError as error:
-        raise MissingError(
-            f"running this model needs the package {name}: {error}", hint=INSTALL
-        ) from error
+    """Import an optional library without its progress bars. Raises ImportError."""
+    importlib.import_module("transformers").utils.logging.disable_progress_bar()
+    importlib.import_module(f"{name}.utils.logging").disable_progress_bar()
+    return importlib.import_module(name)
 
 
 def folder_fingerprint(folder: Path) -> str:
@@ -257,11 +249,14 @@ class Pipeline:
         Raises MissingError, InputError, and UsageError if it is not a pipeline.
         """
         target, device, precision = _placed(path, device, answers=False)
-        diffusers = library("diffusers")
         with progress.quiet(), explained(path):
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                path, local_files_only=True, torch_dtype=precision
-            ).to(device)
+            pipeline = (
+                library("diffusers")
+                .DiffusionPipeline.from_pretrained(
+                    path, local_files_only=True, torch_dtype=precision
+                )
+                .to(device)
+            )
         pipeline.set_progress_bar_config(disable=True)
         encoders = tuple(
             LiveEncoder.find(getattr(pipeline, encoder.name), encoder)
@@ -274,16 +269,16 @@ class Pipeline:
         pairs = zip(self.encoders, values, strict=True)
         return [live.encoder.name for live, new in pairs if new]
 
-    def put(self, edits: Sequence[Edit], *, beside: str) -> list[str]:
-        """Apply edits of other text encoders than `beside` permanently; return the encoders' names.
+    def put(self, edits: Sequence[Edit], *, searched: str) -> list[str]:
+        """Apply edits of other encoders than the `searched` one permanently; return their names.
 
-        Raises UsageError for an edit of `beside`, and StaleError or InputError as `new_values`.
+        Raises UsageError for an edit of it, and StaleError or InputError as `new_values`.
         """
         values = new_values(self.encoders, edits)
         names = self.edited_names(values)
-        if beside in names:
+        if searched in names:
             raise UsageError(
-                f"--with takes edits of other text encoders, but one of these edits {beside}, "
+                f"--with takes edits of other text encoders, but one of these edits {searched}, "
                 "the encoder that is searched",
                 hint="`slsgu search NAME --after EDIT` starts from an edit of the same CLIP",
             )
@@ -396,8 +391,8 @@ class Llava:
         Raises MissingError, InputError, and UsageError if it is not a vision-language model.
         """
         target, device, precision = _placed(path, device, answers=True)
-        transformers = library("transformers")
         with progress.quiet(), explained(path):
+            transformers = library("transformers")
             processor = transformers.AutoProcessor.from_pretrained(path, local_files_only=True)
             model = transformers.AutoModelForImageTextToText.from_pretrained(
                 path, local_files_only=True, dtype=precision

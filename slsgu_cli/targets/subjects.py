@@ -106,7 +106,7 @@ class PipelineSubject(TargetSubject):
         edits = [edit for each in options.beside for edit in load_edits(store, each)]
         edits += earlier_edits(store, edits)
         pipe = Pipeline.load(options.target, device=options.device)
-        pipe.warn_of_readers([name, *pipe.put(edits, beside=name)])
+        pipe.warn_of_readers([name, *pipe.put(edits, searched=name)])
         searched = JudgedPrompts.of_set(
             store, manifest, judges, options.budget, split=Split.VALIDATION, device=options.device
         )

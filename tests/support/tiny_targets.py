@@ -190,7 +190,7 @@ class Painter(Moving):
         self.encoders, self.names, self.lasts = (self.encoder,), sorted(names), lasts
         self.jobs = []
 
-    def put(self, edits, *, beside):
+    def put(self, edits, *, searched):
         """Accept the one encoder, and no edits of others."""
         assert not edits
         return []
