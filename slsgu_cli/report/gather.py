@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from slsgu_cli.checkpoints.edits import Edit, by_layer, earlier_edits, read_edit
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class StoredRecord(Generic[T]):
-    """One record if it may be shown, else the reason why not.
+    """One record if it may be shown, or the `trouble` that prevents it.
 
     `state` is None if the store has no such record. `run` is the command that makes it.
     """
@@ -38,17 +38,8 @@ class StoredRecord(Generic[T]):
     run: str
     record: T | None = None
     state: Standing | None = None
-    reason: str | None = None
+    trouble: str | None = None
     sha256: str | None = None
-
-    @property
-    def trouble(self) -> str | None:
-        """Why the record is not shown; None if it is."""
-        if self.record is not None:
-            return None
-        if self.state is None:
-            return f"There is no {self.noun} yet."
-        return f"The {self.noun} is {self.state}: {self.reason}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,18 +136,18 @@ def gather(catalog: Catalog, name: str) -> SetRecords:
 
 def _stored(catalog: Catalog, kind: Artifact, name: str, suffix: str = "") -> StoredRecord[Any]:
     """Return a record and whether it may be shown; `suffix` goes behind its noun."""
-    stored: StoredRecord[Any] = StoredRecord(
-        TABLE[kind].noun + suffix, kind.path(name), kind.command(name)
-    )
+    noun, path, run = TABLE[kind].noun + suffix, kind.path(name), kind.command(name)
     record = catalog.read(kind, name)
     if record is None:
-        return stored
-    sha256 = hashlib.sha256(catalog.store.read_bytes(stored.path)).hexdigest()
-    if isinstance(record, SlsguError):
-        return replace(stored, state=Standing.DAMAGED, reason=record.message, sha256=sha256)
-    state, reason = catalog.standing(kind, name, record)
-    shown = record if state is Standing.OK else None
-    return replace(stored, record=shown, state=state, reason=reason, sha256=sha256)
+        return StoredRecord(noun, path, run, trouble=f"There is no {noun} yet.")
+    sha256 = hashlib.sha256(catalog.store.read_bytes(path)).hexdigest()
+    damaged = isinstance(record, SlsguError)
+    state, reason = (
+        (Standing.DAMAGED, record.message) if damaged else catalog.standing(kind, name, record)
+    )
+    if state is Standing.OK:
+        return StoredRecord(noun, path, run, record, state, sha256=sha256)
+    return StoredRecord(noun, path, run, None, state, f"The {noun} is {state}: {reason}.", sha256)
 
 
 def edit_facts(edit: Edit, earlier: Sequence[Edit] = ()) -> EditFacts:

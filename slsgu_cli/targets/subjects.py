@@ -46,7 +46,6 @@ class TargetSubject:
     Trials use the `searched` prompts or questions, and test figures use `to_test`. With
     `is_test`, the two share no prompt or image. The first of the `judges` decides. The edits
     `beside`, by digest, are in place in other encoders.
-
     """
 
     encoder: LiveEncoder

@@ -116,7 +116,7 @@ def test_the_files_before_and_after_are_those_of_the_models(filed, shared_world)
     assert dict(reversed(line.split("  ")) for line in listed) == after
 
 
-def test_the_page_has_the_request_and_names_what_was_not_done(filed):
+def test_the_page_shows_the_request_and_names_missing_verifications(filed):
     page = (filed / "filed" / "evidence.html").read_text()
     for text in ("R-7", "2026-02-03", "case 7/26", "asked by letter", "navy", "sky", "in it"):
         assert text in page
@@ -174,7 +174,7 @@ def test_the_evidence_has_the_conclusion_of_the_verification(job, shared_world):
     assert page.count("No verification has been run.") == 1
 
 
-def test_a_run_writes_it_again_if_it_would_change(job, shared_world):
+def test_a_run_rewrites_the_evidence_if_its_inputs_change(job, shared_world):
     before = texts(job / "filed")
     assert running.run(recipe_of(shared_world), store="store").done == ()
     recipe = recipe_of(shared_world)

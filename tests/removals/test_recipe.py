@@ -191,7 +191,7 @@ def test_recipes_in_the_documentation_can_be_read(page, begin, end):
 
 
 @pytest.mark.parametrize("demo", [True, False])
-def test_what_init_writes_can_be_read_and_fits_the_schema(tmp_path, demo):
+def test_recipes_of_init_can_be_read_and_fit_the_schema(tmp_path, demo):
     path = tmp_path / "begin.toml"
     path.write_text(recipe_text(path, demo=demo))
     recipe = read_recipe(path)

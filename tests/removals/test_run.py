@@ -127,7 +127,7 @@ def job(finished, shared_world, tmp_path):
     return again
 
 
-def test_a_run_makes_the_same_as_the_commands(finished, shared_world, tmp_path):
+def test_a_run_writes_the_same_bytes_as_the_commands(finished, shared_world, tmp_path):
     store, recipe = Store(str(tmp_path / "store")), recipe_of(shared_world, tmp_path, "blue", "red")
     for request in recipe.requests:
         build_sets(store, recipe.set_of(request))
@@ -302,7 +302,7 @@ def test_changed_options_rerun_the_stages_that_use_them(job):
     assert {str(each.stage.kind) for each in ranked if not each.reason} == {"build-sets", "grad"}
 
 
-def test_damaged_or_changed_outputs_are_made_again(job, finished):
+def test_damaged_or_changed_outputs_are_written_again(job, finished):
     weights = job.folder / "clip" / "open_clip_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
@@ -420,7 +420,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("together", [Together.SUM, Together.AFTER])
-def test_edits_that_are_searched_one_by_one(shared_world, tmp_path, together):
+def test_edits_are_searched_one_by_one(shared_world, tmp_path, together):
     recipe = recipe_of(shared_world, tmp_path, "blue", "red", together=together)
     store = Store(str(tmp_path / "store"))
     result = running.run(recipe, store=store)
@@ -603,7 +603,7 @@ def test_init_writes_once(tmp_path, monkeypatch):
     assert "embedded" not in inside("run", "recipe.toml", "--plan", "-q").stderr
 
 
-def test_forget_is_the_whole_job(shared_world, tmp_path):
+def test_forget_runs_the_whole_job(shared_world, tmp_path):
     result = slsgu_cli.forget(
         model=shared_world.model,
         concept="blue",
