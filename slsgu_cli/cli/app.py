@@ -41,7 +41,10 @@ GROUPS = {
         "show": ("show", "Inspect a set before using it, and drop rows."),
         "grad": ("grad", "Compute the forget and retain gradients of a set."),
         "rank": ("rank", "Score layers by importance and alignment, and mark Pareto fronts."),
-        "search": ("search", "Find step sizes for the layers on the front; write the best edit."),
+        "search": (
+            "search",
+            "Find step sizes for the layers on the fronts and write the best edit.",
+        ),
         "apply": ("apply", "Write a copy of a model with edits applied."),
     },
     "Measuring an edit": {

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from slsgu_cli.cli.app import Names, Session, command
 from slsgu_cli.cli.console import Column, Console
-from slsgu_cli.cli.formats import signed
+from slsgu_cli.cli.formats import SIGNED
 from slsgu_cli.errors import (
     AssertionsError,
 )
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from slsgu_cli.engine.evaluate import EvalResult
 
 
-# A model's label, its forget accuracy (or that of each set's concept), its utility by
-# evaluation set.
-Figures = Mapping[str, tuple[Accuracy | dict[str, Accuracy], dict[str, Accuracy]]]
+# By the label of a model: its forget accuracy by the name of the set ("" for a single set), and
+# its utility by evaluation set.
+Figures = Mapping[str, tuple[dict[str, Accuracy], dict[str, Accuracy]]]
 
 
 @command("eval")
@@ -59,9 +59,12 @@ def evaluate(
 
 def show_evaluated(console: Console, result: "EvalResult") -> None:
     """Print the accuracy of each model."""
-    single = result.names[0] if len(result.names) == 1 else None
+    single = len(result.names) == 1
     figures: Figures = {
-        model.label: (model.forget[single] if single else model.forget, model.utility)
+        model.label: (
+            {"" if single else name: forget for name, forget in model.forget.items()},
+            model.utility,
+        )
         for model in result.models
     }
     show_before_after(console, figures)
@@ -87,23 +90,16 @@ def show_asserted(console: Console, result: "EvalResult", assertions: Sequence[A
 def show_before_after(console: Console, models: Figures) -> None:
     """Print forget accuracy and utility, with a column for each model."""
     labels = list(models)
-    sets = sorted(next(iter(models.values()))[1])
+    forgets, utilities = zip(*models.values(), strict=True)
     rows: list[tuple[Any, ...]] = []
     data: list[dict[str, Any]] = []
-    forgets = {
-        label: {f" {name}": accuracy for name, accuracy in forget.items()}
-        if isinstance(forget, dict)
-        else {"": forget}
-        for label, (forget, _) in models.items()
-    }
-    for name in forgets[labels[0]]:
+    for name in forgets[0]:
         for k in (1, 5):
-            figures = (getattr(forgets[label][name], f"top{k}") for label in labels)
-            rows.append((f"FA@{k}{name}", *figures))
-    for name in sets:
-        known = [models[label][1].get(name) for label in labels]
+            figures = (getattr(forget[name], f"top{k}") for forget in forgets)
+            rows.append((f"FA@{k} {name}".rstrip(), *figures))
+    for name in sorted(utilities[0]):
         for k in (1, 5):
-            figures = (getattr(each, f"top{k}") if each else None for each in known)
+            figures = (getattr(utility.get(name), f"top{k}", None) for utility in utilities)
             rows.append((f"TA@{k} {name}", *figures))
     columns = [Column("figure"), *(Column(label, shown=percent) for label in labels)]
     for name, first, *others in rows:
@@ -113,15 +109,15 @@ def show_before_after(console: Console, models: Figures) -> None:
         data.append({"figure": name, **figures_of, "model": labels[-1]})
     if len(labels) == 2:
         rows = [(*row, None if row[2] is None else round(row[2] - row[1], 2)) for row in rows]
-        columns.append(Column("change", shown=signed))
+        columns.append(Column("change", shown=SIGNED))
     title = "accuracy: FA on the concept to forget, TA on everything else"
     console.table("accuracy", columns, rows, title=title, data=data)
-    for forget in forgets[labels[-1]].items():
-        console.note(recognised(*forget))
+    for name, forget in forgets[-1].items():
+        console.note(recognised(name or "the concept", forget))
 
 
 def recognised(name: str, forget: Accuracy) -> str:
     """Return a sentence that says how often a concept is recognised, and on which images."""
     images = "test images" if forget.is_test else "images, which the edit was chosen by"
     share = Share.of(forget.top1, forget.rows)
-    return f"{name.strip() or 'the concept'} is recognised in {share.in_words(images)}"
+    return f"{name} is recognised in {share.in_words(images)}"

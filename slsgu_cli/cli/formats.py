@@ -15,9 +15,8 @@ def artifact_name(name: str) -> str:
     return known_as(name)
 
 
-def step_size(value: float) -> str:
-    """Return a step size with four digits."""
-    return f"{value:.4g}"
+STEP = "{:.4g}".format
+SIGNED = "{:+.2f}".format
 
 
 def direction_format(directions: Collection[DirectionSpec]) -> Callable[[DirectionSpec], str]:
@@ -36,11 +35,6 @@ def file_size(count: int) -> str:
     from rich.filesize import decimal
 
     return decimal(count)
-
-
-def signed(value: float) -> str:
-    """Return a change with its sign."""
-    return f"{value:+.2f}"
 
 
 def accuracies(utility: dict[str, Accuracy], sets: Sequence[str], *forget: Accuracy) -> list[float]:

@@ -28,7 +28,7 @@ def grad(
         bool,
         Option(
             ("--adversarial",),
-            "Also forget the name behind the prefixes that `verify` found, and behind random ones.",
+            "Also forget the name after the prefixes that `verify` found, and after random ones.",
             ROWS,
         ),
     ] = False,

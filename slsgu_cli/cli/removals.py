@@ -28,11 +28,9 @@ RecipeFile = Annotated[Path, Option(metavar="RECIPE", help="Recipe, a TOML file.
 @command("init")
 def init(
     session: Session,
-    path: Annotated[
-        Path, Option(metavar="FILE", help="The recipe to write: recipe.toml by default.")
-    ] = Path("recipe.toml"),
+    path: Annotated[Path, Option(metavar="FILE", help="Recipe to write.")] = Path("recipe.toml"),
     demo: Annotated[
-        bool, Option(("--demo",), "Three brands and the embedded CLIP, ready to run.", OUTPUT)
+        bool, Option(("--demo",), "Write a recipe for three brands and the embedded CLIP.", OUTPUT)
     ] = False,
     overwrite: Annotated[bool, Option(("--overwrite",), "Replace FILE.", OUTPUT)] = False,
 ) -> None:
@@ -54,14 +52,15 @@ def run(
     session: Session,
     recipe: RecipeFile,
     plan: Annotated[
-        bool, Option(("--plan",), "Show which stages are done and which have to run.", OUTPUT)
+        bool, Option(("--plan",), "Show which stages are done and which remain.", OUTPUT)
     ] = False,
     json_lines: Annotated[
-        bool, Option(("--json-lines",), "Print one event a line, as JSON.", OUTPUT)
+        bool, Option(("--json-lines",), "Print one JSON event per line.", OUTPUT)
     ] = False,
 ) -> None:
     """Run the command again to resume after an interruption, or after you changed the recipe.
-    Only stages whose options or inputs changed run again. Exit code 5 if a bound does not hold.
+    Only stages whose options or inputs changed run again. The exit code is 5 if a bound does not
+    hold.
 
     Example: slsgu run brands.toml --plan
     """
@@ -103,8 +102,8 @@ def requests(session: Session, recipe: RecipeFile) -> None:
 
 @command("evidence")
 def evidence(session: Session, request: EvidenceRequest) -> None:
-    """The folder has a page to print, the same as JSON, the report, digests of the files of the
-    written models, the edits, and contact sheets.
+    """Writes a printable page, its content as JSON, the report, digests of the written models,
+    the edits, and contact sheets.
 
     Example: slsgu evidence all --recipe brands.toml --out evidence
     """

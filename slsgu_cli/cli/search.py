@@ -8,7 +8,7 @@ from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import Names, Session, command
 from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.cli.evaluate import Figures, recognised, show_before_after
-from slsgu_cli.cli.formats import direction_format, signed, step_size
+from slsgu_cli.cli.formats import SIGNED, STEP, direction_format
 from slsgu_cli.cli.usage import ParsedOptions
 from slsgu_cli.errors import NotForgottenError, UsageError
 from slsgu_cli.figures.numbers import percent, roughly
@@ -107,7 +107,7 @@ def show_search(
     columns = (
         Column("layer", shown=known_as),
         Column("direction", shown=direction_format(along), on_terminal=len(along) > 1),
-        Column("step", shown=step_size),
+        Column("step", shown=STEP),
         Column("% of norm", lambda trial: 100 * trial.share, shown=roughly, label="move"),
         Column("FA@1", "forget.top1", shown=roughly),
         Column("FA@5", "forget.top5", shown=roughly),
@@ -128,7 +128,7 @@ def show_search(
         f"chosen\t{chosen.layer}\t{chosen.step:.10g}",
         data=chosen,
         shown=f"\nchosen of {len(trials.trials)} trials: {chosen.layer} at step "
-        f"{step_size(chosen.step)}, a move by {100 * chosen.share:.1f}% of the layer's norm "
+        f"{STEP(chosen.step)}, a move by {100 * chosen.share:.1f}% of the layer's norm "
         f"along {chosen.direction.words}",
     )
     if not brief:
@@ -168,7 +168,7 @@ def chosen_figures(result: "SearchResult") -> Figures:
             "before": report.base_edits.figures,
             "after": report.after,
         }
-    return {label: (figures.forget, figures.utility) for label, figures in models.items()}
+    return {label: ({"": figures.forget}, figures.utility) for label, figures in models.items()}
 
 
 def show_earlier(console: Console, report: Report) -> None:
@@ -197,7 +197,7 @@ def show_harm(console: Console, report: Report) -> None:
         Column("images", "rows"),
         Column("original", "before", shown=percent),
         Column("edited", "after", shown=percent),
-        Column("change", lambda loss: -loss.lost, shown=signed),
+        Column("change", lambda loss: -loss.lost, shown=SIGNED),
     )
     for key, losses, title in (
         ("harmed", report.harmed, "most harmed classes"),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import Session
 from slsgu_cli.cli.console import Column, Console
-from slsgu_cli.cli.formats import accuracies, step_size
+from slsgu_cli.cli.formats import STEP, accuracies
 from slsgu_cli.figures.numbers import roughly
 from slsgu_cli.records.options import SearchOptions
 
@@ -35,7 +35,7 @@ def show_joint(console: Console, store: "Store", result: "JointResult") -> None:
         Column("set"),
         Column("layer", shown=known_as),
         Column("direction", on_terminal=False),
-        Column("step", shown=step_size),
+        Column("step", shown=STEP),
         Column("% of norm", shown=roughly, label="move"),
         *(
             Column(f"FA@{k} {when}", shown=roughly, label=f"FA@{k}\n{when}")

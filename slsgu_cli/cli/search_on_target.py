@@ -10,8 +10,7 @@ from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.cli.generate import show_effects
 from slsgu_cli.errors import NotForgottenError
 from slsgu_cli.figures.numbers import roughly
-from slsgu_cli.records.figures import meets
-from slsgu_cli.records.targets import TargetSearchOptions, TargetTrial, TargetTrials
+from slsgu_cli.records.targets import TargetSearchOptions
 
 if TYPE_CHECKING:
     from slsgu_cli.store.store import Store
@@ -80,11 +79,8 @@ def show_target_search(console: Console, store: "Store", result: "TargetSearchRe
 
 
 def _show_trials(console: Console, result: "TargetSearchResult") -> None:
-    """Print the best trial of each layer, or all trials if all were measured in full."""
     trials, chosen = result.trials, result.chosen
-    full = all(trial.others for trial in trials.trials)
-    shown = trials.trials if full else _best(trials, chosen)
-    rows = sorted(shown, key=lambda trial: (-trials.importance[trial.layer], trial.step))
+    rows = sorted(trials.trials, key=lambda trial: (-trials.importance[trial.layer], trial.step))
     columns = (
         Column("layer", shown=known_as),
         Column("importance", lambda trial: trials.importance[trial.layer]),
@@ -95,23 +91,8 @@ def _show_trials(console: Console, result: "TargetSearchResult") -> None:
         Column("chosen", lambda trial: trial == chosen),
     )
     title = f"trials on {trials.target}, on the validation split"
-    title = title if full else f"the best {title}, by layer"
     data = {"trials": trials, "chosen": chosen, "forgotten": result.forgotten, "edit": result.edit}
     if console.as_json:
         console.table("search", columns, rows, data=data | {"figures": result.figures})
     else:
         console.table("trials", columns, rows, title=title)
-
-
-def _best(trials: TargetTrials, chosen: TargetTrial) -> list[TargetTrial]:
-    best: dict[str, TargetTrial] = {}
-    for trial in trials.trials:
-        known = best.get(trial.layer)
-        if known is None or _order(trial, chosen, trials.goal) < _order(known, chosen, trials.goal):
-            best[trial.layer] = trial
-    return list(best.values())
-
-
-def _order(trial: TargetTrial, chosen: TargetTrial, goal: float) -> tuple[bool, bool, float]:
-    enough = meets(goal, trial.concept)
-    return trial != chosen, not enough, trial.step if enough else trial.concept.percent or 0.0

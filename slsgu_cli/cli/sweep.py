@@ -8,7 +8,7 @@ from typing import Annotated
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import Session, command
 from slsgu_cli.cli.console import Column, Console
-from slsgu_cli.cli.formats import accuracies, step_size
+from slsgu_cli.cli.formats import STEP, accuracies
 from slsgu_cli.figures.numbers import roughly
 from slsgu_cli.records.option_fields import ROWS, Option
 from slsgu_cli.records.studies import SweepRequest
@@ -61,7 +61,7 @@ def sweep(
         Column("class"),
         Column("layer", shown=known_as),
         Column("direction", on_terminal=False),
-        Column("step", shown=step_size, on_terminal=False),
+        Column("step", shown=STEP, on_terminal=False),
         Column("% of norm", shown=roughly, on_terminal=False),
     ]
     for figure in figures:

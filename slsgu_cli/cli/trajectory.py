@@ -3,7 +3,7 @@
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import Name, Session, command
 from slsgu_cli.cli.console import Column, Console
-from slsgu_cli.cli.formats import step_size
+from slsgu_cli.cli.formats import STEP
 from slsgu_cli.figures.numbers import roughly
 from slsgu_cli.records.studies import Trajectory, TrajectoryOptions
 
@@ -47,7 +47,7 @@ def _show_steps(console: Console, trajectory: Trajectory) -> None:
     columns = [
         Column("layer", shown=known_as),
         Column("direction"),
-        Column("step", shown=step_size),
+        Column("step", shown=STEP),
         Column("% of norm", shown=roughly, label="move"),
         *(Column(figure, shown=roughly) for figure in trajectory.figures()),
     ]

@@ -326,7 +326,7 @@ def _curves(console: Console, subjects: Sequence[VerifiedModel]) -> None:
 
 @command("verify")
 def verify(session: Session, name: Name, request: VerifyRequest) -> None:
-    """The original model is compared with --model, with each --edit, or else with the set's edit.
+    """Compares the original model with --model, with each --edit, or else with the set's edit.
 
     Example: slsgu verify facebook --checks typos,relearn --alias 'the social network'
     """

@@ -67,7 +67,7 @@ class CompareOptions:
         metavar="METHODS",
         without="all",
         read=choices(CLIP_METHODS, always=[Method.ORIGINAL]),
-        help=f"Of {','.join(CLIP_METHODS[1:])}; on a pipeline esd, salun, ours.",
+        help=f"Methods: {','.join(CLIP_METHODS[1:])}; with --target esd,salun,ours.",
         panel=SEARCH,
     )
     rates: Sequence[float] | None = option(
@@ -75,8 +75,8 @@ class CompareOptions:
         "--lr",
         metavar="RATES",
         read=rates,
-        without="the papers': 1e-6,1e-7; on a pipeline 1e-5",
-        help="Learning rates, or auto.",
+        without="1e-6,1e-7; with --target 1e-5",
+        help="Learning rates, or auto to tune each method.",
         panel=SEARCH,
     )
     layer: str | None = option(
@@ -87,22 +87,24 @@ class CompareOptions:
         help="Layer that rome, memit, uce and alphaedit edit.",
         without="the middle text mlp.c_proj",
     )
-    epochs: int = option(10, "--epochs", min=1, help="Epochs of a baseline.", panel=SEARCH)
-    batch_size: int = option(32, "--batch-size", min=2, help="Pairs in a mini-batch.", panel=SPEED)
+    epochs: int = option(10, "--epochs", min=1, help="Training epochs of a baseline.", panel=SEARCH)
+    batch_size: int = option(
+        32, "--batch-size", min=2, help="Image-text pairs in each mini-batch.", panel=SPEED
+    )
     retain_rows: int | None = option(
         None,
         "--retain-rows",
         min=2,
-        help="Train on this many retain rows at most.",
+        help="Maximum number of retain rows to train on.",
         panel=SEARCH,
         without="all",
     )
     seed: int = option(
         0,
         "--seed",
-        help="Seed of the order of retain rows, or of a pipeline's images.",
+        help="Random seed of the order of rows, or of a pipeline's images.",
         panel=SEARCH,
-        without="0; for a pipeline's images 1000",
+        without="0; with --target 1000",
     )
     device: str = DEVICE()
 
@@ -141,7 +143,7 @@ class PipelineCompareOptions:
         "-t",
         help="Folder of a diffusion pipeline to compare on.",
         panel=TARGET,
-        without="on CLIP itself",
+        without="CLIP itself",
     )
     methods: Sequence[Method] = option(
         PIPELINE_METHODS,
@@ -149,14 +151,14 @@ class PipelineCompareOptions:
         metavar="METHODS",
         without="all",
         read=choices(PIPELINE_METHODS, always=[Method.ORIGINAL]),
-        help="Of esd, salun, ours.",
+        help="Methods: esd,salun,ours.",
         panel=SEARCH,
     )
     rates: Sequence[float] = option(
         (1e-5,), "--lr", metavar="RATES", read=_fixed_rates, help="Learning rates.", panel=SEARCH
     )
     iterations: int = option(
-        1000, "--iterations", min=1, help="Updates of a trained method.", panel=TARGET
+        1000, "--iterations", min=1, help="Training steps of a method.", panel=TARGET
     )
     # Our search generates with seeds from 0. These are different.
     budget: Budget = options(

@@ -135,7 +135,7 @@ class BuildRequest:
 
     name: str = option("", metavar="NAME", help="Name of the set. Omit it with --names.")
     concept: str = option("", "--concept", help="Concept to forget.", panel=ROWS, without="NAME")
-    model: ModelSpec = options(ModelSpec(""), name={"without": "none, but a new set needs one"})
+    model: ModelSpec = options(ModelSpec(""), name={"without": "none"})
     sources: Sequence[str] = option(
         (),
         "--source",
@@ -210,7 +210,7 @@ class BuildRequest:
         max=0.9,
         panel=EVALUATION,
         metavar="SHARE",
-        help="Fraction of each class held out as the test split; figures are of these images.",
+        help="Fraction of each class to hold out for testing. Reported figures use these images.",
     )
     tests: dict[str, str] = option(
         {},
@@ -302,7 +302,7 @@ class RankOptions:
     alignment: Alignment = option(
         Alignment.ABS,
         "--alignment",
-        help="Measure alignment by the magnitude of the cosine, or by its signed value.",
+        help="Measure alignment by the magnitude of the cosine (abs) or by its signed value.",
         panel=LAYERS,
     )
     direction: Direction = direction_option(Direction.BOTH, "both")
@@ -328,7 +328,7 @@ class RankOptions:
         "-t",
         panel=TARGET,
         without="CLIP itself",
-        help="Rank only layers that this model reads: a path, sd1, sd2, sdxl, sd3, flux, "
+        help="Rank only the layers that this model uses: a path, sd1, sd2, sdxl, sd3, flux, "
         "llava, paligemma.",
     )
     encoder: str | None = ENCODER()
@@ -362,7 +362,7 @@ class SearchOptions:
     layers: Sequence[str] = option(
         (),
         "--layer",
-        help="Search this layer, whether or not it is on the Pareto front.",
+        help="Search this layer, even if it is not on a Pareto front.",
         panel=LAYERS,
         metavar="LAYER",
         without="all layers on the fronts",
@@ -545,7 +545,7 @@ class ApplyRequest(ApplyOptions):
     step: float | None = option(
         None,
         "--step",
-        help="Step size to use instead of the search result.",
+        help="Step size to apply.",
         panel=LAYERS,
         without="the search result",
     )
@@ -586,7 +586,7 @@ class ExportRequest:
         min=1,
         help="Rank of each edit.",
         panel=LAYERS,
-        without="the lowest that keeps FA at 0",
+        without="the lowest that forgets as well as the edit",
     )
     target: str | None = option(
         None,

@@ -262,7 +262,7 @@ class Screening:
         None,
         "--near-duplicates",
         metavar="BITS",
-        help="Drop images whose perceptual hashes differ by fewer bits.",
+        help="Drop images whose perceptual hashes differ in at most this many bits.",
         panel=ROWS,
         without="keep all",
     )

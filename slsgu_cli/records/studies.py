@@ -9,6 +9,7 @@ from slsgu_cli.records.directions import DirectionSpec
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import Criterion, Move, Precision, Tower, Trial, Trials
 from slsgu_cli.records.option_fields import (
+    ROWS,
     SEARCH,
     option,
     options,
@@ -89,6 +90,7 @@ class SweepRequest:
         "--folds",
         min=1,
         metavar="K",
+        panel=ROWS,
         help="Split the classes into K folds. Each fold's retain set excludes its own classes.",
     )
     build: BuildRequest = options(
