@@ -1,6 +1,5 @@
 """The command `build-sets`."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,6 +48,7 @@ def build_sets(
 ) -> None:
     """Example: slsgu build-sets facebook -m local-dir:clip -s laion.tar --eval brands=test.tar"""
     from slsgu_cli.sets import build
+    from slsgu_cli.sets.context import counted
     from slsgu_cli.sets.requests import with_collection
 
     store, console = session.store, session.console
@@ -69,7 +69,13 @@ def build_sets(
         show_manifest(console, build.build_sets(store, wanted))
         return
     built, failed = build.build_many(store, wanted, concepts)
-    show_manifests(console, built)
+    columns = (
+        Column("set", "name"),
+        Column("forget", "forget.rows"),
+        Column("retain", "retain.rows"),
+        Column("left out of forget", lambda manifest: counted(manifest.forget.refused)),
+    )
+    console.table("sets", columns, built, title="sets", data=list(built))
     build.require_all(failed)
 
 
@@ -115,15 +121,6 @@ def show_manifest(console: Console, built: SetManifest) -> None:
     ]
     columns = ("part", "rows", "seen", "left out", Column("path", on_terminal=False))
     console.table("set", columns, rows, title=f"set {built.name}", data=built)
-
-
-def show_manifests(console: Console, built: Sequence[SetManifest]) -> None:
-    """Print the sets of a file of names."""
-    from slsgu_cli.sets.context import counted
-
-    cells = [(m.name, m.forget.rows, m.retain.rows, counted(m.forget.refused)) for m in built]
-    columns = ("set", "forget", "retain", "left out of forget")
-    console.table("sets", columns, cells, title="sets", data=list(built))
 
 
 def show_replayed(console: Console, result: "Replayed") -> None:

@@ -53,12 +53,6 @@ def evaluate(
     from slsgu_cli.engine import evaluate as evaluation
 
     result = evaluation.evaluate(session.store, names, model=model, device=device)
-    show_evaluated(session.console, result)
-    show_asserted(session.console, result, assertions)
-
-
-def show_evaluated(console: Console, result: "EvalResult") -> None:
-    """Print the accuracy of each model."""
     single = len(result.names) == 1
     figures: Figures = {
         model.label: (
@@ -67,8 +61,9 @@ def show_evaluated(console: Console, result: "EvalResult") -> None:
         )
         for model in result.models
     }
-    show_before_after(console, figures)
-    console.paths("plots", [result.plot] if result.plot else [])
+    show_before_after(session.console, figures)
+    session.console.paths("plots", [result.plot] if result.plot else [])
+    show_asserted(session.console, result, assertions)
 
 
 def show_asserted(console: Console, result: "EvalResult", assertions: Sequence[Assertion]) -> None:

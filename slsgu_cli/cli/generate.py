@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 from slsgu_cli.cli.app import NEEDED, Session, command
 from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.cli.usage import ParsedOptions
-from slsgu_cli.errors import UsageError
 from slsgu_cli.figures.numbers import interval, roughly
 from slsgu_cli.records.figures import JudgeFigures
 from slsgu_cli.records.option_fields import GENERATION, Option
@@ -51,11 +50,6 @@ def generate(
 
         hint = "--themes FILE --objects FILE --out FOLDER, and no --prompt"
         request.refuse("for --protocol prompts", hint=hint, shared=[answer_set])
-        if not all(field in answer_set for field in ("out", "themes", "objects")):
-            raise UsageError(
-                "--protocol unlearncanvas needs themes, objects and an output folder",
-                hint=hint,
-            )
         canvas = unlearn_canvas.answer_set(session.store, answer_set.record())
         show_answer_set(session.console, canvas)
         return

@@ -1,6 +1,7 @@
 """The command `search`."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,21 +68,18 @@ def search(
 
 def search_sets(session: Session, names: Sequence[str], options: SearchOptions) -> None:
     """Search sets one after another, then raise NotForgottenError if any was not forgotten."""
-    from slsgu_cli.engine.plots import draw_steps, search_and_plot
+    from slsgu_cli.engine.plots import draw_steps
     from slsgu_cli.engine.search import require_forgotten, search_each
 
     store, console = session.store, session.console
-    if len(names) == 1:
-        result = search_and_plot(store, names[0], options=options)
-        show_search(console, store, result)
-        require_forgotten(result)
-        return
+    several = len(names) > 1
     failed: list[NotForgottenError] = []
     for result in search_each(store, names, options=options):
         name = result.trials.name
         draw_steps(store, result)
-        with console.part("sets"):
-            console.value("set", f"set\t{name}", data=name, shown=f"\n{name}")
+        with console.part("sets") if several else nullcontext():
+            if several:
+                console.value("set", f"set\t{name}", data=name, shown=f"\n{name}")
             show_search(console, store, result)
         try:
             require_forgotten(result)

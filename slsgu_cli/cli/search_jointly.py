@@ -1,35 +1,23 @@
 """The command `search --joint`."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from slsgu_cli.checkpoints.layers import known_as
 from slsgu_cli.cli.app import Session
-from slsgu_cli.cli.console import Column, Console
+from slsgu_cli.cli.console import Column
 from slsgu_cli.cli.formats import STEP, accuracies
 from slsgu_cli.figures.numbers import roughly
 from slsgu_cli.records.options import SearchOptions
-
-if TYPE_CHECKING:
-    from slsgu_cli.store.store import Store
-    from slsgu_cli.study.joint import JointResult
 
 
 def search_jointly(session: Session, names: Sequence[str], options: SearchOptions) -> None:
     """Search for edits that forget the concepts of several sets jointly."""
     from slsgu_cli.processes import refuse_several
+    from slsgu_cli.store.artifacts import Artifact, joint_label
     from slsgu_cli.study.joint import joint_search, require_joint
 
     refuse_several("search --joint")
     result = joint_search(session.store, names, options=options)
-    show_joint(session.console, session.store, result)
-    require_joint(result)
-
-
-def show_joint(console: Console, store: "Store", result: "JointResult") -> None:
-    """Print layer and step for each concept, and retained accuracy as concepts are added."""
-    from slsgu_cli.store.artifacts import Artifact, joint_label
-
     record, chosen = result.record, result.chosen
     concepts = (
         Column("set"),
@@ -51,7 +39,7 @@ def show_joint(console: Console, store: "Store", result: "JointResult") -> None:
             (move.name, move.layer, str(move.direction), move.step, 100 * move.share, *fall)
         )
     title = "all edits applied, each concept on its own images"
-    console.table("edits", concepts, rows, title=title, data=record)
+    session.console.table("edits", concepts, rows, title=title, data=record)
     sets = sorted(record.baseline_utility)
     hundredths = "{:.2f}".format
     columns = (
@@ -75,8 +63,9 @@ def show_joint(console: Console, store: "Store", result: "JointResult") -> None:
         figures = accuracies(stage.utility or record.baseline_utility, sets)
         stages.append((len(stage.moves), added.name, added.layer, worst, *figures))
     title = "accuracy on other classes as concepts are added"
-    console.table("stages", columns, stages, title=title)
+    session.console.table("stages", columns, stages, title=title)
     files = [*map(Artifact.EDIT.path, record.names), Artifact.JOINT.path(joint_label(record.names))]
-    console.paths("files", [*map(store.where, files), *result.plots])
+    session.console.paths("files", [*map(session.store.where, files), *result.plots])
     if result.reused:
-        console.note(f"{result.reused} recorded joint trials were reused")
+        session.console.note(f"{result.reused} recorded joint trials were reused")
+    require_joint(result)

@@ -16,7 +16,7 @@ from slsgu_cli.records import comparison, method, sets, studies
 from slsgu_cli.records.codec import canonical_json, decode, digest, encode
 from slsgu_cli.records.directions import FALLBACK
 from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.method import EditHeader, LayerScore, ParameterNorm, Ranking, Tower, Trial
+from slsgu_cli.records.method import LayerScore, ParameterNorm, Ranking, Tower, Trial
 from slsgu_cli.records.sets import ModelSpec
 
 KINDS = sorted(
@@ -180,33 +180,6 @@ def test_records_are_frozen_and_documented(kind):
     assert kind.__dataclass_params__.frozen
     assert "__slots__" in vars(kind)
     assert not kind.__doc__.startswith(f"{kind.__name__}(")
-
-
-def test_an_edit_without_figures_survives():
-    header = EditHeader(
-        name="n",
-        concept="c",
-        layer="visual.proj",
-        tower=Tower.VISION,
-        step=0.5,
-        share=0.1,
-        model=ModelSpec("local-dir:clip"),
-        model_fingerprint="m",
-        digests={"fp32": "a"},
-        gradient="g",
-        direction=FALLBACK,
-        retain_data=None,
-        criterion=None,
-        margin=None,
-        forgotten=None,
-        baseline_forget=None,
-        baseline_utility=None,
-        forget=None,
-        utility={"brands": ACCURACY},
-        joint=None,
-        version="0.1.0",
-    )
-    assert decode(EditHeader, through_json(header)) == header
 
 
 def test_a_newer_edit_replaces_the_row_of_ours_in_a_comparison_on_a_pipeline():
