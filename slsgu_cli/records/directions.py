@@ -11,7 +11,7 @@ DAMPING = 0.01
 
 
 class Direction(StrEnum):
-    """Which directions are ranked and searched; `BOTH` is for those that are tried by default."""
+    """The directions to rank and search; `BOTH` stands for the default ones."""
 
     GRADIENT = "gradient"
     WHITENED = "whitened"
@@ -29,7 +29,7 @@ class Direction(StrEnum):
         return any(REGISTRY[kind].needs_inputs for kind in self.each)
 
     def specs(self, damping: float | None = None) -> "tuple[DirectionSpec, ...]":
-        """Return each direction with its parameters, those that are not given by default."""
+        """Return each direction with its parameters, or their defaults."""
         return tuple(DirectionSpec.of(kind, damping=damping) for kind in self.each)
 
     @classmethod
@@ -38,7 +38,7 @@ class Direction(StrEnum):
         return next(iter(kinds)) if len(kinds) == 1 else cls.BOTH
 
     def check(self, damping: float | None) -> None:
-        """Raise UsageError where no direction has the parameter that is given."""
+        """Raise UsageError if `damping` is given but no direction has it."""
         if damping is not None and not any("damping" in REGISTRY[k].parameters for k in self.each):
             able = [kind for kind, entry in REGISTRY.items() if "damping" in entry.parameters]
             raise UsageError(
@@ -49,7 +49,7 @@ class Direction(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What others need to know of a direction.
+    """The implementation and the properties of a direction.
 
     `implementation` is MODULE:CLASS, called with the parameters, whose defaults `parameters`
     has. `words` names it in sentences. A direction that `needs_inputs` gets the input covariances
@@ -88,7 +88,7 @@ class DirectionSpec:
 
     @classmethod
     def of(cls, kind: Direction, **parameters: float | None) -> "DirectionSpec":
-        """Return a direction with the parameters that it has of those given, else its defaults."""
+        """Return a direction with the given parameters that it has, else their defaults."""
         usual = REGISTRY[kind].parameters
         given = {n: v for n, v in parameters.items() if n in usual and v is not None}
         return cls(kind, {**usual, **given})
@@ -102,7 +102,7 @@ class DirectionSpec:
 
     @property
     def entry(self) -> Entry:
-        """What the registry says of it."""
+        """The entry of the registry."""
         return REGISTRY[self.kind]
 
     @property
@@ -112,21 +112,20 @@ class DirectionSpec:
 
     @property
     def order(self) -> tuple[int, tuple[float, ...]]:
-        """Where it stands in tables: as in the registry, larger parameters first."""
+        """The sort key: the order of the registry, then larger parameters first."""
         values = (-value for value in self.parameters.values())
         return [*REGISTRY].index(self.kind), tuple(values)
 
     @property
     def slug(self) -> str:
-        """Its name in the name of a file."""
+        """The name in file names."""
         return "-".join([self.kind, *(f"{value:g}" for value in self.parameters.values())])
 
     @property
     def words(self) -> str:
-        """What it is, with its parameters, as the end of a sentence."""
-        values = [f"{name} {value:g}" for name, value in self.parameters.items()]
-        return self.entry.words + (f" ({', '.join(values)})" if values else "")
+        """The name in sentences, with parameters."""
+        return self.entry.words + str(self).removeprefix(self.kind)
 
 
-# The direction of layers that lack what another one needs.
+# The direction of layers without the inputs that another one needs.
 FALLBACK = DirectionSpec(Direction.GRADIENT)

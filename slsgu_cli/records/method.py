@@ -129,7 +129,7 @@ class SumsHeader:
 
     @property
     def made_from(self) -> tuple[str, str, int]:
-        """What must be alike for a pass to go on with them."""
+        """The values that must match to resume a pass."""
         return self.gradient, self.device, self.batches
 
 
@@ -155,7 +155,7 @@ class GradientPointer:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerCovariance:
-    """The second moment C of one layer's inputs: a tensor of the file, and what it says.
+    """The second moment C of one layer's inputs, which is a tensor of the file.
 
     `axis` is the weight's axis of inputs, `count` the inputs that C is the mean over,
     `output` the mean squared output of the layer on them, tr(W C W^T).
@@ -184,7 +184,7 @@ class CovarianceHeader:
     revision: int = 1
 
     def is_of(self, pointer: GradientPointer) -> bool:
-        """Return whether it is of the model, retain rows and prefixes of a set's gradients."""
+        """Return whether the model, retain rows and prefixes are those of a set's gradients."""
         wanted = (pointer.model_fingerprint, pointer.retain_data, pointer.prefixes)
         return (self.model, self.data, self.prefixes) == wanted
 
@@ -193,8 +193,8 @@ class CovarianceHeader:
 class FeatureHeader:
     """Image features of the original model, of the rows of a split.
 
-    `evals` identifies by evaluation set the rows and how they are split, and `split` is the part
-    that the features are of. They were computed in `precision`, on a `device`.
+    `evals` has the fingerprint of the rows and the split of each evaluation set, and `split` is
+    the part that the features are of. They were computed in `precision`, on a `device`.
     """
 
     model: str
@@ -205,7 +205,7 @@ class FeatureHeader:
     version: str
 
     def is_of(self, pointer: GradientPointer, manifest: SetManifest) -> bool:
-        """Return whether it is of the model of a set's gradients, and of what it measures on."""
+        """Return whether the model and the evaluation rows are those of a set."""
         measured = self.model, self.evals
         return measured == (pointer.model_fingerprint, manifest.measured_on())
 
@@ -238,7 +238,7 @@ class LayerScore:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PromptReader:
-    """A text encoder of a pipeline: what it is, what of it is read, whether an edit changes it."""
+    """A text encoder of a pipeline, the output that is used, and whether an edit changes it."""
 
     name: str
     model: str
@@ -250,7 +250,7 @@ class PromptReader:
 class Ranking:
     """Every candidate layer of a model, scored for one concept along each of `directions`.
 
-    Layers that lack what a direction needs have a score along the gradient in any case.
+    Layers without the inputs that a direction needs are scored along the gradient.
     `target` is the model it was made for, None for the CLIP itself; `unreached` are the
     layers that cannot influence it, with the reason, and `readers` what reads its prompts.
     """
@@ -395,13 +395,13 @@ class EditHeader:
 
     @property
     def after(self) -> dict[str, str]:
-        """The digests of the edits that it stands on, by name."""
+        """The digests of the edits that it builds on, by name."""
         earlier = self.base_edits.edits if self.base_edits else {}
         return {name: edit.digest for name, edit in earlier.items()}
 
 
 class ModelLayout(StrEnum):
-    """What loads a model that is written: transformers, open_clip, or as a text encoder ComfyUI."""
+    """The format of a written model: transformers, open_clip, or a text encoder for ComfyUI."""
 
     HF = "hf"
     OPEN_CLIP = "open_clip"
@@ -409,7 +409,7 @@ class ModelLayout(StrEnum):
 
 
 class LoraLayout(StrEnum):
-    """Whose LoRA: kohya's, for clients of diffusion models, or PEFT's, for transformers."""
+    """The format of a LoRA: kohya's for diffusion clients, or PEFT's for transformers."""
 
     LORA = "lora"
     PEFT = "peft"
@@ -419,7 +419,7 @@ class LoraLayout(StrEnum):
 class LoraEdit:
     """An edit in a LoRA: its header, its rank, and where its directions start in each module.
 
-    `prefix` is kohya's, of its text encoder; None where that is the file's.
+    `prefix` is kohya's, of its text encoder; None if it is that of the file.
     """
 
     edit: EditHeader
@@ -430,7 +430,7 @@ class LoraEdit:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoraHeader:
-    """What a LoRA file says of itself; `prefix` is kohya's, of its first edit's text encoder."""
+    """The header of a LoRA file; `prefix` is kohya's, of its first edit's text encoder."""
 
     layout: LoraLayout
     prefix: str

@@ -79,18 +79,6 @@ class Option:
         return f"{key}_" if keyword.iskeyword(key) else key
 
 
-@dataclass(frozen=True, slots=True)
-class Nested:
-    """A field whose record has options of its own, except for the fields in `omit`.
-
-    `changes` replaces attributes of these options, by field.
-    """
-
-    changes: Mapping[str, Mapping[str, Any]]
-    omit: Collection[str] = ()
-    panel: str | None = None
-
-
 def option(default: Any, *flags: str, **attributes: Any) -> Any:
     """Return a field with an Option; the default `...` makes it required."""
     metadata = {"option": Option(flags, **attributes)}
@@ -106,8 +94,12 @@ def options(
     panel: str | None = None,
     **changes: Mapping[str, Any],
 ) -> Any:
-    """Return a field for a record of options (see Nested)."""
-    return dataclasses.field(default=default, metadata={"options": Nested(changes, omit, panel)})
+    """Return a field for a record with options of its own, except for the fields in `omit`.
+
+    `panel` and `changes` replace attributes of these options, `changes` by field.
+    """
+    metadata = {"changes": changes, "omit": omit, "panel": panel}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,33 +199,31 @@ class OptionField:
                 yield from (flags[0], text)
 
 
-def option_fields(kind: type, default: Any = None) -> list[OptionField]:
+def option_fields(kind: type, defaults: Any = None) -> list[OptionField]:
     """Return the options of a record and of its nested records, in order.
 
-    Defaults are those of the record `default`, if there is one.
+    Defaults are the values of `defaults`, if there is one.
     """
     hints = typing.get_type_hints(kind)
     fields = []
     for field in dataclasses.fields(kind):
-        usual = getattr(default, field.name) if default is not None else usual_value(field)
+        usual = getattr(defaults, field.name) if defaults is not None else usual_value(field)
         bare = without_none(hints[field.name])
         if declared := field.metadata.get("option"):
             fields.append(OptionField((field.name,), declared, bare, usual))
-        elif nested := field.metadata.get("options"):
+        elif "changes" in field.metadata:
+            changes, omit, panel = (field.metadata[key] for key in ("changes", "omit", "panel"))
             for inner in option_fields(bare, None if usual is MISSING else usual):
-                if usual is None and inner.required:
-                    # The nested record is optional, and so are its options.
-                    inner = dataclasses.replace(inner, default=None)
-                if inner.path[0] not in nested.omit:
-                    fields.append(_within(field.name, inner, nested))
+                name, declared = inner.path[0], inner.option
+                if name in omit:
+                    continue
+                # If the nested record is optional, so are its options.
+                default = None if usual is None and inner.required else inner.default
+                attributes = {"panel": panel or declared.panel, **changes.get(name, {})}
+                declared = dataclasses.replace(declared, **attributes)
+                path = (field.name, *inner.path)
+                fields.append(OptionField(path, declared, inner.kind, default))
     return fields
-
-
-def _within(name: str, inner: OptionField, nested: Nested) -> OptionField:
-    panel = nested.panel or inner.option.panel
-    changes = nested.changes.get(inner.path[0], {})
-    changed = dataclasses.replace(inner.option, panel=panel, **changes)
-    return dataclasses.replace(inner, path=(name, *inner.path), option=changed)
 
 
 def build(kind: type[R], values: Mapping[tuple[str, ...], Any]) -> R:

@@ -113,7 +113,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model says to a question about an image, before and after an edit."""
+    """A model's answer to a question about an image, before and after an edit."""
 
     image: str
     question: str
@@ -151,9 +151,9 @@ QUESTIONS = partial(option, ("What is shown in this image?",), "--question", pan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What one trial on a target may take: images or questions of the concept and of others.
+    """The images or questions of one trial on a target: of the concept, and of others.
 
-    A trial that surely misses its goal takes fewer of the concept.
+    A trial that has certainly missed its goal uses fewer images of the concept.
     """
 
     concept: int = option(
@@ -185,7 +185,7 @@ class HeldOutBudget:
 
 @dataclass(frozen=True, slots=True)
 class TargetTrial:
-    """One step of one layer, and what the target still shows. `others` is None if not measured.
+    """One step of one layer, and its figures on the target. `others` is None if not measured.
 
     `concept` covers less than the budget if the trial had already missed the goal.
     """
@@ -281,7 +281,7 @@ OUT = partial(
     without="the store",
 )
 
-# Beyond the shortest step that reaches the goal, and points that others may lose by it.
+# The factor on the shortest step that reaches the goal, and the points that others may lose.
 TARGET_OVERSHOOT = 1.15
 MAX_LOSS = 5.0
 
@@ -289,7 +289,7 @@ MAX_LOSS = 5.0
 def read_judges(name: str, texts: Sequence[str]) -> tuple[ModelSpec, ...]:
     """Return the models that texts name as MODEL or MODEL=WEIGHTS.
 
-    What follows `local-dir:` or `hf-hub:` is a name whole. Raises UsageError for one named twice.
+    A name after `local-dir:` or `hf-hub:` may contain `=`. Raises UsageError for duplicates.
     """
     parts = [
         (text, "", "") if ":" in text.partition("=")[0] else text.partition("=") for text in texts
@@ -301,7 +301,7 @@ def read_judges(name: str, texts: Sequence[str]) -> tuple[ModelSpec, ...]:
 
 
 def judge_option(words: str) -> Any:
-    """Return the field of the models that say what images show; `words` are for none."""
+    """Return the field of the models that classify images; `words` describes the default."""
     return option(
         (),
         "--judge",
@@ -316,7 +316,7 @@ def judge_option(words: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceRequest:
-    """Which images to make: `count` of them, the prompts in turn, seeds from `seed` on."""
+    """The images to generate: `count` images, alternating the prompts, with seeds from `seed`."""
 
     prompts: Sequence[str] = option(
         ...,
@@ -344,7 +344,7 @@ class SourceRequest:
 class TargetSearchOptions:
     """How to search on a target. Without `layers`, the `top` most important are searched.
 
-    `full` measures what every trial keeps, not only the steps that may win. `goal` is the
+    `full` measures retained accuracy for every trial, not only for candidates. `goal` is the
     unlearning accuracy to reach, in percent. A layer's step is `overshoot` times the shortest
     that reaches it, or less where others would lose more than `max_loss`, even if the goal
     is missed as a result. The first of `judges` (default: the set's CLIP) decides in the search;
@@ -413,7 +413,7 @@ class TargetSearchOptions:
     device: str = DEVICE()
 
     def __post_init__(self) -> None:
-        """Refuse a damping of the gradient, and two directions."""
+        """Refuse a damping of the plain gradient, and two directions."""
         self.direction.check(self.damping)
         if self.direction is Direction.BOTH:
             raise UsageError(
@@ -428,17 +428,17 @@ class TargetSearchOptions:
 
     @property
     def test_budget(self) -> Budget:
-        """What a report takes, made as in a trial."""
+        """The budget of a report."""
         return replace(self.budget, concept=self.test.concept, others=self.test.others)
 
 
 def numbers(name: str, text: str) -> tuple[int, ...]:
-    """Return the numbers that a list of numbers and ranges names, as `0-3,8`. Raises UsageError."""
+    """Parse a list of numbers and ranges, such as `0-3,8`. Raises UsageError."""
     values: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if match is None:
-            raise UsageError(f"{name} {text} is no list of numbers", hint=f"{name} 0-3,8")
+            raise UsageError(f"{name} {text} is not a list of numbers", hint=f"{name} 0-3,8")
         values += range(int(match[1]), int(match[2] or match[1]) + 1)
     if len(set(values)) != len(values) or not values:
         raise UsageError(f"{name} {text} names {'a number twice' if values else 'no number'}")

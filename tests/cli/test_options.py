@@ -104,7 +104,7 @@ def test_every_option_says_what_it_is_in_80_columns(name):
         (["build-sets", "a", "-p", "openai"], "--pretrained needs --model"),
         (["generate", "a", "-t", "x", "--themes", "f"], "--themes is for an answer set"),
         (["compare", "a", "--iterations", "3"], "--iterations is for a diffusion pipeline"),
-        (["generate", "a", "-t", "x", "--seeds", "few"], "--seeds few is no list of numbers"),
+        (["generate", "a", "-t", "x", "--seeds", "few"], "--seeds few is not a list of numbers"),
         (["generate", "a", "-t", "x", "--seeds", "1-3,2"], "--seeds 1-3,2 names a number twice"),
         (["generate", "a", "-t", "x", "--seeds", "3-1"], "--seeds 3-1 names no number"),
         (["search", "a", "-t", "x", "--judge", "b", "--judge", "b"], "--judge names a judge twice"),
