@@ -54,7 +54,7 @@ def test_commands_are_listed_in_groups_in_the_order_of_use():
 
 
 @pytest.mark.parametrize("name", LISTED)
-def test_every_option_says_what_it_is_in_80_columns(name):
+def test_every_option_has_a_help_text_within_80_columns(name):
     command = GROUP.get_command(None, name)
     assert isinstance(command, Command)
     for param in command.params:
@@ -111,7 +111,7 @@ def test_every_option_says_what_it_is_in_80_columns(name):
         (["rank", "a", "--direction", "gradient", "--damping", "1"], "for the whitened direction"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(words, said):
+def test_contradicting_options_are_refused(words, said):
     assert said in refusal(*words)
 
 
@@ -138,7 +138,7 @@ def test_a_sweep_over_no_classes_is_refused(tmp_path):
     assert "classes.txt is not a list of classes: it is empty" in done.stderr
 
 
-def test_near_names_are_offered():
+def test_similar_names_are_suggested():
     names = ["ViT-B-32", "ViT-B-16-SigLIP", "RN50"]
     assert near("ViT-B32", names).startswith("near: ViT-B-32")
     assert near("siglip", names) == "near: ViT-B-16-SigLIP"
@@ -200,7 +200,7 @@ RECORDS = {
 @pytest.mark.parametrize("name", RECORDS)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_the_command_line_of_a_record_asks_for_it(name, data):
+def test_the_command_line_of_a_record_gives_the_record(name, data):
     record = data.draw(RECORDS[name])
     assert is_dataclass(record)
     words = command_line(record)
@@ -208,6 +208,6 @@ def test_the_command_line_of_a_record_asks_for_it(name, data):
     assert read(name, type(record), [*arguments, *words]) == record
 
 
-def test_what_is_missing_is_named():
+def test_a_missing_value_is_named():
     with pytest.raises(UsageError, match="NAME"):
         build(ApplyRequest, {})

@@ -71,7 +71,7 @@ def test_several_values_are_separated_by_spaces(monkeypatch):
         ("search x", "SLSGU_DAMPING", "1 2", "--damping 1 2 is not a number"),
     ],
 )
-def test_what_is_refused_names_the_variable(words, variable, value, message):
+def test_an_error_names_the_variable(words, variable, value, message):
     said = refusal(words, **{variable: value})
     assert f"error: {message}" in said
     option = f"--{variable.removeprefix('SLSGU_').lower()}"
@@ -84,7 +84,7 @@ def test_a_flag_takes_yes_or_no():
     assert "(SLSGU_JSON sets --json)" in message
 
 
-def test_a_variable_of_another_command_or_mode_is_no_error(world, tmp_path):
+def test_variables_of_other_commands_and_modes_are_ignored(world, tmp_path):
     root = world.store.root
     environment = {"SLSGU_MAX_LOSS": "few", "SLSGU_NO_SUCH": "1", "SLSGU_GOAL": "5"}
     assert inside("ls", store=root, env=environment).exit_code == 0
@@ -100,6 +100,6 @@ def test_a_variable_of_another_command_or_mode_is_no_error(world, tmp_path):
     assert graded.exit_code == 0, graded.stderr
 
 
-def test_errors_are_json_where_a_variable_says_so(tmp_path):
+def test_a_variable_asks_for_errors_as_json(tmp_path):
     done = inside("rank", "x", "--towr", "y", store=tmp_path, env={"SLSGU_JSON": "1"})
     assert json.loads(done.stdout)["error"]["exit_code"] == done.exit_code == 2
