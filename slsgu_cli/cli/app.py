@@ -286,15 +286,15 @@ def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
         with _ending(console, ctx, debug=common.debug):
             if name not in IN_SEVERAL:
                 processes.refuse_several(name)
-            heard, others = console, sys.stderr
+            rank_console, rank_stderr = console, sys.stderr
             if not processes.prints():
-                others = Path(os.devnull).open("w")  # noqa: SIM115
-                heard = Console.writing_to(others)
+                rank_stderr = Path(os.devnull).open("w")  # noqa: SIM115
+                rank_console = Console.writing_to(rank_stderr)
             # Only the console prints results; libraries print to stderr.
             with (
-                contextlib.redirect_stdout(others),
-                contextlib.redirect_stderr(others),
-                progress.using(heard),
+                contextlib.redirect_stdout(rank_stderr),
+                contextlib.redirect_stderr(rank_stderr),
+                progress.using(rank_console),
                 processes.joined(),
             ):
                 made = {key: each.make(values, typed) for key, each in parameters.items()}
@@ -302,9 +302,10 @@ def _runner(name: str, function: Callable[..., None]) -> Callable[..., None]:
                 if not store.is_lasting:
                     progress.warn(f"{store.url} is discarded when this command ends")
                 function(
-                    Session(store, heard, [flags[key] for key in flags if key in typed]), **made
+                    Session(store, rank_console, [flags[key] for key in flags if key in typed]),
+                    **made,
                 )
-            heard.flush()
+            rank_console.flush()
 
     context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     listed = [context, *options.values()]
