@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from slsgu_cli.targets.output_folder import OutputFolder
 
 
-# What each row of an effect has in JSON.
+# The keys of a row of an effect in JSON.
 EFFECT = ("figure", "judge", "original", "unlearned", "change", "of", "95% interval")
 
 

@@ -1,1 +1,1 @@
-"""What all of it is called."""
+"""Records: options, artifacts and figures."""

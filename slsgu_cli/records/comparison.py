@@ -56,7 +56,7 @@ CLIP_METHODS = tuple(method for method in Method if method is not Method.ESD)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompareOptions:
-    """Which methods to run on CLIP and how.
+    """The methods to run on CLIP, and their settings.
 
     `rates` is None to tune each method. `layer` is for methods that edit a layer of choice.
     """
@@ -135,7 +135,7 @@ def _fixed_rates(name: str, texts: Sequence[str]) -> Sequence[float]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineCompareOptions:
-    """Which methods to run on which pipeline, and how; the set's CLIP judges by default."""
+    """The methods to run on a pipeline, and their settings; the set's CLIP judges by default."""
 
     target: Path = option(
         ...,

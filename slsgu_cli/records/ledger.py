@@ -10,7 +10,7 @@ from slsgu_cli.records.sets import LOCAL, ModelSpec
 
 
 class StageKind(StrEnum):
-    """What a stage of a job does, in the order of a run."""
+    """The kinds of stages, in the order of a run."""
 
     SET = "build-sets"
     GRADIENTS = "grad"

@@ -135,7 +135,7 @@ class SumsHeader:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GradientPointer:
-    """Which gradient files belong to a set, and the model and data they came from.
+    """The gradient files of a set, and the model and data that they were made from.
 
     `prefixes` are words that the forget gradient's captions have before the name as well.
     """

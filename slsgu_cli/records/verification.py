@@ -24,7 +24,7 @@ OWN, NEW = "its name", "a new name"
 # Between the kind of a variant of the name and the variant itself.
 KIND = ": "
 
-# What an attack looks for, and what its control looks for.
+# The aims of an attack and of its control.
 NEUTRAL, RANDOM = "another word", "random words"
 IMAGES, MADE_UP = "its images", "a made-up class"
 
@@ -133,7 +133,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyRequest:
-    """Which checks to run on which models.
+    """The checks to run, and the models to run them on.
 
     The original model is compared with `model`, with each of `edits`, or else with the
     set's edit. `templates` is a file or the name of a built-in list, None for built-in unused
