@@ -20,7 +20,6 @@ from slsgu_cli.checkpoints.edits import (
     warn_of_joint_searches,
 )
 from slsgu_cli.checkpoints.layers import in_whole_and_in_part
-from slsgu_cli.checkpoints.targets import prompt_note
 from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.clip.evaluation import Evaluation, SharedEvaluation, prepare_shared
 from slsgu_cli.clip.finite import counted_by
@@ -121,8 +120,6 @@ def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
     options = replace(options, device=pick_device(options.device))
     directions = search_directions(options, ranking)
     layers = ranked_layers(store, ranking, options)
-    if note := prompt_note(str(ranking.target), ranking.readers):
-        progress.note(note)
     covariances = None
     if any(direction.needs_inputs for direction in directions):
         names = [score.layer for score in layers]

@@ -91,12 +91,6 @@ def sweep(store: Store, request: SweepRequest) -> SweepResult:
 
     done = processes.from_first(standing)
     reused = len(done)
-    if request.folds > 1:
-        sizes = [len(request.fold(name)) for name in request.classes]
-        progress.note(
-            f"{request.folds} retain sets: each excludes at most {max(sizes)} of "
-            f"{len(sizes)} classes, and retains the others"
-        )
     pending = [name for name in request.classes if name not in done]
     for row in _rows(store, request, pending):
         done[row.name] = row

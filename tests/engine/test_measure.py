@@ -21,7 +21,7 @@ from slsgu_cli.engine.apply import apply
 from slsgu_cli.engine.evaluate import evaluate
 from slsgu_cli.engine.search import search
 from slsgu_cli.engine.set_edits import direct_edit
-from slsgu_cli.errors import MissingError, StaleError
+from slsgu_cli.errors import StaleError
 from slsgu_cli.records.figures import read_assertions
 from slsgu_cli.records.options import ApplyRequest
 from slsgu_cli.records.sets import ModelSpec
@@ -177,11 +177,6 @@ def test_a_model_with_other_inputs_is_refused(world, tmp_path):
     folder = tiny_clip.write_folder(tmp_path / "small", vision_cfg=vision)
     with pytest.raises(StaleError, match="takes other inputs"):
         measured(world, ModelSpec(f"local-dir:{folder}"))
-
-
-def test_a_set_that_is_not_there_is_told(world):
-    with pytest.raises(MissingError, match="set nobody"):
-        measured(replace(world, name="nobody"))
 
 
 @pytest.fixture

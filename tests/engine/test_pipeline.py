@@ -17,7 +17,7 @@ from slsgu_cli.engine import plots
 from slsgu_cli.engine.apply import apply
 from slsgu_cli.engine.search import search
 from slsgu_cli.engine.set_edits import direct_edit, ensure_edit
-from slsgu_cli.errors import MissingError, NotForgottenError, StaleError, UsageError
+from slsgu_cli.errors import NotForgottenError, StaleError, UsageError
 from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.method import Tower
 from slsgu_cli.records.options import ApplyRequest, RankOptions, SearchOptions
@@ -90,15 +90,6 @@ def test_two_concepts_are_forgotten_by_the_sum_of_their_edits(layers, two, tmp_p
     for world in two:
         before = forget_accuracy(world, world.folder)
         assert forget_accuracy(world, tmp_path / "out") < before
-
-
-def test_the_order_of_names_does_not_matter(two, tmp_path):
-    for world in two:
-        find(world, world.name, steps=2, layers=["visual.proj"])
-    for out, names in (("one", ["blue", "red"]), ("other", ["red", "blue"])):
-        apply_to(two[0], tmp_path / out, names=names)
-    one, other = (weights(tmp_path / out) for out in ("one", "other"))
-    assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def test_apply_runs_what_is_missing_and_says_so(world, tmp_path, listener):
@@ -185,19 +176,6 @@ def test_a_step_by_hand_is_the_searchs_edit_at_its_step(world):
     assert own.header.share == pytest.approx(by_hand.header.share)
 
 
-@pytest.mark.parametrize("layer", ["nothing", "mlp.c_fc", "logit_scale"])
-def test_a_layer_by_hand_must_be_one_layer(layer, world):
-    with pytest.raises(UsageError, match=f"--layer {layer} fits") as error:
-        direct_edit(world.store, "blue", layer=layer, step=1.0)
-    assert "slsgu rank blue" in error.value.hint
-
-
-def test_a_layer_by_hand_goes_with_one_name_and_a_step(world, tmp_path):
-    for request in ({"layer": LAYER}, {"layer": LAYER, "step": 1.0, "names": ["blue", "red"]}):
-        with pytest.raises(UsageError, match="--layer goes with one NAME and --step"):
-            apply_to(world, tmp_path / "out", **request)
-
-
 def test_scale_and_step_set_how_far_an_edit_goes(world, tmp_path):
     chosen = find(world, steps=3).chosen
     full = chosen.step * gradient(world)[chosen.layer]
@@ -233,11 +211,6 @@ def test_edits_for_different_models_need_one_named(world, tmp_path):
     with pytest.raises(UsageError, match="made for different models"):
         apply_to(world, tmp_path / "out", names=["blue", "other"])
     apply_to(world, tmp_path / "out", names=["blue", "other"], model=world.model)
-
-
-def test_a_name_that_is_nothing_is_told(world, tmp_path):
-    with pytest.raises(MissingError, match="has no edit nobody"):
-        apply_to(world, tmp_path / "out", names=["nobody"])
 
 
 @pytest.mark.usefixtures("drawing")

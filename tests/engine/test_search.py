@@ -387,12 +387,6 @@ def test_trials_of_another_layer_are_kept(world):
     assert both.chosen.layer == SOME[1]
 
 
-def test_trials_of_another_gradient_are_not_used(world):
-    find(world, layers=SOME, steps=2)
-    world.grade(batch_size=8)
-    assert find(world, layers=SOME, steps=2).reused == 0
-
-
 def test_trials_on_other_evaluation_rows_are_not_used(world):
     find(world, layers=SOME, steps=2)
     world.build(
@@ -401,16 +395,6 @@ def test_trials_on_other_evaluation_rows_are_not_used(world):
     result = find(world, layers=SOME, steps=2)
     assert result.reused == 0
     assert set(result.chosen.utility) == {"first"}
-
-
-@pytest.mark.parametrize("content", [b"{", b"{}", b"[]"])
-def test_damaged_trials_are_made_again(content, world, listener):
-    first = find(world, layers=SOME, steps=2)
-    world.store.write_bytes(Artifact.TRIALS.path("blue"), content)
-    again = find(world, layers=SOME, steps=2)
-    assert again.reused == 0
-    assert again.trials.trials == first.trials.trials
-    assert any("cannot be used and are made again" in text for text in listener.heard)
 
 
 def test_a_layer_is_named_by_a_part_that_fits_it_alone(world):
@@ -511,29 +495,9 @@ def test_a_search_that_forgets_nothing_says_so_and_keeps_its_work(world):
     assert (edit.header.layer, edit.header.forget) == (STUBBORN, result.chosen.forget)
 
 
-def test_a_search_that_forgets_is_no_error(world):
-    result = find(world, steps=1, layers=["visual.conv1.weight"])
-    assert result.forgotten
-    require_forgotten(result)
-
-
-def test_a_damaged_gradient_is_told(world):
-    path = Artifact.GRADIENT.path(world.pointer.forget)
-    data = world.store.read_bytes(path)
-    world.store.write_bytes(path, data[: len(data) // 2])
-    with pytest.raises(InputError, match="is damaged"):
-        find(world, steps=1)
-
-
 def test_a_search_in_bf16_is_refused(world):
     with pytest.raises(UsageError, match="bf16"):
         find(world, precision=Precision.BF16)
-
-
-def test_trials_of_another_arithmetic_are_not_used(world):
-    find(world, steps=2, layers=SOME)
-    assert find(world, steps=2, layers=SOME).reused
-    assert not find(world, steps=2, layers=SOME, precision=Precision.TF32).reused
 
 
 DAMPING = 0.03

@@ -304,16 +304,6 @@ def test_whether_a_concept_is_forgotten_is_told_by_the_images_to_choose_by(apart
     assert all(load_edit(world.store, name).header.forgotten for name in NAMES)
 
 
-def test_five_guesses_can_be_driven_to_zero_together(apart):
-    world, _ = apart
-    result = find(world, "blue", "red", criterion=Criterion.FA5)
-    if result.forgotten:
-        assert all(found.top5 == 0 for found in result.chosen.forget.values())
-    else:
-        assert any(found.top5 > 0 for found in result.chosen.forget.values())
-    assert load_edit(world.store, "blue").header.criterion is Criterion.FA5
-
-
 def test_whitened_directions_and_margins_join_as_well(apart):
     world, _ = apart
     for name in ("blue", "red"):

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -13,10 +12,9 @@ from reference import Reference
 from slsgu_cli.engine.choice import residual
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
-from slsgu_cli.errors import MissingError, UsageError
 from slsgu_cli.figures import curves
 from slsgu_cli.records.directions import Direction, DirectionSpec
-from slsgu_cli.records.method import Criterion, Precision, Trials
+from slsgu_cli.records.method import Criterion, Trials
 from slsgu_cli.records.options import RankOptions, SearchOptions
 from slsgu_cli.records.studies import Rise, TrajectoryOptions, largest_rise
 from slsgu_cli.store.artifacts import Artifact
@@ -133,19 +131,6 @@ def test_figures_are_drawn(world, monkeypatch):
     assert world.store.read_bytes("plots/blue-trajectories.png").startswith(b"\x89PNG")
     picture = curves.trajectories_plot(found.trials, found.moves())
     assert world.store.read_bytes("plots/blue-trajectories.png") == picture
-
-
-def test_what_is_missing_or_wrong_is_told(world):
-    with pytest.raises(UsageError, match="bf16"):
-        follow(world, precision=Precision.BF16)
-    with pytest.raises(UsageError, match="fits 0 ranked layers"):
-        follow(world, layers=["nothing"])
-    world.store.remove(Artifact.RANKING.path("blue"))
-    with pytest.raises(MissingError, match="ranking of blue") as error:
-        follow(world)
-    assert "slsgu rank blue" in error.value.hint
-    with pytest.raises(MissingError, match="set nobody"):
-        follow(replace(world, name="nobody"))
 
 
 def test_the_command(world):
