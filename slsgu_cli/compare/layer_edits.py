@@ -50,7 +50,6 @@ from slsgu_cli.records.directions import DAMPING
 from slsgu_cli.records.method import (
     GradientHeader,
     GradientPointer,
-    LayerScore,
     Precision,
     Qkv,
     Tower,
@@ -156,9 +155,7 @@ class LayerEdits:
             start, self.charged = perf_counter(), 0.0
             change = linear_map(layer, spec.change(self, layer, setting)).float()
             weight = runner.model.get_parameter(layer).detach().cpu().numpy()
-            tower = Layer.parse(layer).recorded_tower
-            score = LayerScore.unranked(layer, tower, weight.shape, norm(weight))
-            move = Evaluator(validation, score, change.to(runner.times.device))
+            move = Evaluator(validation, layer, norm(weight), change.to(runner.times.device))
             step = spec.step
             if step is None:
                 search = LayerSearch((), validation, SearchOptions())

@@ -45,9 +45,9 @@ class EvaluatedModel:
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """The models that were measured on some sets, and where the cosine plot is.
+    """The figures of models on some sets, and the path of the cosine plot.
 
-    There is no plot where the store could not be written.
+    `plot` is None if the store cannot be written.
     """
 
     names: tuple[str, ...]
@@ -55,10 +55,10 @@ class EvalResult:
     plot: str | None
 
     def figures(self) -> dict[str, float]:
-        """Return what can be asserted by name: figures of the last model, and what it lost.
+        """Return the figures of the last model by name, as assertions use them.
 
-        `fa1` is that of the first concept; each has its own by the name of its set. What was
-        lost is in points of TA@1.
+        `fa1` is that of the first concept, and `fa1.NAME` that of each concept. `loss.SET` is the
+        loss of TA@1 in points.
         """
         original, last = self.models[0], self.models[-1]
         figures: dict[str, float] = {}
@@ -74,11 +74,11 @@ class EvalResult:
 def evaluate(
     store: Store, names: Sequence[str], *, model: ModelSpec | None = None, device: str = "auto"
 ) -> EvalResult:
-    """Measure the original model, and `model` or else the edits of all sets in place at once.
+    """Measure the original model, and `model`, or else all sets' edits together.
 
-    A single set without an edit has its original measured alone. Edits that others stand on
-    are in place with them, and the concepts of both are measured. Raises MissingError,
-    StaleError, UsageError, and InputError for sets that are not measured on the same rows.
+    A single set without an edit has only its original model measured. Edits that others build
+    on are applied too, and their concepts are measured. Raises MissingError, StaleError,
+    UsageError, and InputError for sets that are not measured on the same rows.
     """
     require_distinct_names(names)
     edits: list[Edit] = []

@@ -18,17 +18,22 @@ from slsgu_cli.errors import NotFiniteError
 from slsgu_cli.method.scores import norm
 from slsgu_cli.method.step_search import first_step
 from slsgu_cli.records.directions import FALLBACK, DirectionSpec
-from slsgu_cli.records.method import LayerScore, Move, Trial
+from slsgu_cli.records.method import Move, Tower, Trial
 
 
 @dataclass(slots=True)
 class Evaluator:
-    """Measures steps of one layer of the CLIP along a tensor of the layer's shape."""
+    """Measures steps of one layer of the CLIP along a tensor of its shape.
+
+    `weight_norm` is the norm of the layer, which a step is relative to.
+    """
 
     evaluation: Evaluation
-    score: LayerScore
+    layer: str
+    weight_norm: float
     along: Tensor
     direction: DirectionSpec = FALLBACK
+    tower: Tower = field(init=False)
     weight: Tensor = field(init=False)
     norm: float = field(init=False)
     stage: int = field(init=False)
@@ -36,13 +41,14 @@ class Evaluator:
     _models: dict[float, EditedModel] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        layer = Layer.parse(self.score.layer)
+        layer = Layer.parse(self.layer)
+        self.tower = layer.recorded_tower
         self.weight = layer.rows(self.evaluation.model.get_parameter(layer.parameter).data)
-        self.stage = self.evaluation.tower(self.score.tower).stage_of(self.score.layer)
+        self.stage = self.evaluation.tower(self.tower).stage_of(self.layer)
         self.norm = norm(self.along.cpu().numpy())
         if not isfinite(self.norm):
             raise NotFiniteError(
-                f"the direction of {self.score.layer} is not finite: a gradient it is made from "
+                f"the direction of {self.layer} is not finite: a gradient it is made from "
                 "is damaged",
                 hint="remove that gradient from the store and run `slsgu grad` again",
             )
@@ -50,26 +56,26 @@ class Evaluator:
     @property
     def move(self) -> Move:
         """The layer and the direction that it moves in."""
-        return self.score.layer, self.direction
+        return self.layer, self.direction
 
     @property
     def first(self) -> float:
         """The first step to try."""
-        return first_step(self.score.weight_norm, self.norm)
+        return first_step(self.weight_norm, self.norm)
 
     def change(self, step: float) -> Change:
         """Return the change of the layer by a step; a positive one ascends the forget loss."""
-        return self.score.layer, self.along, step
+        return self.layer, self.along, step
 
     @contextmanager
     def stepped(self, step: float) -> Iterator[EditedModel]:
         """Take a step within the context."""
         values = torch.add(self.weight, self.along, alpha=step)
         with (
-            counted_by(f"{self.score.layer} at step {step:.4g}"),
-            edited(self.evaluation.model, {self.score.layer: values}),
+            counted_by(f"{self.layer} at step {step:.4g}"),
+            edited(self.evaluation.model, {self.layer: values}),
         ):
-            yield self._models.setdefault(step, EditedModel({self.score.tower: self.stage}))
+            yield self._models.setdefault(step, EditedModel({self.tower: self.stage}))
 
     def measure(self, step: float) -> Trial:
         """Return the trial of a step, without its utility."""
@@ -77,11 +83,11 @@ class Evaluator:
         with self.stepped(step) as model:
             logits, labels = model.cosines(forget)
         return Trial(
-            layer=self.score.layer,
-            tower=self.score.tower,
+            layer=self.layer,
+            tower=self.tower,
             direction=self.direction,
             step=step,
-            share=step * self.norm / self.score.weight_norm,
+            share=step * self.norm / self.weight_norm,
             forget=forget.accuracy_of(ranks_of_truth(logits, labels)),
             gap=least_gap(logits, labels),
             utility=None,

@@ -42,7 +42,7 @@ from slsgu_cli.engine.search_plan import (
 )
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.method import LayerScore, LoraHeader, LoraLayout
+from slsgu_cli.records.method import LoraHeader, LoraLayout
 from slsgu_cli.records.options import ExportRequest, SearchOptions
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, set_of
 from slsgu_cli.store.atomic import replacing, require_regular
@@ -272,10 +272,7 @@ class _Measured:
                 )
             progress.note(f"there is no set {lacking[0]}: nothing is measured")
             return None
-        layers = tuple(
-            LayerScore.unranked(edit.header.layer, edit.header.tower, edit.delta().shape, 0.0)
-            for edit in edits
-        )
+        layers = {edit.header.layer: 0.0 for edit in edits}
         options = SearchOptions(device=pick_device(request.device))
         manifests = [read_manifest(store, name) for name in names]
         require_alike({manifest.name: evaluation_digest(manifest) for manifest in manifests})

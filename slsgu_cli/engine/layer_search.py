@@ -105,7 +105,7 @@ class LayerSearch(StepSearch[Trial]):
         """
         full, best_utility = self.options.full, NO_UTILITY
         sparing, least = NO_UTILITY, NO_UTILITY
-        raced = [key for key in may_win if self.evaluators[key[0]].score.tower is Tower.VISION]
+        raced = [key for key in may_win if self.evaluators[key[0]].tower is Tower.VISION]
         risk = RISK / len(raced) if raced and not self.options.exact else 0.0
         # The utility may be that of a text layer's step, which is no rival in a race.
         rival, rival_utility = None, NO_UTILITY
@@ -144,4 +144,4 @@ class LayerSearch(StepSearch[Trial]):
     def _cost(self, key: TrialKey) -> tuple[bool, int, float]:
         """Order trials so that cheap ones set the bar for expensive ones."""
         evaluator = self.evaluators[key[0]]
-        return evaluator.score.tower is Tower.VISION, -evaluator.stage, self.trials[key].share
+        return evaluator.tower is Tower.VISION, -evaluator.stage, self.trials[key].share

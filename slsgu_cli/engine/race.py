@@ -32,7 +32,7 @@ class RowDraw:
 
     @classmethod
     def of(cls, weights: Vector, known: Vector, waits: Vector) -> "RowDraw":
-        """RowDraw an order of rows: each next one with a chance in proportion to w (1 - known).
+        """Draw an order of rows, each next one with a chance in proportion to w (1 - known).
 
         `waits` are drawn for each row from an exponential distribution of mean 1.
         """

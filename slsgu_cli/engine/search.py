@@ -37,7 +37,7 @@ from slsgu_cli.engine.search_plan import (
 from slsgu_cli.engine.step_edit import step_edit
 from slsgu_cli.errors import NotForgottenError, SlsguError
 from slsgu_cli.records.figures import PassTime, Report
-from slsgu_cli.records.method import Criterion, JointRef, LayerScore, Trial, TrialKey, Trials
+from slsgu_cli.records.method import Criterion, JointRef, Trial, TrialKey, Trials
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.store.artifacts import Artifact, resume
 from slsgu_cli.store.store import Store
@@ -152,7 +152,7 @@ def _search_set(
     plan: SearchPlan,
     records: Store,
     shared: SharedEvaluation,
-    reported: Callable[[LayerScore], SharedEvaluation],
+    reported: Callable[[str], SharedEvaluation],
     start: float,
 ) -> SearchResult:
     """Search one set; write the trials, and the best one as an edit."""
@@ -169,7 +169,7 @@ def _search_set(
                 f"{plan.options.max_class_loss:g}"
             )
         evaluator = run.evaluators[chosen.move]
-        opened = reported(evaluator.score)
+        opened = reported(evaluator.layer)
         earlier = EarlierConcepts(opened, plan.earlier) if plan.earlier else None
         effect = report(plan.measured(opened), [evaluator.change(chosen.step)], earlier)
         write_edit(records, searched_edit(plan, evaluator, run.record, chosen, effect))

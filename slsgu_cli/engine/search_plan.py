@@ -35,7 +35,7 @@ from slsgu_cli.engine.stored_covariances import Covariances, ensure_covariances,
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.directions import FALLBACK, Direction, DirectionSpec
-from slsgu_cli.records.method import FeatureHeader, GradientPointer, LayerScore, Precision, Ranking
+from slsgu_cli.records.method import FeatureHeader, GradientPointer, Precision, Ranking
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import SetManifest, Split
 from slsgu_cli.store.artifacts import (
@@ -56,13 +56,13 @@ FEATURES_REVISION = 1
 class SearchPlan:
     """One set to search: its gradients, the layers to try, and their directions.
 
-    `options` name an existing device. `earlier` edits are applied during the search, and
-    `earlier_sets` are their sets.
+    `layers` maps layers to their norms. `options` name an existing device. `earlier` edits are
+    applied during the search, and `earlier_sets` are their sets.
     """
 
     manifest: SetManifest
     pointer: GradientPointer
-    layers: tuple[LayerScore, ...]
+    layers: dict[str, float]
     options: SearchOptions
     directions: tuple[DirectionSpec, ...]
     covariances: Covariances | None
@@ -93,13 +93,12 @@ class SearchPlan:
         A layer that none of the directions can use moves along its gradient.
         """
         known, device = self.covariances, self.options.device
-        for score in self.layers:
-            layer = score.layer
+        for layer, weight_norm in self.layers.items():
             inputs = known.inputs(layer) if known is not None and known.has(layer) else None
             able = [each for each in self.directions if inputs or not each.needs_inputs]
             for direction in able or [FALLBACK]:
                 along = forget_direction(store, self.pointer, layer, direction, inputs)
-                yield Evaluator(evaluation, score, along.to(device), direction)
+                yield Evaluator(evaluation, layer, weight_norm, along.to(device), direction)
 
 
 def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
@@ -119,13 +118,14 @@ def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
     _require_ranked(options, ranking)
     options = replace(options, device=pick_device(options.device))
     directions = search_directions(options, ranking)
-    layers = ranked_layers(store, ranking, options)
+    scores = ranked_layers(store, ranking, options)
+    layers = {score.layer: score.weight_norm for score in scores}
     covariances = None
     if any(direction.needs_inputs for direction in directions):
-        names = [score.layer for score in layers]
+        names = list(layers)
         covariances = ensure_covariances(store, manifest, pointer, names, device=options.device)
         warn_of_fallback(covariances, names, how="searched", out="--layer names others")
-    plan = SearchPlan(manifest, pointer, tuple(layers), options, directions, covariances)
+    plan = SearchPlan(manifest, pointer, layers, options, directions, covariances)
     return _after_edits(store, plan) if options.after else plan
 
 
@@ -155,7 +155,7 @@ def _after_edits(store: Store, plan: SearchPlan) -> SearchPlan:
             )
         require_alike({each.name: evaluation_digest(each) for each in (manifest, plan.manifest)})
     layers = [edit.header.layer for edit in edits]
-    if twice := in_whole_and_in_part([*layers, *(score.layer for score in plan.layers)]):
+    if twice := in_whole_and_in_part([*layers, *plan.layers]):
         raise UsageError(
             f"{twice} would be edited both as a whole and in part",
             hint="rank and search all sets with the same --qkv",
@@ -230,7 +230,7 @@ def share_evaluation(
     return_memory()
     _, module = load_graded(first.manifest, first.pointer, first.options.device)
     add_edits(module, first.earlier)
-    layers = [score for plan in plans for score in plan.layers]
+    layers = [layer for plan in plans for layer in plan.layers]
     shared = _base_pass(store, plans, module, split, layers)
     return_memory()
     return shared
@@ -240,7 +240,7 @@ def report_evaluation(
     store: Store,
     plans: Sequence[SearchPlan],
     evaluation: SharedEvaluation,
-    layers: Sequence[LayerScore] = (),
+    layers: Sequence[str] = (),
 ) -> SharedEvaluation:
     """Run the model of an evaluation over test rows.
 
@@ -259,7 +259,7 @@ def _base_pass(
     plans: Sequence[SearchPlan],
     module: nn.Module,
     split: Split,
-    layers: Sequence[LayerScore],
+    layers: Sequence[str],
 ) -> SharedEvaluation:
     first = plans[0]
     sets = [manifest for plan in plans for manifest in (plan.manifest, *plan.earlier_sets)]
@@ -284,7 +284,7 @@ def run_base_pass(
     weights: str | None,
     split: Split,
     options: SearchOptions,
-    layers: Sequence[LayerScore] = (),
+    layers: Sequence[str] = (),
 ) -> SharedEvaluation:
     """Run a model over the evaluation rows of sets, within the cache budget.
 
@@ -312,7 +312,7 @@ def run_base_pass(
             header = None
     with counted_by(str(model.spec)):
         budget = spare(device) if budget is None else budget
-        shared.base_pass((score.layer for score in layers), cache_bytes=budget)
+        shared.base_pass(layers, cache_bytes=budget)
     if header is not None:
         arrays = {name: group.images.features.cpu().numpy() for name, group in shared.sets.items()}
         try:

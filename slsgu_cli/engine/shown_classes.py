@@ -76,7 +76,7 @@ class ShownClasses:
 def choose_shown(evaluation: SharedEvaluation, manifests: Sequence[SetManifest]) -> ShownClasses:
     """Choose the concepts, and the classes of one set with the most images.
 
-    The set is the first that measures the forget accuracy of a concept, if there is one.
+    The set is the first that has a concept as a class, or else the first of all.
     """
     concepts = [evaluation.forget[manifest.name] for manifest in manifests]
     utility = evaluation.utility(manifests)

@@ -155,7 +155,7 @@ class UtilityMeter:
         raced = bar.risk > 0 and isfinite(bar.beat)
         draw = self._draw_against(bar.rival) if raced else None
         with evaluator.stepped(trial.step) as model:
-            if evaluator.score.tower is Tower.VISION:
+            if evaluator.tower is Tower.VISION:
                 stage = evaluator.stage
                 stopped = (
                     self._race(sets, stage, bar, draw) if draw else self._run(sets, stage, bar)

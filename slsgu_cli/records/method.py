@@ -228,13 +228,6 @@ class LayerScore:
     front: bool
     direction: DirectionSpec | None = None
 
-    @classmethod
-    def unranked(
-        cls, layer: str, tower: Tower, shape: tuple[int, ...], weight_norm: float
-    ) -> "LayerScore":
-        """Return the score of a layer that was not ranked."""
-        return cls(layer, tower, shape, 0.0, 0.0, 0.0, 0.0, weight_norm, False)
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PromptReader:

@@ -226,7 +226,7 @@ def trajectory(store: Store, name: str, *, options: TrajectoryOptions) -> Trajec
         evaluation = plan.measured(shared, resumed=True)
         with SetSearch(store, Artifact.TRAJECTORY, plan, evaluation) as run:
             for evaluator in plan.evaluators(store, evaluation):
-                with progress.bar(evaluator.score.layer, options.points) as ticker:
+                with progress.bar(evaluator.layer, options.points) as ticker:
                     for step in _grid(evaluator, run, options):
                         followed.append(run.with_utility(evaluator, run.trial(evaluator, step)))
                         ticker.advance()

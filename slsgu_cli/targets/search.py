@@ -28,7 +28,7 @@ from slsgu_cli.engine.step_trials import Candidate, StepSearch
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.method.step_search import bisection
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share, TargetFigures, meets
-from slsgu_cli.records.method import GradientHeader, GradientPointer, LayerScore, TrialKey
+from slsgu_cli.records.method import GradientHeader, GradientPointer, TrialKey
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.targets import (
     GradientOf,
@@ -173,9 +173,8 @@ class TargetPlan:
         few.base_pass((move.layer for move in moves), cache_bytes=spare(device))
         starts, top1 = {}, attrgetter("forget.top1")
         for move in moves:
-            tower, norm = Layer.parse(move.layer).recorded_tower, float(move.weight.norm())
-            score = LayerScore.unranked(move.layer, tower, tuple(move.weight.shape), norm)
-            evaluator = Evaluator(few, score, move.along.to(device), move.direction)
+            norm, along = float(move.weight.norm()), move.along.to(device)
+            evaluator = Evaluator(few, move.layer, norm, along, move.direction)
             trials = islice(bisection(evaluator.measure, top1, move.first), CLIP_STEPS)
             enough = [trial.step for trial in trials if trial.forget.top1 == 0]
             if enough:

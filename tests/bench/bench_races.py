@@ -53,7 +53,7 @@ def measured(store: Store, name: str) -> GivenFigures:
         keys = sorted(
             search.lengthened,
             key=lambda key: (
-                evaluators[key[0]].score.tower is Tower.VISION,
+                evaluators[key[0]].tower is Tower.VISION,
                 -evaluators[key[0]].stage,
             ),
         )
@@ -62,7 +62,7 @@ def measured(store: Store, name: str) -> GivenFigures:
             for name, group in evaluation.utility.items()
         }
         after = [left(evaluators[line], step) for line, step in keys]
-    return GivenFigures(original, after, [evaluators[line].score.tower for line, _ in keys])
+    return GivenFigures(original, after, [evaluators[line].tower for line, _ in keys])
 
 
 def left(evaluator: Evaluator, step: float) -> Mapping[str, torch.Tensor]:
@@ -71,7 +71,7 @@ def left(evaluator: Evaluator, step: float) -> Mapping[str, torch.Tensor]:
     with evaluator.stepped(step):
         for name, group in evaluator.evaluation.utility.items():
             features, classes = group.images.features, group.prompts.embeddings
-            if evaluator.score.tower is Tower.VISION:
+            if evaluator.tower is Tower.VISION:
                 features = group.images.after_edit(evaluator.stage)
             else:
                 classes = group.prompts.after_edit(evaluator.stage)

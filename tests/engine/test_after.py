@@ -24,7 +24,6 @@ from slsgu_cli.engine.search import search, search_each
 from slsgu_cli.engine.search_plan import read_plan, share_evaluation
 from slsgu_cli.errors import InputError, NotForgottenError, StaleError, UsageError
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.method import LayerScore
 from slsgu_cli.records.options import ApplyRequest, SearchOptions
 from slsgu_cli.records.verification import Check, VerifyRequest
 from slsgu_cli.store.artifacts import Artifact
@@ -197,8 +196,8 @@ def test_taking_an_earlier_edit_out_again_brings_its_concept_back(after):
     blue = load_edit(world.store, "blue")
     with torch.no_grad():
         shared = share_evaluation(world.store, [plan])
-        score = LayerScore.unranked(blue.header.layer, blue.header.tower, (), 1.0)
-        undo = Evaluator(plan.measured(shared), score, torch.from_numpy(-blue.delta()))
+        along = torch.from_numpy(-blue.delta())
+        undo = Evaluator(plan.measured(shared), blue.header.layer, 1.0, along)
         earlier = EarlierConcepts(shared, plan.earlier)
         assert earlier.returned(undo.change(1.0)) == ["blue"]
         assert earlier.returned(undo.change(0.0)) == []

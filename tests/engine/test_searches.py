@@ -1,4 +1,4 @@
-"""Several sets searched in one call find what each finds by itself."""
+"""A search of several sets in one call gives the results of single searches."""
 
 import json
 from dataclasses import replace
@@ -28,7 +28,7 @@ def passes(monkeypatch):
 
 @pytest.fixture(scope="module")
 def apart(several_world, tmp_path_factory):
-    """Each set searched by itself, by name, and the world of that."""
+    """The searches of each set alone, by name, and their world."""
     world = several_world.copied(tmp_path_factory.mktemp("apart") / "store")
     options = SearchOptions(steps=3)
     return world, {name: search(world.store, name, options=options) for name in NAMES}

@@ -121,12 +121,12 @@ class Given:
     def __post_init__(self):
         self.move = f"layer {self.index}", FALLBACK
         tower = self.world.towers[self.index] if self.world.towers else Tower.VISION
-        self.score, self.stage = SimpleNamespace(tower=tower), 0
+        self.tower, self.stage = tower, 0
 
     def measure(self, step):
         return Trial(
             layer=self.move[0],
-            tower=self.score.tower,
+            tower=self.tower,
             direction=FALLBACK,
             step=step,
             share=float(self.index + 1),
