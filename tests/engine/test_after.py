@@ -88,7 +88,7 @@ def test_its_figures_are_those_of_the_checkpoint_that_apply_writes(after, tmp_pa
     assert first.chosen.forget.top1 == report.base_edits.edits["blue"].after.top1 == 0
 
 
-def test_the_edit_says_what_it_stands_on_and_holds_the_original_layer(after):
+def test_the_edit_records_earlier_edits_and_the_original_layer(after):
     world, _, result = after
     blue, red = (load_edit(world.store, name) for name in ("blue", "red"))
     assert red.header.after == {"blue": digest(blue.header)} == result.trials.after
@@ -100,7 +100,7 @@ def test_the_edit_says_what_it_stands_on_and_holds_the_original_layer(after):
     np.testing.assert_allclose(red.delta(), red.header.step * gradient, rtol=1e-6)
 
 
-def test_it_is_added_to_what_is_there_and_taken_out_again(after, tmp_path):
+def test_the_edit_is_applied_on_top_and_reverted(after, tmp_path):
     world, _, _ = after
     both = applied(world, "red", "blue", out=tmp_path / "both")
     first = applied(world, "blue", out=tmp_path / "first")
@@ -146,7 +146,7 @@ def test_a_checkpoint_without_the_earlier_edit_is_refused(after, tmp_path):
     assert not (tmp_path / "alone").exists()
 
 
-def test_eval_measures_it_where_it_stands(after):
+def test_eval_applies_the_earlier_edits_too(after):
     world, _, result = after
     evaluated = evaluate(world.store, ["red"])
     assert evaluated.names == ("red", "blue")
@@ -158,7 +158,7 @@ def test_eval_measures_it_where_it_stands(after):
     assert original.utility == result.report.before.utility
 
 
-def test_verify_measures_it_where_it_stands(after):
+def test_verify_applies_the_earlier_edits_too(after):
     world, _, result = after
     found = verify(world.store, "red", VerifyRequest(checks=(Check.NEAREST,)))
     baselines = [model.finding(Check.BASELINE).variants[0].forget for model in found.models]
@@ -190,7 +190,7 @@ def test_a_step_that_brings_an_earlier_concept_back_is_not_chosen(
         search(world.store, "red", options=options)
 
 
-def test_taking_an_earlier_edit_out_again_brings_its_concept_back(after):
+def test_undoing_an_earlier_edit_brings_its_concept_back(after):
     world, _, _ = after
     plan = read_plan(world.store, "red", options=plain_options(after=("blue",)))
     blue = load_edit(world.store, "blue")
@@ -224,7 +224,7 @@ def test_a_chain_of_three(several_world, tmp_path):
     assert digests(folder) == digests(all_at_once)
 
 
-def test_an_earlier_edit_made_anew_makes_it_stale(after, tmp_path):
+def test_an_edit_is_stale_once_an_earlier_one_is_remade(after, tmp_path):
     world = after[0].copied(tmp_path / "store")
     state = {(e.kind, e.name): e for e in entries(world.store)}
     assert state[Artifact.EDIT, "red"].state == state[Artifact.TRIALS, "red"].state == "ok"
@@ -240,7 +240,7 @@ def test_an_earlier_edit_made_anew_makes_it_stale(after, tmp_path):
     assert refused.value.hint == "run `slsgu search red --after blue`"
 
 
-def test_trials_on_another_ground_are_not_used_again(after, tmp_path):
+def test_trials_on_other_earlier_edits_are_not_reused(after, tmp_path):
     world, _, result = after
     world = world.copied(tmp_path / "store")
     layers = tuple({trial.layer for trial in result.trials.trials})
@@ -252,7 +252,7 @@ def test_trials_on_another_ground_are_not_used_again(after, tmp_path):
     assert load_edit(world.store, "red").header.after == {}
 
 
-def test_what_makes_no_sense_is_refused(after, tmp_path):
+def test_contradictory_requests_are_refused(after, tmp_path):
     world = after[0].copied(tmp_path / "store")
     root = world.store.root
     said = inside("search", "red", "green", "--joint", "--after", "blue", store=root)
@@ -268,7 +268,7 @@ def test_what_makes_no_sense_is_refused(after, tmp_path):
         search(world.store, "green", options=plain_options(after=("blue",)))
 
 
-def test_the_command_prints_what_became_of_the_earlier_concept(after, tmp_path):
+def test_the_command_reports_the_earlier_concept(after, tmp_path):
     world, _, result = after
     root = world.copied(tmp_path / "store").store.root
     layers = [w for t in {t.layer for t in result.trials.trials} for w in ("--layer", t)]
@@ -281,7 +281,7 @@ def test_the_command_prints_what_became_of_the_earlier_concept(after, tmp_path):
     assert None not in said["accuracy"][0].values()
 
 
-def test_its_page_tells_what_it_stands_on_and_how_to_repeat_it(after, tmp_path):
+def test_its_page_names_the_earlier_edits_and_how_to_repeat_it(after, tmp_path):
     world = after[0].copied(tmp_path / "store")
     page = tmp_path / "red.html"
     done = inside("report", "red", "--out", str(page), store=world.store.root)

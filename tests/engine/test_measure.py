@@ -95,9 +95,7 @@ def test_an_edit_of_other_weights_is_not_measured(world):
         measured(world)
 
 
-def test_weights_that_differ_in_other_layers_are_told_when_they_are_edited(
-    world, tmp_path, listener
-):
+def test_apply_warns_of_weights_that_differ_in_other_layers(world, tmp_path, listener):
     write_edit(world.store, direct_edit(world.store, "blue", layer="visual.proj", step=0.5))
     applied(world, tmp_path / "same")
     assert not any("more than the edited layers" in text for text in listener.heard)
@@ -154,7 +152,7 @@ def test_cosines_are_means_over_images_of_a_class(world):
 
 
 @pytest.mark.usefixtures("drawing")
-def test_the_plot_is_where_it_says(world):
+def test_the_plot_is_at_its_path(world):
     find(world, steps=2, layers=["visual.proj"])
     found = measured(world)
     with Image.open(found.plot) as picture:
@@ -217,16 +215,14 @@ def test_assertions_hold_or_end_with_exit_code_5(forgotten):
         ("fa1<=nan", "compares no figure with a number", "--assert 'fa1<=0'"),
     ],
 )
-def test_assertions_that_say_nothing_are_refused_before_the_work(
-    words, said, hint, forgotten, monkeypatch
-):
+def test_invalid_assertions_are_refused_before_the_work(words, said, hint, forgotten, monkeypatch):
     monkeypatch.setattr(slsgu_cli.engine.evaluate, "evaluate", None)
     done = asserting(forgotten, words)
     assert done.exit_code == 2
     assert said in done.stderr and hint in done.stderr
 
 
-def test_a_figure_that_is_no_number_meets_no_assertion():
+def test_nan_meets_no_assertion():
     for words in ("fa1<=0", "fa1>=0", "fa1==0", "fa1<1e9"):
         (assertion,) = read_assertions("--assert", [words])
         assert not assertion.holds(float("nan"))

@@ -92,7 +92,7 @@ def test_two_concepts_are_forgotten_by_the_sum_of_their_edits(layers, two, tmp_p
         assert forget_accuracy(world, tmp_path / "out") < before
 
 
-def test_apply_runs_what_is_missing_and_says_so(world, tmp_path, listener):
+def test_apply_runs_missing_steps_and_says_so(world, tmp_path, listener):
     world.store.remove(Artifact.RANKING.path("blue"))
     result = apply_to(world, tmp_path / "out")
     assert world.store.exists(Artifact.RANKING.path("blue"))
@@ -105,7 +105,7 @@ def test_apply_runs_what_is_missing_and_says_so(world, tmp_path, listener):
     assert result.model == f"local-dir:{tmp_path / 'out'}"
 
 
-def test_an_edit_that_is_there_is_used(world, tmp_path):
+def test_an_existing_edit_is_used(world, tmp_path):
     find(world, steps=3)
     world.store.remove(Artifact.RANKING.path("blue"))
     apply_to(world, tmp_path / "out")

@@ -50,7 +50,7 @@ def run(race, figures, risk, rows=25):
 
 @pytest.mark.parametrize("rival", [None, *FIGURES])
 @pytest.mark.parametrize("kind", FIGURES)
-def test_a_step_that_is_no_worse_is_left_no_more_often_than_the_risk(kind, rival):
+def test_a_good_step_is_stopped_no_more_often_than_the_risk(kind, rival):
     rng = np.random.default_rng(5)
     usual = usual_figures(rng)
     weights = rng.choice([1.0, 3.0], ROWS)
@@ -65,7 +65,7 @@ def test_a_step_that_is_no_worse_is_left_no_more_often_than_the_risk(kind, rival
     assert lost <= RISK * SEEDS + 4 * (RISK * (1 - RISK) * SEEDS) ** 0.5
 
 
-def test_a_step_that_is_far_worse_is_left_after_few_rows():
+def test_a_much_worse_step_is_stopped_after_few_rows():
     rng = np.random.default_rng(6)
     usual, weights = usual_figures(rng, 2000), np.full(2000, 1 / 2000)
     figures, mark = usual * 0.8, float(weights @ usual) - 0.005
@@ -77,7 +77,7 @@ def test_a_step_that_is_far_worse_is_left_after_few_rows():
         assert race.missed == pytest.approx((weights * (1 - figures))[seen].sum())
 
 
-def test_a_step_that_misses_what_its_rival_does_and_more_is_left_sooner_beside_it():
+def test_a_step_that_misses_its_rivals_rows_and_more_is_stopped_sooner():
     rng = np.random.default_rng(8)
     usual, weights = np.full(ROWS * 4, 0.9), np.full(ROWS * 4, 1 / ROWS / 4)
     rival = (rng.random(ROWS * 4) < 0.6).astype(float)
@@ -166,7 +166,7 @@ def rivals(bars):
     return [bar.rival and bar.rival[0].index for bar in bars]
 
 
-def test_a_rival_gives_way_only_to_a_step_that_keeps_clearly_more(bars):
+def test_a_rival_is_replaced_only_by_clearly_higher_utility(bars):
     world = made_up(1)
     world.steps = [
         {name: margins - shift for name, margins in world.original.items()}
@@ -191,7 +191,7 @@ def test_rivals_are_the_same_in_every_order_of_rows(bars):
     assert len(set(*found)) > 2
 
 
-def test_rows_that_another_concept_leaves_out_change_little_of_what_is_looked_at():
+def test_rows_without_another_concept_change_few_evaluated_rows():
     world = made_up(2)
     # A text step that loses nothing sets the mark, and looks at no image anew.
     world.steps = [world.original, *world.steps]
@@ -203,7 +203,7 @@ def test_rows_that_another_concept_leaves_out_change_little_of_what_is_looked_at
     assert len(fewer.seen - world.seen) < 0.05 * len(fewer.seen)
 
 
-def test_what_is_measured_of_a_raced_search_is_what_is_measured_exactly():
+def test_a_raced_search_measures_exact_figures():
     world = made_up(3)
     _, raced = world.searched()
     _, full = world.searched(full=True)
@@ -214,7 +214,7 @@ def test_what_is_measured_of_a_raced_search_is_what_is_measured_exactly():
 
 
 @pytest.mark.parametrize("count", [1, 3, 6])
-def test_a_search_that_goes_on_ends_as_one_that_ran_through(count):
+def test_a_resumed_search_ends_like_an_uninterrupted_one(count):
     world = made_up(3)
     chosen, through = world.searched()
     every = list(through.trials.values())
@@ -227,7 +227,7 @@ def test_a_search_that_goes_on_ends_as_one_that_ran_through(count):
     assert list(search.trials.values()) == every
 
 
-def test_nothing_that_spares_less_than_the_best_could_have_been_chosen():
+def test_stopped_steps_could_not_have_been_chosen():
     spared = set()
     for seed in range(40):
         world = made_up(seed)
@@ -241,7 +241,7 @@ def test_nothing_that_spares_less_than_the_best_could_have_been_chosen():
     assert spared == {True, False}
 
 
-def test_a_step_that_spares_every_class_is_a_mark_without_the_price_of_sparing():
+def test_a_step_that_spares_every_class_sets_the_full_bar():
     world = made_up(1)
     _, every = world.searched(full=True)
     worst = max(trial.worst.lost for trial in every.trials.values())

@@ -98,7 +98,7 @@ def test_search_is_the_plain_search(utility, criterion, budget, world, plain):
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_rows_in_many_parts_are_measured_rightly(budget, world, plain, monkeypatch):
+def test_rows_in_many_parts_have_the_same_figures(budget, world, plain, monkeypatch):
     """Several groups of prompts, each of its own length, and images a few at a time."""
     monkeypatch.setitem(batches.IMAGES_PER_FORWARD, "cpu", 7)
     monkeypatch.setitem(zeroshot.PROMPTS_PER_FORWARD, "cpu", 5)
@@ -107,7 +107,7 @@ def test_rows_in_many_parts_are_measured_rightly(budget, world, plain, monkeypat
     assert_same_search(result, reference, full=True)
 
 
-def test_a_smaller_budget_computes_more_again_and_looks_at_no_more(world, monkeypatch):
+def test_a_smaller_budget_recomputes_more_and_evaluates_no_more(world, monkeypatch):
     """However little is kept, trials are left after the same images."""
     monkeypatch.setattr(zeroshot, "LEAST_ROWS", 1)
     from_pixels, looked_at = [], []
@@ -147,7 +147,7 @@ def test_a_further_search_runs_the_original_over_few_images(budget, world, plain
     assert entry.state is Standing.OK
 
 
-def test_every_candidate_layer_is_measured_rightly(world, plain):
+def test_every_candidate_layer_has_the_plain_figures(world, plain):
     layers = [score.layer for score in world.ranking.scores]
     assert len(layers) > 40
     reference = plain.algorithm1(layers, 2, Criterion.FA1)
@@ -211,7 +211,7 @@ def test_a_concept_that_is_no_class_is_measured_on_its_forget_set(world):
     assert result.trials.baseline_forget.top1 > 0
 
 
-def test_shares_are_moves_over_the_layers_norm(world, plain):
+def test_shares_are_relative_to_the_layers_norm(world, plain):
     for trial in find(world, layers=SOME, steps=3).trials.trials:
         weight = plain.model.get_parameter(trial.layer).data.double().norm().item()
         moved = trial.step * np.linalg.norm(plain.gradient[trial.layer].astype(float))
@@ -263,7 +263,7 @@ class Rows(Counter):
 
 
 @pytest.mark.parametrize("criterion", [Criterion.FA5, Criterion.MARGIN])
-def test_steps_sought_by_what_they_lack_are_those_of_bisection(criterion, world):
+def test_interpolated_steps_are_those_of_bisection(criterion, world):
     """Each line's last two steps, and what is chosen; with fewer trials than bisection takes."""
     layers = [score.layer for score in world.ranking.scores][::5]
     options = {"layers": layers, "steps": 10, "criterion": criterion, "overshoot": 1.25}
@@ -331,7 +331,7 @@ def test_recorded_forget_accuracies_are_taken_as_they_are(world):
 
 
 @pytest.mark.parametrize("criterion", list(Criterion))
-def test_more_steps_go_on_where_the_search_stopped(criterion, world):
+def test_more_steps_resume_the_search(criterion, world):
     short = find(world, layers=SOME, steps=3, criterion=criterion)
     longer = find(world, layers=SOME, steps=6, criterion=criterion)
     assert longer.reused == len(short.trials.trials)
@@ -360,7 +360,7 @@ def test_fewer_steps_choose_among_those_alone(world):
     assert fewer.chosen == find(world, layers=SOME, steps=2).chosen
 
 
-def test_trials_of_another_steer_serve_both(world):
+def test_trials_of_another_criterion_are_reused(world):
     find(world, layers=SOME, steps=5, criterion=Criterion.FA5)
     mixed = find(world, layers=SOME, steps=5)
     world.store.remove(Artifact.TRIALS.path("blue"))
@@ -368,7 +368,7 @@ def test_trials_of_another_steer_serve_both(world):
     assert mixed.reused > 0
 
 
-def test_what_is_expected_is_measured_of_trials_recorded_without_it(world):
+def test_trials_without_expected_utility_are_measured_again(world):
     path = Artifact.TRIALS.path("blue")
     fresh = find(world, layers=SOME, steps=3, utility=UtilityMetric.EXPECTED)
     record = world.store.read_record(path, Trials)
@@ -423,14 +423,14 @@ def test_a_part_that_fits_several_layers_or_none_is_refused(text, count, world):
         ("visual.proj", "none, visual.proj was left out when layers were ranked"),
     ],
 )
-def test_why_a_layer_is_not_ranked_is_told(text, told, world):
+def test_the_error_says_why_a_layer_is_not_ranked(text, told, world):
     rank(world.store, "blue", options=RankOptions(direction=Direction.GRADIENT, exclude=["proj"]))
     with pytest.raises(UsageError, match=told):
         find(world, steps=1, layers=[text])
 
 
 @pytest.mark.parametrize("direction", [Direction.WHITENED, Direction.BOTH])
-def test_what_cannot_be_whitened_is_searched_along_its_gradient(direction, world, listener):
+def test_layers_without_covariance_are_searched_along_their_gradient(direction, world, listener):
     layer = "visual.conv1.weight"
     options = RankOptions(direction=direction)
     rank(world.store, "blue", options=options)
@@ -445,7 +445,7 @@ def test_what_cannot_be_whitened_is_searched_along_its_gradient(direction, world
     assert any("1 of 2 layers are searched along their gradient" in told for told in listener.heard)
 
 
-def test_weights_that_changed_since_are_told(world, tmp_path):
+def test_changed_weights_are_refused(world, tmp_path):
     folder = shutil.copytree(world.folder, tmp_path / "clip")
     own = replace(world, model=ModelSpec(f"local-dir:{folder}"))
     own.build()
@@ -468,7 +468,7 @@ def test_a_ranking_of_other_gradients_is_refused(world):
     assert find(world, steps=1).trials.forget == world.pointer.forget
 
 
-def test_what_is_missing_is_told_with_the_command_that_makes_it(world):
+def test_a_missing_ranking_is_an_error_with_the_command_that_makes_it(world):
     world.store.remove(Artifact.RANKING.path("blue"))
     with pytest.raises(MissingError, match="ranking of blue") as error:
         find(world, steps=1)
@@ -482,7 +482,7 @@ def test_a_set_with_nothing_to_measure_on_is_refused(world):
     assert "--eval" in error.value.hint
 
 
-def test_a_search_that_forgets_nothing_says_so_and_keeps_its_work(world):
+def test_a_search_that_forgets_nothing_says_so_and_saves_its_work(world):
     result = find(world, steps=1, layers=[STUBBORN])
     assert not result.forgotten
     assert result.chosen.forget.top1 > 0
@@ -601,7 +601,7 @@ def test_damaged_covariances_are_computed_again(world, listener):
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.05])
-def test_a_margin_is_kept_by_the_chosen_step_and_not_by_shorter_ones(margin, world):
+def test_the_chosen_step_meets_the_margin_and_shorter_ones_do_not(margin, world):
     result = find(world, layers=["visual.proj"], steps=8, criterion=Criterion.MARGIN, margin=margin)
     assert result.forgotten
     assert result.chosen.gap >= margin

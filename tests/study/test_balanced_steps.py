@@ -23,7 +23,7 @@ def nothing(steps):
     return dict.fromkeys(steps, 0.0)
 
 
-def test_steps_come_to_where_the_cost_is_least():
+def test_steps_reach_the_lowest_cost():
     best = {"a": 3.0, "b": 0.2}
 
     def slopes(steps):
@@ -34,7 +34,7 @@ def test_steps_come_to_where_the_cost_is_least():
     assert tried[-1] == pytest.approx(best, rel=0.02)
 
 
-def test_what_is_recognised_gets_a_longer_step_whatever_it_costs():
+def test_a_recognised_concept_gets_a_longer_step_at_any_cost():
     tried = balanced({"a": 1.0}, lambda s: {"a": 1.0}, lambda s: {"a": float(s["a"] < 2)})
     shortest = min(step["a"] for step in tried if step["a"] >= 2)
     assert shortest <= tried[-1]["a"] <= shortest * (1 + 2 * CLOSE)
@@ -45,7 +45,7 @@ thresholds = st.floats(0.3, 4)
 
 @given(st.lists(st.tuples(thresholds, st.floats(-0.3, 0.3)), min_size=1, max_size=5))
 @settings(max_examples=100, deadline=None)
-def test_no_step_is_as_short_again_as_one_that_left_something(curves):
+def test_no_step_is_as_short_again_as_an_insufficient_one(curves):
     """Each concept needs a step of its own, and more or less of it the more the others move."""
 
     def left(steps):

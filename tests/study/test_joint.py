@@ -147,7 +147,7 @@ def test_apply_writes_a_joint_search_as_it_was_searched(searched, tmp_path, list
     assert changed == {move.layer for move in result.chosen.moves}
 
 
-def test_apply_tells_of_edits_that_are_missing(apart, tmp_path, listener):
+def test_apply_warns_of_missing_edits(apart, tmp_path, listener):
     world, _ = apart
     request = ApplyRequest(names=("blue", "green"), out=tmp_path / "out", dry_run=True)
     apply(world.store, request)
@@ -186,7 +186,7 @@ def test_a_concept_moves_the_layer_whose_edit_costs_least(searched):
 
 
 @pytest.mark.parametrize(("concepts", "forgets"), [(2, True), (20, False)])
-def test_to_forget_all_may_cost_what_its_share_is_worth(concepts, forgets, monkeypatch):
+def test_each_concept_is_worth_its_share_of_the_cost(concepts, forgets, monkeypatch):
     """The last one of many is not worth most of what is to be kept."""
     names = [str(number) for number in range(concepts)]
 
@@ -207,7 +207,7 @@ def test_to_forget_all_may_cost_what_its_share_is_worth(concepts, forgets, monke
     assert run.forgets(run.run()) is forgets
 
 
-def test_a_joint_search_again_measures_nothing_anew(apart, monkeypatch):
+def test_a_repeated_joint_search_measures_nothing(apart, monkeypatch):
     world, result = apart
     before = world.store.read_bytes(Artifact.JOINT.path(joint_label(NAMES)))
     monkeypatch.setattr(JointSearchRun, "_measured", None)
@@ -221,7 +221,7 @@ class Interrupted(Exception):
     """Stands for a kill, after some trials."""
 
 
-def test_a_search_that_is_interrupted_goes_on_to_the_same_bytes(apart, monkeypatch):
+def test_an_interrupted_joint_search_resumes_to_the_same_bytes(apart, monkeypatch):
     world, result = apart
     path = Artifact.JOINT.path(joint_label(NAMES))
     before = world.store.read_bytes(path)
@@ -289,7 +289,7 @@ def test_slopes_are_those_of_the_cost(apart, monkeypatch, layers, options):
         assert slope == pytest.approx(differences[name], rel=0.05, abs=1e-3), name
 
 
-def test_whether_a_concept_is_forgotten_is_told_by_the_images_to_choose_by(apart, monkeypatch):
+def test_validation_images_decide_whether_a_concept_is_forgotten(apart, monkeypatch):
     """Of an image that nothing was chosen by, the figures tell."""
     world, _ = apart
     reported = joint_module._reported
@@ -319,7 +319,7 @@ def test_whitened_directions_and_margins_join_as_well(apart):
     assert moved == pytest.approx(header.share, rel=1e-4)
 
 
-def test_what_cannot_be_forgotten_is_told_and_kept(apart):
+def test_a_failed_joint_search_raises_and_saves_its_edits(apart):
     world, _ = apart
     result = find(world, steps=1, layers=["transformer.resblocks.1.attn.out_proj.weight"])
     assert not result.forgotten

@@ -98,7 +98,7 @@ def test_classes_share_the_retain_gradient_and_the_base_pass(few, store, counted
     assert len({row.gradient for row in rows}) == 3
 
 
-def test_a_sweep_goes_on_where_it_was_interrupted(few, store, counted, monkeypatch):
+def test_an_interrupted_sweep_resumes(few, store, counted, monkeypatch):
     whole = sweep(Store(store.root + "-whole"), few).sweep
     counted.update(dict.fromkeys(counted, 0))
     run = search_module._search_set
@@ -232,7 +232,7 @@ def test_the_command(shared_world, request_, store, tmp_path):
     assert inside(*asked[:4], "-s", source, store=store.root).exit_code == 2
 
 
-def test_a_class_that_is_left_ends_with_exit_code_5(request_, store):
+def test_a_recognised_class_ends_with_exit_code_5(request_, store):
     result = sweep(store, replace(request_, classes=CLASSES[:1]))
     require_swept(result)
     left = replace(result.sweep.rows[0], forgotten=False)

@@ -91,7 +91,7 @@ def test_steps_on_record_are_not_measured_again(world):
     assert len(world.store.read_record(path, Trials).trials) == 12
 
 
-def test_steps_of_another_gradient_are_measured_anew(world):
+def test_steps_of_another_gradient_are_measured_again(world):
     follow(world, layers=SOME)
     world.grade(batch_size=8)
     listed = {entry.kind: entry for entry in entries(world.store)}
