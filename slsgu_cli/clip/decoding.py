@@ -45,45 +45,43 @@ RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A decoded image, uint8 (height, width, 3), and the oddities of its file."""
+class Decoded:
+    """A decoded image, uint8 (height, width, 3), or the reason why it cannot be used.
 
-    pixels: Images
+    `source_digest` is the digest of the encoded bytes; `oddities` are those of the file.
+    """
+
+    pixels: Images | None
+    reason: str | None
+    source_digest: bytes
     oddities: tuple[str, ...] = ()
 
 
-class DecodeError(ValueError):
-    """An image that cannot be used; `reason` is the category it is counted in."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-def decoder(spec: InputSpec) -> Callable[[bytes], Picture]:
+def decoder(spec: InputSpec) -> Callable[[bytes], Decoded]:
     """Return a function from an encoded image to its pixels at the model's input size.
 
-    It may be called from several threads. It raises DecodeError.
+    It may be called from several threads.
     """
     to_size = _to_size(spec)
 
-    def decode(encoded: bytes) -> Picture:
-        if not encoded:
-            raise DecodeError("empty file")
+    def decode(encoded: bytes) -> Decoded:
+        source = hashlib.blake2b(encoded, digest_size=16).digest()
         try:
             with Image.open(io.BytesIO(encoded)) as opened:
-                _check_shape(opened.size, spec)
+                if _is_too_thin(opened.size, spec):
+                    return Decoded(None, "extreme shape", source)
                 oddities = _oddities(opened)
-                _check_depth(opened)
-                return Picture(np.asarray(to_size(opened), dtype=np.uint8), oddities)
-        except Image.DecompressionBombError as error:
-            raise DecodeError("decompression bomb") from error
-        except UnidentifiedImageError as error:
-            raise DecodeError("not an image") from error
-        except DecodeError:
-            raise
-        except DECODE_ERRORS as error:
-            raise DecodeError("broken image") from error
+                if _is_deep(opened):
+                    return Decoded(None, "more than 8 bits a pixel", source)
+                pixels = np.asarray(to_size(opened), dtype=np.uint8)
+            return Decoded(pixels, None, source, oddities)
+        except Image.DecompressionBombError:
+            reason = "decompression bomb"
+        except UnidentifiedImageError:
+            reason = "not an image" if encoded else "empty file"
+        except DECODE_ERRORS:
+            reason = "broken image"
+        return Decoded(None, reason, source)
 
     return decode
 
@@ -125,24 +123,22 @@ def _to_size(spec: InputSpec) -> Callable[[Any], Any]:
     return cropped_between if shortest and resample is not None else by_stages
 
 
-def _check_shape(size: tuple[int, int], spec: InputSpec) -> None:
-    """Raise DecodeError for an image so thin that resizing its short side explodes the long one."""
+def _is_too_thin(size: tuple[int, int], spec: InputSpec) -> bool:
+    """Return whether resizing the short side of an image would explode its long one."""
     width, height = size
     limit = Image.MAX_IMAGE_PIXELS
     if spec.resize_mode != "shortest" or limit is None or not (width and height):
-        return
+        return False
     scale = max(spec.width / width, spec.height / height)
-    if scale * width * scale * height > limit:
-        raise DecodeError("extreme shape")
+    return scale * width * scale * height > limit
 
 
-def _check_depth(image: Image.Image) -> None:
-    """Raise DecodeError for grey values above 255, which open_clip would turn to white."""
+def _is_deep(image: Image.Image) -> bool:
+    """Return whether an image has grey values above 255, which open_clip would make white."""
     if image.mode[0] not in "IF":
-        return
+        return False
     highest: Any = image.getextrema()[1]
-    if highest > 255:
-        raise DecodeError("more than 8 bits a pixel")
+    return bool(highest > 255)
 
 
 def _oddities(image: Image.Image) -> tuple[str, ...]:
@@ -155,21 +151,8 @@ def _oddities(image: Image.Image) -> tuple[str, ...]:
     return tuple(what for what, here in oddities.items() if here)
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """One image, or the reason why it cannot be used.
-
-    `source_digest` is the digest of the encoded bytes; `oddities` are those of the file.
-    """
-
-    pixels: Images | None
-    reason: str | None
-    source_digest: bytes
-    oddities: tuple[str, ...] = ()
-
-
 def decode_in_order(
-    encoded: Iterable[tuple[T, bytes | None]], decode: Callable[[bytes], Picture]
+    encoded: Iterable[tuple[T, bytes | None]], decode: Callable[[bytes], Decoded]
 ) -> Iterator[tuple[T, Decoded]]:
     """Yield (tag, result) for every (tag, encoded image), in order.
 
@@ -177,19 +160,11 @@ def decode_in_order(
     """
 
     def one(item: tuple[T, bytes | None]) -> tuple[T, Decoded]:
-        return item[0], _decode_one(item[1], decode)
+        tag, data = item
+        if data is None:
+            return tag, Decoded(None, "no image", b"")
+        if isinstance(data, SkippedImage):
+            return tag, Decoded(None, data.reason, b"")
+        return tag, decode(data)
 
     return prefetch(one, encoded, threads=cores(), ahead=DECODED_AHEAD)
-
-
-def _decode_one(data: bytes | None, decode: Callable[[bytes], Picture]) -> Decoded:
-    if data is None:
-        return Decoded(None, "no image", b"")
-    if isinstance(data, SkippedImage):
-        return Decoded(None, data.reason, b"")
-    source = hashlib.blake2b(data, digest_size=16).digest()
-    try:
-        picture = decode(data)
-    except DecodeError as error:
-        return Decoded(None, error.reason, source)
-    return Decoded(picture.pixels, None, source, picture.oddities)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slsgu_cli import progress
-from slsgu_cli.clip.decoding import Picture
+from slsgu_cli.clip.decoding import Decoded
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.sets import DataRef, InputSpec
@@ -27,7 +27,7 @@ class BuildContext:
 
     store: Store
     spec: InputSpec
-    decode: Callable[[bytes], Picture]
+    decode: Callable[[bytes], Decoded]
     tokenize: Callable[[Sequence[str]], Ints]
     filter: PairFilter | None = None
 

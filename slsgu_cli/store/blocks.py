@@ -318,9 +318,7 @@ class BlockWriter:
         # The number of rows is known at the end; `rows` is the maximum.
         self._images = _create(group, "images", (max(rows, 1), height, width, 3), self._chunk.shape)
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
-        self._writing: list[tuple[Future[list[bytes]], Pixels]] = []
-        # Buffers are reused, because fresh memory has to be cleared first.
-        self._spare: list[Pixels] = []
+        self._writing: list[Future[list[bytes]]] = []
         self._pixels: list[bytes] = []
         self.keys: list[str] = []
         self._captions: list[str] = []
@@ -394,9 +392,9 @@ class BlockWriter:
     def _write(self, rows: int) -> None:
         """Start writing the last `rows` rows, and continue with another buffer."""
         self._await(WRITERS - 1)
-        written = self._pool.submit(self._write_chunk, self.rows - rows, self._chunk[:rows])
-        self._writing.append((written, self._chunk))
-        self._chunk = self._spare.pop() if self._spare else np.empty_like(self._chunk)
+        chunk = self._chunk[:rows]
+        self._writing.append(self._pool.submit(self._write_chunk, self.rows - rows, chunk))
+        self._chunk = np.empty_like(self._chunk)
 
     def _write_chunk(self, start: int, chunk: Pixels) -> list[bytes]:
         """Write rows from `start` on; return the digest of each row's pixels."""
@@ -406,9 +404,7 @@ class BlockWriter:
     def _await(self, most: int) -> None:
         """Wait until at most `most` chunks are being written. Raises what a write raised."""
         while len(self._writing) > most:
-            written, chunk = self._writing.pop(0)
-            self._pixels += written.result()
-            self._spare.append(chunk)
+            self._pixels += self._writing.pop(0).result()
 
 
 @contextmanager

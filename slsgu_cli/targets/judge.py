@@ -65,7 +65,7 @@ class Judge:
         vision = vision_tower(module)
 
         def see(images: Sequence[bytes]) -> Tensor:
-            pixels = normalize(np.stack([decode(image).pixels for image in images]))
+            pixels = normalize(np.stack([np.asarray(decode(image).pixels) for image in images]))
             return vision.features(pixels, pixels)
 
         with torch.no_grad(), counted_by(f"the judge {spec}"), naming_layers(module):

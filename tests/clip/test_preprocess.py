@@ -15,7 +15,6 @@ from slsgu_cli.clip.decoding import (
     ORIENTATION,
     ROTATED,
     TRANSPARENT,
-    DecodeError,
     decoder,
 )
 from slsgu_cli.records.sets import InputSpec
@@ -75,8 +74,7 @@ def test_pixels_are_open_clips_to_the_bit(image, name):
     try:
         expected = full(Image.open(io.BytesIO(data)))
     except ValueError:  # open_clip itself cannot: a side would shrink to nothing
-        with pytest.raises(DecodeError, match="broken image"):
-            decoder(wanted)(data)
+        assert decoder(wanted)(data).reason == "broken image"
         return
     pixels = decoder(wanted)(data).pixels
     assert pixels.dtype == np.uint8
@@ -109,12 +107,10 @@ def test_every_failure_has_its_reason(monkeypatch):
         IMAGES["rgb"][:60]: "broken image",
     }
     for data, reason in cases.items():
-        with pytest.raises(DecodeError) as caught:
-            decode(data)
-        assert caught.value.reason == reason
+        assert (decode(data).pixels, decode(data).reason) == (None, reason)
+    assert len({decode(data).source_digest for data in cases}) == len(cases)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(DecodeError, match="decompression bomb"):
-        decode(jpeg)
+    assert decode(jpeg).reason == "decompression bomb"
 
 
 def oriented(orientation):
@@ -147,32 +143,31 @@ def animation(kind):
         (oriented(1), ()),
     ],
 )
-def test_what_is_odd_is_kept_and_noted(data, oddities):
+def test_odd_images_are_used_and_noted(data, oddities):
     assert decoder(spec())(data).oddities == oddities
 
 
-def test_a_rotated_image_is_taken_as_it_is_stored():
+def test_a_rotated_image_is_read_as_stored():
     stored = decoder(spec())(oriented(1)).pixels
     assert np.array_equal(decoder(spec())(oriented(6)).pixels, stored)
 
 
-def test_grey_of_sixteen_bits_is_refused_where_it_would_turn_white():
+def test_grey_values_above_255_are_refused():
     grey = np.linspace(0, 65_535, 400).reshape(20, 20).astype(np.uint16)
     for values, refused in ((grey, True), (grey // 257, False)):
         buffer = io.BytesIO()
         Image.fromarray(values).save(buffer, "PNG")
+        decoded = decoder(spec())(buffer.getvalue())
         if refused:
-            with pytest.raises(DecodeError, match="more than 8 bits"):
-                decoder(spec())(buffer.getvalue())
+            assert decoded.reason == "more than 8 bits a pixel"
         else:
-            assert decoder(spec())(buffer.getvalue()).pixels.min() < 20
+            assert decoded.pixels.min() < 20
 
 
-def test_a_thin_image_is_refused_before_it_grows():
+def test_an_extremely_thin_image_is_refused():
     # 2 x 60,000 pixels would be resized to 448 x 13,440,000.
     thin = encoded(0, (2, 60_000))
-    with pytest.raises(DecodeError, match="extreme shape"):
-        decoder(spec(448, 448))(thin)
+    assert decoder(spec(448, 448))(thin).reason == "extreme shape"
     assert decoder(spec(8, 8))(thin).pixels.shape == (8, 8, 3)
 
 
@@ -180,5 +175,4 @@ def test_a_png_that_claims_to_be_huge_is_a_bomb():
     data = bytearray(IMAGES["rgb"])
     data[16:24] = struct.pack(">II", 60_000, 60_000)
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
-    with pytest.raises(DecodeError, match="decompression bomb"):
-        decoder(spec())(bytes(data))
+    assert decoder(spec())(bytes(data)).reason == "decompression bomb"
