@@ -1,7 +1,6 @@
 """Building a model as a module of open_clip, with its weights or without."""
 
 import json
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,8 +32,7 @@ def load(
         return _load_ourselves(model, device, warn)
     # An absolute path: a file may have the name of a tag, which open_clip would take first.
     pretrained = None if ":" in model.identifier else str(model.weights.absolute())
-    with quiet(), explained(model), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    with quiet(), explained(model):
         module: torch.nn.Module = open_clip.create_model(
             model.identifier,
             pretrained=pretrained,
@@ -44,9 +42,6 @@ def load(
         )
     if warn and model.spec.pretrained:
         _check_activation(model, warn)
-    for message in caught:
-        if warn and "QuickGELU" in str(message.message):
-            warn(str(message.message))
     return module.eval().requires_grad_(True)
 
 
@@ -69,13 +64,13 @@ def _load_ourselves(
     import torch
 
     with quiet(), explained(model):
-        module = _without_weights(model)
-        held = weights_of(model)
-        shapes = held.shapes()
-        if any(shapes.get(name) != shape for name, shape in _shapes(module).items()):
+        module = without_weights(model)
+        stored = weights_of(model)
+        shapes = stored.shapes()
+        if any(shapes.get(name) != shape for name, shape in shapes_of(module).items()):
             raise ValueError("its weights do not match the architecture")
         weights = {
-            name: torch.tensor(held.read(name)).to(device, value.dtype)
+            name: torch.tensor(stored.read(name)).to(device, value.dtype)
             for name, value in module.state_dict().items()
         }
         module.load_state_dict(weights, assign=True)
@@ -87,37 +82,28 @@ def _load_ourselves(
     return module.to(device).eval().requires_grad_(True)
 
 
-def _without_weights(model: ResolvedModel) -> "torch.nn.Module":
-    """Build the module in evaluation mode, with its buffers, and parameters on `meta`."""
+def without_weights(model: ResolvedModel) -> "torch.nn.Module":
+    """Build the module in evaluation mode, if possible with its parameters on `meta`."""
     import torch
 
     register = torch.nn.Module.register_parameter
 
     def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-        register(module, name, _on_meta(parameter))
+        if parameter is not None:
+            parameter = torch.nn.Parameter(parameter.detach().to("meta"))
+        register(module, name, parameter)
 
     kind: Any = torch.nn.Module
-    kind.register_parameter = on_meta
-    try:
-        return _unfilled(model)
-    except RuntimeError:
-        # Some of timm's towers run a part of themselves to find its size.
-        kind.register_parameter = register
-        built = _unfilled(model)
-        for module in built.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                register(module, name, _on_meta(parameter))
-        return built
-    finally:
-        kind.register_parameter = register
-
-
-def _on_meta(parameter: "torch.nn.Parameter | None") -> "torch.nn.Parameter | None":
-    import torch
-
-    if parameter is None or parameter.is_meta:
-        return parameter
-    return torch.nn.Parameter(parameter.detach().to("meta"))
+    with quiet(), explained(model):
+        kind.register_parameter = on_meta
+        try:
+            return _unfilled(model)
+        except RuntimeError:
+            # Some of timm's towers run a part of themselves to find its size.
+            kind.register_parameter = register
+            return _unfilled(model)
+        finally:
+            kind.register_parameter = register
 
 
 def _unfilled(model: ResolvedModel) -> "torch.nn.Module":
@@ -132,20 +118,9 @@ def _unfilled(model: ResolvedModel) -> "torch.nn.Module":
     )
 
 
-def built_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of a model's configuration, by its name."""
-    with quiet(), explained(model):
-        return _shapes(_without_weights(model))
-
-
-def _shapes(module: "torch.nn.Module") -> dict[str, tuple[int, ...]]:
+def shapes_of(module: "torch.nn.Module") -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a module, by its name."""
     return {name: tuple(value.shape) for name, value in module.state_dict().items()}
-
-
-def built_tower(model: ResolvedModel) -> Any:
-    """Return the vision tower of a model's configuration, without weights."""
-    with quiet(), explained(model):
-        return _without_weights(model).visual
 
 
 def _built_by_config(config: Mapping[str, Any]) -> "torch.nn.Module":

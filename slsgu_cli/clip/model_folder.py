@@ -8,9 +8,9 @@ from slsgu_cli.checkpoints.configurations import config_of
 from slsgu_cli.checkpoints.hub import FETCH_ERRORS
 from slsgu_cli.checkpoints.layouts import clip_shapes
 from slsgu_cli.checkpoints.naming_schemes import NamingScheme
-from slsgu_cli.clip.loading import built_shapes, is_read_by_open_clip, load
+from slsgu_cli.clip.loading import is_read_by_open_clip, load, shapes_of, without_weights
 from slsgu_cli.clip.models import ResolvedModel, resolve, weights_of
-from slsgu_cli.clip.tokenizers import TOKENIZER_CONFIG, fresh_tokenizer, probe_tokens
+from slsgu_cli.clip.tokenizers import PROBE, TOKENIZER_CONFIG, open_clip_tokenizer, tokenizer
 from slsgu_cli.errors import SlsguError
 from slsgu_cli.records.sets import LOCAL, ModelSpec
 from slsgu_cli.text import first_lines, listed
@@ -52,7 +52,7 @@ def tokenizer_files(model: ResolvedModel, scratch: Path) -> dict[str, Path]:
         return {}
     source = model.folder or _tokenizer_folder(name)
     if source is None or "tokenizer_class" not in config_of(source / TOKENIZER_CONFIG):
-        fresh_tokenizer(model).save_pretrained(str(scratch))
+        open_clip_tokenizer(model).save_pretrained(str(scratch))
         return {path.name: path for path in sorted(scratch.iterdir())}
     return present_files(source, TOKENIZER_FILES)
 
@@ -111,14 +111,14 @@ def require_weights(model: ResolvedModel) -> None:
 
 def _other_weights(model: ResolvedModel) -> str | None:
     """Return how the names and shapes of a model's weights differ from its configuration."""
-    wanted = clip_shapes(model.config) or built_shapes(model)
-    held = weights_of(model).shapes()
-    if "positional_embedding" in held and "positional_embedding" not in wanted:
+    wanted = clip_shapes(model.config) or shapes_of(without_weights(model))
+    stored = weights_of(model).shapes()
+    if "positional_embedding" in stored and "positional_embedding" not in wanted:
         # A custom text tower also loads from names without its prefix.
         wanted = {name.removeprefix("text."): shape for name, shape in wanted.items()}
-    missing = sorted(wanted.keys() - held.keys() - {BIAS})
-    more = sorted(name for name in held.keys() - wanted.keys() if POSITIONS not in name)
-    other = sorted(name for name in wanted.keys() & held.keys() if wanted[name] != held[name])
+    missing = sorted(wanted.keys() - stored.keys() - {BIAS})
+    more = sorted(name for name in stored.keys() - wanted.keys() if POSITIONS not in name)
+    other = sorted(name for name in wanted.keys() & stored.keys() if wanted[name] != stored[name])
     for names, what in (
         (missing, "its weights lack"),
         (more, "its configuration has no place for"),
@@ -146,9 +146,9 @@ def _other_tokenizer(model: ResolvedModel, original: ResolvedModel | None) -> st
     by_name = original is not None and "siglip" in original.identifier.lower()
     if name is None and not by_name:
         return None
-    ids = probe_tokens(model)
+    ids = tokenizer(model)(PROBE)
     copied = original is not None and original.folder and original.scheme is model.scheme
-    if original is not None and not copied and ids != probe_tokens(original):
+    if original is not None and not copied and (ids != tokenizer(original)(PROBE)).any():
         return f"its tokenizer gives other ids than that of {original.spec}"
     return None
 

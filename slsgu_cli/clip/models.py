@@ -47,7 +47,7 @@ class ResolvedModel:
     """A model's configuration and where its weights lie.
 
     `folder` is set for models that are folders. `identifier` is open_clip's name of the model; for
-    a folder of transformers, which `spelling` marks, it is the path.
+    a folder of transformers it is the path.
     """
 
     spec: ModelSpec
@@ -64,19 +64,15 @@ def resolve(spec: ModelSpec) -> ResolvedModel:
 
     Raises MissingError, InputError or UsageError; downloads where the name asks for it.
     """
-    model = _resolved(spec)
+    folder = Path(spec.name.removeprefix(LOCAL))
+    if spec.name.startswith(LOCAL) or (folder / OPEN_CLIP).is_file() or is_clip(folder):
+        model = _resolve_folder(spec, folder)
+    elif spec.name.startswith(HUB):
+        model = _resolve_hub(spec)
+    else:
+        model = _resolve_name(spec)
     require_towers(str(spec), model.config)
     return model
-
-
-def _resolved(spec: ModelSpec) -> ResolvedModel:
-    if spec.name.startswith(LOCAL):
-        return _resolve_folder(spec, Path(spec.name.removeprefix(LOCAL)))
-    if (Path(spec.name) / OPEN_CLIP).is_file() or is_clip(Path(spec.name)):
-        return _resolve_folder(spec, Path(spec.name))
-    if spec.name.startswith(HUB):
-        return _resolve_hub(spec)
-    return _resolve_name(spec)
 
 
 def weights_of(model: ResolvedModel) -> ClipWeights:

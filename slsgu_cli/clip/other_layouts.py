@@ -25,7 +25,7 @@ from slsgu_cli.checkpoints.transformers_families import (
     transformers_config,
 )
 from slsgu_cli.checkpoints.transformers_inputs import PREPROCESSOR, transformers_preprocess
-from slsgu_cli.clip.loading import built_tower
+from slsgu_cli.clip.loading import without_weights
 from slsgu_cli.clip.model_folder import (
     TOKENIZER_FILES,
     hub_tokenizer,
@@ -36,6 +36,7 @@ from slsgu_cli.clip.models import ResolvedModel
 from slsgu_cli.clip.tokenizers import TOKENIZER_CONFIG
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.records.method import ModelLayout, Tower
+from slsgu_cli.text import listed
 
 WEIGHTS = "model.safetensors"
 # Files to copy from the original folder, whatever its layout.
@@ -84,19 +85,18 @@ def _for_transformers(model: ResolvedModel, scratch: Path) -> OtherLayout:
     """Return how to write an open_clip model for transformers."""
     config = model.config
     if config["vision_cfg"].get("timm_pool") == "map":
-        trunk = built_tower(model).trunk
+        visual: Any = without_weights(model).visual
         rest = {k: v for k, v in config["vision_cfg"].items() if k != "timm_model_name"}
-        config = config | {"vision_cfg": rest | (trunk_sizes(trunk) or config["vision_cfg"])}
+        config = config | {"vision_cfg": rest | (trunk_sizes(visual.trunk) or config["vision_cfg"])}
     family = FAMILIES[family_of(config)]
     made, lacks = transformers_config(config)
     processor, other = transformers_preprocess(config, model.preprocess)
     if lacks or other:
         reasons = [f"{field} {value}" for field, value in lacks.items()]
         reasons += [other] if other else []
-        reasons[3:] = [f"{len(reasons) - 3} more"] if len(reasons) > 3 else []
         raise InputError(
             f"{model.spec} cannot be written for transformers, where its {family.name} has no "
-            f"place for {'; '.join(reasons)}",
+            f"place for {listed(reasons, separator='; ')}",
             hint="leave --format out to write it for open_clip",
         )
     texts = {CONFIG: _json(made), PREPROCESSOR: _json(processor)}

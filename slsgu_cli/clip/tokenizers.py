@@ -48,24 +48,8 @@ def input_spec(model: ResolvedModel) -> InputSpec:
 
 def tokenizer(model: ResolvedModel) -> Tokenize:
     """Return the model's own tokenizer: texts to int32 ids of shape (texts, context)."""
-    tokenize = _tokenizer_of(model)
-
-    def encode(texts: Sequence[str]) -> npt.NDArray[np.int32]:
-        return np.asarray(tokenize(list(texts)).numpy(), dtype=np.int32)
-
-    return encode
-
-
-def probe_tokens(model: ResolvedModel) -> list[list[int]]:
-    """Return the ids of a few texts by a model's tokenizer, read again from its files."""
-    ids: list[list[int]] = fresh_tokenizer(model)(list(PROBE)).tolist()
-    return ids
-
-
-def fresh_tokenizer(model: ResolvedModel) -> Any:
-    """Return open_clip's tokenizer of a model, read again from its files."""
-    with quiet(), explained(model):
-        return _opened_tokenizer(*_named_tokenizer(model))
+    tokenize = open_clip_tokenizer(model)
+    return lambda texts: np.asarray(tokenize(list(texts)).numpy(), dtype=np.int32)
 
 
 def token_words(model: ResolvedModel) -> dict[int, str]:
@@ -73,34 +57,26 @@ def token_words(model: ResolvedModel) -> dict[int, str]:
 
     The result is empty for a tokenizer that cannot decode.
     """
-    return _token_words(_tokenizer_of(model))
+    return _token_words(open_clip_tokenizer(model))
 
 
-def _tokenizer_of(model: ResolvedModel) -> Any:
+def open_clip_tokenizer(model: ResolvedModel) -> Any:
+    """Return open_clip's tokenizer of a model. Raises MissingError or InputError."""
+    text = model.config["text_cfg"]
+    in_transformers = model.scheme is NamingScheme.TRANSFORMERS
+    length = text["context_length"] if in_transformers else None
+    clean = text.get("tokenizer_kwargs", {}).get("clean") if in_transformers else None
     try:
         with quiet():
-            tokenize = _tokenizer(*_named_tokenizer(model))
+            tokenize = _tokenizer(model.identifier, length, clean)
     except Exception as error:  # transformers and its hub raise many kinds here
         raise _no_tokenizer(model, error) from error
-    text = model.config["text_cfg"]
-    if model.scheme is NamingScheme.TRANSFORMERS:
+    if in_transformers:
         if "tokenizer_kwargs" not in text:
             _check_vocabulary(model, tokenize.encoder)
         if "hf_config" in text:
             _check_padding(model, tokenize.tokenizer.pad_token_id)
     return tokenize
-
-
-def _named_tokenizer(model: ResolvedModel) -> tuple[str, int | None, str | None]:
-    """Return the arguments of `_opened_tokenizer`: name, context length, cleaning.
-
-    The latter two are None where open_clip knows the tokenizer by name.
-    """
-    if model.scheme is not NamingScheme.TRANSFORMERS:
-        return model.identifier, None, None
-    text = model.config["text_cfg"]
-    cleaned = text.get("tokenizer_kwargs", {}).get("clean")
-    return model.identifier, text["context_length"], cleaned
 
 
 def _no_tokenizer(model: ResolvedModel, error: Exception) -> SlsguError:
@@ -111,10 +87,9 @@ def _no_tokenizer(model: ResolvedModel, error: Exception) -> SlsguError:
         hint = "pip install sentencepiece protobuf"
     elif isinstance(error, ImportError):
         hint = "pip install 'slsgu[targets]', which has transformers"
-    elif model.scheme is NamingScheme.TRANSFORMERS:
-        hint = f"put the model's tokenizer into {model.folder}: {TOKENIZER_CONFIG} and its files"
-    elif name and model.folder is not None:
-        hint = f"put the files of {name} next to the weights: {TOKENIZER_CONFIG}, tokenizer.json"
+    elif model.folder is not None and (name or model.scheme is NamingScheme.TRANSFORMERS):
+        files = f"the files of {name or 'its tokenizer'}"
+        hint = f"put {files} next to the weights: {TOKENIZER_CONFIG}, tokenizer.json"
     elif name:
         hint = f"it is {name} of the Hugging Face hub: check the connection"
     what = f"cannot load the tokenizer of {model.spec}: {first_lines(error)}"
@@ -122,34 +97,36 @@ def _no_tokenizer(model: ResolvedModel, error: Exception) -> SlsguError:
     return kind(what, hint=hint)
 
 
-def _opened_tokenizer(identifier: str, context_length: int | None, cleaned: str | None) -> Any:
-    """Return open_clip's tokenizer by name, or one that wraps the tokenizer of a folder."""
+# Reading a vocabulary takes a tenth of a second.
+@functools.cache
+def _tokenizer(identifier: str, context_length: int | None, clean: str | None) -> Any:
+    """Return open_clip's tokenizer by name, or one that wraps the tokenizer of a folder.
+
+    Without a context length, open_clip knows the tokenizer by the model's name; without a way to
+    `clean` texts, it is CLIP's own.
+    """
     import open_clip
 
     if context_length is None:
         return open_clip.get_tokenizer(identifier)
-    if cleaned is None:
+    if clean is None:
         return open_clip.SimpleTokenizer(context_length=context_length)
     # transformers would look for a relative path on the hub.
-    folder = str(Path(identifier).absolute())
-    if not any(any(Path(folder).glob(name)) for name in TOKENIZER):
+    folder = Path(identifier).absolute()
+    if not any(any(folder.glob(name)) for name in TOKENIZER):
         raise FileNotFoundError(f"{folder} has no {TOKENIZER_CONFIG}")
-    if cleaned != AS_IT_IS:
-        return open_clip.tokenizer.HFTokenizer(folder, context_length, clean=cleaned)
-    tokenize = open_clip.tokenizer.HFTokenizer(folder, context_length)
+    if clean != AS_IT_IS:
+        return open_clip.tokenizer.HFTokenizer(str(folder), context_length, clean=clean)
+    tokenize = open_clip.tokenizer.HFTokenizer(str(folder), context_length)
     tokenize.clean_fn = str
     return tokenize
 
 
-# Reading a vocabulary takes a tenth of a second.
-_tokenizer = functools.cache(_opened_tokenizer)
-
-
-def _check_vocabulary(model: ResolvedModel, ours: dict[str, int]) -> None:
+def _check_vocabulary(model: ResolvedModel, clip: dict[str, int]) -> None:
     """Raise InputError if a folder's tokenizer has other tokens than CLIP's, the last two aside."""
-    theirs = vocabulary(model.weights.parent)
-    words = {token: number for token, number in ours.items() if number < len(ours) - 2}
-    if theirs is not None and any(theirs.get(word) != number for word, number in words.items()):
+    tokens = vocabulary(model.weights.parent)
+    words = {token: number for token, number in clip.items() if number < len(clip) - 2}
+    if tokens is not None and any(tokens.get(word) != number for word, number in words.items()):
         raise InputError(f"{model.spec} has its own vocabulary, which slsgu cannot use")
 
 
@@ -167,8 +144,8 @@ def _check_padding(model: ResolvedModel, pads_with: int | None) -> None:
 @functools.cache
 def _token_words(tokenize: Any) -> dict[int, str]:
     # open_clip's tokenizer of a model from the hub holds the one of transformers.
-    own = getattr(tokenize, "tokenizer", tokenize)
-    decode, size = getattr(own, "decode", None), getattr(own, "vocab_size", None)
+    inner = getattr(tokenize, "tokenizer", tokenize)
+    decode, size = getattr(inner, "decode", None), getattr(inner, "vocab_size", None)
     if decode is None or size is None:
         return {}
     words = {number: str(decode([number])).strip() for number in range(int(size))}
