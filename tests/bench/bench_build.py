@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 from synthetic import random_model
 
-from slsgu_cli.clip.decoding import Picture, decode_in_order, decoder
+from slsgu_cli.clip.decoding import Decoded, decode_in_order, decoder
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.tokenizers import input_spec
 from slsgu_cli.records.options import BuildRequest
@@ -59,7 +59,7 @@ def plain_decode(shard: str, keep: bool = False) -> int:
     return count
 
 
-def decoding_rate(shards: list[str], decode: Callable[[bytes], Picture]) -> float:
+def decoding_rate(shards: list[str], decode: Callable[[bytes], Decoded]) -> float:
     """Return the images a second of slsgu's decoding alone, reading of tar shards included."""
     start, count = time.perf_counter(), 0
     for _ in decode_in_order(encoded_images(shards), decode):
