@@ -12,7 +12,7 @@ from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.compare.layer_edits import LayerEdits, layer_for
 from slsgu_cli.compare.ours import OurEdit, original_outcome
 from slsgu_cli.compare.pass_times import PassTimes
-from slsgu_cli.compare.registry import ClosedForm, Trained, baseline, label_of
+from slsgu_cli.compare.registry import ClosedForm, Trained, baseline
 from slsgu_cli.compare.runner import BaselineRunner
 from slsgu_cli.compare.tuning import tune
 from slsgu_cli.errors import UsageError
@@ -55,22 +55,22 @@ def compare(store: Store, names: Sequence[str], *, options: CompareOptions) -> C
     ]
     if options.layer is not None and not set(layered) & set(options.methods):
         raise UsageError("--layer is for " + ", ".join(layered), hint=f"--methods {layered[0]},...")
-    settings: dict[Method, Sequence[float | None]] = {
-        method: _settings(method, options)
-        # Ours first: a stale edit is reported before anything is trained.
-        for method in sorted(CLIP_METHODS, key=lambda method: method is not Method.OURS)
-        if method in options.methods
-    }
     concepts: dict[str, tuple[ClipOutcome, ...]] = {}
     chosen: dict[Method, float] = {}
     for name in dict.fromkeys(names):
         run = ClipComparisonRun.open(store, name, options)
         rows = []
-        for method, given in settings.items():
-            if isinstance(baseline(method), ClosedForm) and method not in run.layers:
-                progress.note(f"{label_of(method)} is skipped: the model has no layer for it")
-            elif options.rates is not None or method in (Method.ORIGINAL, Method.OURS):
-                rows += [run.row(method, setting) for setting in given]
+        # Ours first: a stale edit is reported before anything is trained.
+        for method in sorted(options.methods, key=lambda method: method is not Method.OURS):
+            spec = baseline(method)
+            if spec is None:
+                rows.append(run.row(method))
+            elif isinstance(spec, ClosedForm) and method not in run.layers:
+                progress.note(f"{spec.label} is skipped: the model has no layer for it")
+            elif options.rates is not None:
+                known = spec.hyperparameter
+                values = (known.default,) if known else options.rates
+                rows += [run.row(method, setting) for setting in values]
             elif method in chosen:
                 rows.append(run.row(method, chosen[method]))
             else:
@@ -79,14 +79,6 @@ def compare(store: Store, names: Sequence[str], *, options: CompareOptions) -> C
                 rows += tried
         concepts[name] = tuple(sorted(rows, key=lambda row: CLIP_METHODS.index(row.method)))
     return Compared(concepts, chosen if options.rates is None else None)
-
-
-def _settings(method: Method, options: CompareOptions) -> Sequence[float | None]:
-    """Return the settings to run a method at, if it is not tuned."""
-    spec = baseline(method)
-    if spec is None:
-        return (None,)
-    return (spec.hyperparameter.default,) if spec.hyperparameter else options.rates or ()
 
 
 @dataclass

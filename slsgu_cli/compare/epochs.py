@@ -54,7 +54,7 @@ def follow(epochs: Iterator[int], evaluation: Evaluation, *, label: str, total: 
             start = perf_counter()
     if not best:
         raise ValueError("a run has at least one epoch")
-    set_weights(evaluation.model, weights)
+    evaluation.model.load_state_dict(weights)
     return Reported(best, epoch, figures_of(evaluation), seconds)
 
 
@@ -76,15 +76,8 @@ def figures_of(evaluation: Evaluation) -> Figures:
 
 
 def weights_of(model: nn.Module) -> Weights:
-    """Return a copy of every parameter."""
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def set_weights(model: nn.Module, weights: Weights) -> None:
-    """Restore the weights that `weights_of` returned."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+    """Return a copy of the state of a model, to load again."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def settle(model: nn.Module) -> None:

@@ -15,7 +15,6 @@ from slsgu_cli.records.method import GradientHeader, GradientPointer, Precision
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.store.artifacts import Artifact
-from slsgu_cli.store.catalog import Catalog
 from slsgu_cli.store.store import Store
 
 ROLES = ("forget", "retain")
@@ -73,21 +72,10 @@ class PassTimes:
         for role in roles:
             key = _pass_key(getattr(pointer, role), squares)
             if key not in self.known:
-                time = self._in_other_comparisons(key)
-                if time is None:
-                    model = model or load_graded(self.manifest, pointer, self.device)[1]
-                    time = self._measure(model, pointer, role, squares)
-                self.known[key] = time
+                model = model or load_graded(self.manifest, pointer, self.device)[1]
+                self.known[key] = self._measure(model, pointer, role, squares)
             total += self.known[key].seconds
         return total
-
-    def _in_other_comparisons(self, key: str) -> PassTime | None:
-        """Return the time of the same pass in the comparison of another set."""
-        for comparison in Catalog(self.store).readable(Artifact.COMPARISON).values():
-            time: PassTime | None = comparison.passes.get(key)
-            if time is not None and time.where == self.where:
-                return time
-        return None
 
     def _measure(
         self, model: nn.Module, pointer: GradientPointer, role: str, squares: bool

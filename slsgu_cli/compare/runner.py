@@ -13,7 +13,7 @@ from slsgu_cli.clip.evaluation import Evaluation, prepare
 from slsgu_cli.clip.finite import counted_by
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.tokenizers import tokenizer
-from slsgu_cli.compare.epochs import Weights, figures_of, follow, set_weights, weights_of
+from slsgu_cli.compare.epochs import Weights, figures_of, follow, weights_of
 from slsgu_cli.compare.pass_times import PassTimes
 from slsgu_cli.compare.registry import Trained, baseline
 from slsgu_cli.compare.training import LossTerm, train
@@ -67,7 +67,7 @@ class BaselineRunner:
 
     def restore(self) -> None:
         """Restore the original weights."""
-        set_weights(self.model, self.original_weights)
+        self.model.load_state_dict(self.original_weights)
 
     def original(self) -> Figures:
         """Measure the original model."""

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def verify(store: Store, name: str, request: VerifyRequest = VerifyRequest()) ->
     )
     record = resume(store, Artifact.VERIFICATION, name, fresh)
     sources = model_sources(store, manifest, request)
-    run = _VerifyRun(store, manifest, record, request, sources[0])
+    run = _VerifyRun(store, manifest, record, request, sources)
     models = tuple(run.verified(source, checks).of_checks(checks) for source in sources)
     store.write_record(path, run.record)
     files = [store.where(path)]
@@ -168,7 +169,7 @@ def load_source(
         )
 
 
-@dataclass(slots=True)
+@dataclass
 class _VerifyRun:
     """One verification: the record so far, and how many findings were reused."""
 
@@ -176,9 +177,8 @@ class _VerifyRun:
     manifest: SetManifest
     record: Verification
     request: VerifyRequest
-    original: ModelSource
+    sources: list[ModelSource]
     reused: int = 0
-    opened: ModelUnderTest | None = None
 
     @torch.no_grad()
     def verified(self, source: ModelSource, checks: Sequence[Check]) -> VerifiedModel:
@@ -189,28 +189,24 @@ class _VerifyRun:
         missing = {check: key for check, key in keys.items() if key not in recorded}
         self.reused += len(checks) - len(missing)
         self.record = self.record.with_model(verified)
-        if missing:
-            model = self._open(source)
+        if not missing:
+            return verified
+        if source is self.sources[0]:
+            model = self.original
+        else:
+            model = load_source(
+                self.store, self.manifest, source, self.request, original=lambda: self.original
+            )
         for check, key in missing.items():
             finding = self._run(model, check, key, f"{verified.label}: {check}")
             verified = verified.with_finding(finding)
             self._write(replace(self.record.with_model(verified), under_way=None))
         return verified
 
-    def _open(self, source: ModelSource) -> ModelUnderTest:
-        if source is self.original:
-            return self._open_original()
-        return load_source(
-            self.store, self.manifest, source, self.request, original=self._open_original
-        )
-
-    def _open_original(self) -> ModelUnderTest:
-        """Return the original model, loaded once for all models that are compared with it."""
-        if self.opened is None:
-            self.opened = load_source(
-                self.store, self.manifest, self.original, self.request, original=None
-            )
-        return self.opened
+    @cached_property
+    def original(self) -> ModelUnderTest:
+        """The original model, loaded once for all models that are compared with it."""
+        return load_source(self.store, self.manifest, self.sources[0], self.request, original=None)
 
     def _run(self, model: ModelUnderTest, check: Check, key: str, label: str) -> Finding:
         """Run a check, from the results that an interrupted run recorded."""
@@ -244,7 +240,7 @@ class _VerifyRun:
             {
                 "revision": spec_of(check).revision,
                 "subject": source.record.key,
-                "original": self.original.record.key,
+                "original": self.sources[0].record.key,
                 "concept": self.record.concept,
                 "data": self.record.data,
                 "check": check,

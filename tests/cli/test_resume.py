@@ -43,7 +43,7 @@ VERIFY = ["verify", "blue", "--rows", "20", "--checks", "augment,neighbours,near
 
 PARTS = {
     "prefix": (prefix.WordSearch, "run"),
-    "ring-a-bell": (ring_a_bell.GeneticSearch, "run"),
+    "ring-a-bell": (ring_a_bell, "breed"),
     "relearn": (relearn, "taught"),
 }
 

@@ -10,7 +10,7 @@ import torch
 from baselines import PLAN, loss, open_bench
 
 from slsgu_cli.compare.baselines.salun import mask_of, saliency_mask
-from slsgu_cli.compare.epochs import set_weights, weights_of
+from slsgu_cli.compare.epochs import weights_of
 from slsgu_cli.compare.registry import baseline
 from slsgu_cli.compare.training import LossTerm, cosine_rate, train
 from slsgu_cli.records.comparison import Method
@@ -33,7 +33,7 @@ def bench(shared_world):
 
 def trained(bench, method):
     """Return a fresh copy of the model after all epochs of a method."""
-    set_weights(bench.model, bench.original_weights)
+    bench.restore()
     for _ in bench.epochs(baseline(method), RATE):
         pass
     return copy.deepcopy(bench.model)
@@ -89,7 +89,7 @@ def distance(first, second):
 @pytest.mark.parametrize("method", PHASES)
 def test_training_is_the_plain_loop(method, bench, shared_world):
     found = trained(bench, method)
-    set_weights(bench.model, bench.original_weights)
+    bench.restore()
     mask = mask_of(bench) if method is Method.SALUN else None
     expected = plain(shared_world, bench.model, PHASES[method], mask)
     assert distance(found, expected) < 0.01 * distance(expected, bench.model)
@@ -98,14 +98,14 @@ def test_training_is_the_plain_loop(method, bench, shared_world):
 def test_gaft_forgets_before_it_retains(bench, shared_world):
     """The parity above would not hold for another order, nor for two optimizers."""
     found = trained(bench, Method.GAFT)
-    set_weights(bench.model, bench.original_weights)
+    bench.restore()
     turned = plain(shared_world, bench.model, ("retain", "forget"))
     assert distance(found, turned) > 0.1 * distance(found, bench.model)
 
 
 def test_gradient_ascent_raises_the_forget_loss(bench, shared_world):
     rows = np.arange(shared_world.manifest.forget.rows)
-    set_weights(bench.model, bench.original_weights)
+    bench.restore()
     before = loss(shared_world, bench.model, "forget", rows).item()
     after = loss(shared_world, trained(bench, Method.GA), "forget", rows).item()
     assert after > before + 0.1
@@ -127,7 +127,7 @@ class Unseen:
 def test_fine_tuning_never_sees_a_forget_row(bench):
     unseen = LossTerm(Unseen(), Unseen(), bench.term("forget").loss, -1, shuffled=False)
     terms = {"forget": unseen, "retain": bench.term("retain")}
-    set_weights(bench.model, bench.original_weights)
+    bench.restore()
     before = weights_of(bench.model)
     lessons = [terms[role] for role in baseline(Method.FT).losses]
     assert list(train(bench.model, lessons, rate=RATE, plan=PLAN, mask=None)) == [1, 2]

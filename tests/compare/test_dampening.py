@@ -6,7 +6,6 @@ import torch
 from baselines import loss, open_bench
 
 from slsgu_cli.compare.baselines.ssd import constants, dampen, dampening
-from slsgu_cli.compare.epochs import set_weights
 from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.store.artifacts import Artifact
@@ -56,7 +55,7 @@ def test_dampening_is_the_plain_loop(world):
     for found, expected in zip((forget, retain), plain, strict=True):
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value, 1e-2, 1e-7 + 1e-3 * value.max())
-    set_weights(bench.model, bench.original_weights)
+    bench.restore()
     alpha = 0.5
     assert list(dampen(bench.model, forget, retain, alpha=alpha, epochs=3)) == [1, 2, 3]
     changed = 0

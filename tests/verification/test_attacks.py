@@ -40,7 +40,7 @@ from slsgu_cli.verification.checks.paraphrase import TEMPLATES
 from slsgu_cli.verification.checks.prefix import WordSearch, prefix
 from slsgu_cli.verification.checks.ring_a_bell import (
     COEFFICIENT,
-    GeneticSearch,
+    breed,
     meanings,
     ring_a_bell,
 )
@@ -219,8 +219,8 @@ def test_texts_approach_what_the_name_adds_in_the_original(shared_world, model, 
     other = opened(shared_world, change=lambda module: module.text_projection.data.neg_())
     torch.testing.assert_close(meanings(other, {OWN: "blue"})[OWN], target)
     prompts = free_prompts(model, ["{}"], 3, words)
-    search = GeneticSearch(prompts, target, np.random.default_rng(0))
-    first, last = search.run(12, 8)
+    rng = np.random.default_rng(0)
+    first, last = breed(prompts, target, rng, population=12, generations=8)
     assert last[1] < first[1]
     feature = model.text_features(model.tokenize([last[0]]))[0]
     assert last[1] == pytest.approx(1 - float(feature @ target), abs=1e-5)

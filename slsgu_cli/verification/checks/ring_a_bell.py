@@ -6,7 +6,6 @@ word. The search needs the text tower alone.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -36,8 +35,13 @@ def ring_a_bell(model: ModelUnderTest, settings: Settings) -> list[Attempt]:
 
     def searched(name: str, target: Tensor) -> list[Attempt]:
         generator = np.random.default_rng(settings.seed)
-        search = GeneticSearch(prompts, target, generator)
-        first, last = search.run(settings.population, settings.generations)
+        first, last = breed(
+            prompts,
+            target,
+            generator,
+            population=settings.population,
+            generations=settings.generations,
+        )
         nearest = _attempt(model, name, *last)
         return [nearest, _attempt(model, RANDOM, *first)] if name == OWN else [nearest]
 
@@ -76,48 +80,50 @@ def _attempt(model: ModelUnderTest, name: str, text: str, distance: float) -> At
     return Attempt(name, text, distance, model.accuracy_with(feature))
 
 
-@dataclass(frozen=True, slots=True)
-class GeneticSearch:
-    """A genetic search for the text whose feature is nearest to a target.
+def breed(
+    prompts: FreePrompts,
+    target: Tensor,
+    generator: np.random.Generator,
+    *,
+    population: int,
+    generations: int,
+) -> tuple[tuple[str, float], tuple[str, float]]:
+    """Search texts whose features are near a target, by generations.
 
-    The nearer half of each generation survives. Its pairs have children: the beginning of
-    one text and the end of another, each word mutated with a small probability.
+    The nearer half of each generation survives. Its pairs have children: the beginning of one
+    text and the end of another, each word mutated with a small probability. Returns the nearest
+    text of the first and of the last generation, each with 1 - cosine.
     """
 
-    prompts: FreePrompts
-    target: Tensor
-    generator: np.random.Generator
+    def distances_of(texts: Tensor) -> Tensor:
+        return 1 - (prompts.embeddings(texts) @ target).cpu()
 
-    def run(self, population: int, generations: int) -> tuple[tuple[str, float], ...]:
-        """Return the nearest text of the first and of the last generation, each with 1 - cosine."""
-        texts = self.prompts.draw(self.generator, population)
-        distances = self.distances(texts)
-        first = self._nearest(texts, distances)
-        for _ in range(generations):
-            survivors = distances.argsort(stable=True)[: population // 2]
-            texts, distances = texts[survivors], distances[survivors]
-            children = self._children(texts, population - len(survivors))
-            texts = torch.cat([texts, children])
-            distances = torch.cat([distances, self.distances(children)])
-        return first, self._nearest(texts, distances)
+    texts = prompts.draw(generator, population)
+    distances = distances_of(texts)
+    first = _nearest(prompts, texts, distances)
+    for _ in range(generations):
+        survivors = distances.argsort(stable=True)[: population // 2]
+        texts, distances = texts[survivors], distances[survivors]
+        children = _children(prompts, texts, generator, population - len(survivors))
+        texts = torch.cat([texts, children])
+        distances = torch.cat([distances, distances_of(children)])
+    return first, _nearest(prompts, texts, distances)
 
-    def distances(self, texts: Tensor) -> Tensor:
-        """Return 1 - cosine of each row of words (n, free words) with the target."""
-        return 1 - (self.prompts.embeddings(texts) @ self.target).cpu()
 
-    def _children(self, parents: Tensor, count: int) -> Tensor:
-        draw = self.generator
-        pairs = torch.from_numpy(draw.integers(0, len(parents), (2, count)))
-        cuts = torch.from_numpy(draw.integers(0, self.prompts.size, (count, 1)))
-        beginning = torch.arange(self.prompts.size) < cuts
-        children = torch.where(beginning, parents[pairs[0]], parents[pairs[1]])
-        others = self.prompts.draw(draw, count)
-        mutated = torch.from_numpy(draw.random(children.shape) < 1 / self.prompts.size)
-        return torch.where(mutated, others, children)
+def _children(
+    prompts: FreePrompts, parents: Tensor, draw: np.random.Generator, count: int
+) -> Tensor:
+    pairs = torch.from_numpy(draw.integers(0, len(parents), (2, count)))
+    cuts = torch.from_numpy(draw.integers(0, prompts.size, (count, 1)))
+    beginning = torch.arange(prompts.size) < cuts
+    children = torch.where(beginning, parents[pairs[0]], parents[pairs[1]])
+    others = prompts.draw(draw, count)
+    mutated = torch.from_numpy(draw.random(children.shape) < 1 / prompts.size)
+    return torch.where(mutated, others, children)
 
-    def _nearest(self, texts: Tensor, distances: Tensor) -> tuple[str, float]:
-        """Return the nearest text that the tokenizer reads back, and its distance."""
-        nearest = self.prompts.best(texts, distances)
-        if nearest is None:
-            raise SkippedCheck("its tokenizer reads none of the texts back as the same words")
-        return nearest[1:]
+
+def _nearest(prompts: FreePrompts, texts: Tensor, distances: Tensor) -> tuple[str, float]:
+    nearest = prompts.best(texts, distances)
+    if nearest is None:
+        raise SkippedCheck("its tokenizer reads none of the texts back as the same words")
+    return nearest[1:]
