@@ -14,24 +14,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
 from slsgu_cli import progress
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.machine import cores
-from slsgu_cli.records.codec import parse_json
 from slsgu_cli.records.sets import DownloadOptions
 from slsgu_cli.sources.tar import ORIGIN_FILE, ORIGIN_ROW
 from slsgu_cli.store.store import Store
 
 VARIABLE = "SLSGU_IMG2DATASET"
 STATS = "_stats.json"
-TRIES = 3
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 10
 
@@ -44,21 +40,17 @@ def download(store: Store, folder: str, *, urls: str, rows: int, options: Downlo
     """
     wanted = -(-rows // options.shard_rows)
     command = [*find_command(options.command), *_arguments(store, urls, folder, options)]
-    before, done = -1, len(finished(store, folder))
-    for _ in range(TRIES):
-        if not before < done < wanted:
-            break
-        before = done
-        with progress.bar("downloading", rows) as ticker:
+    last_line = ""
+    if len(finished(store, folder)) < wanted:
+        with progress.bar("downloading shards", wanted) as ticker:
             last_line = _run(store, command, folder, ticker)
-        done = len(finished(store, folder))
-    if done >= wanted:
-        return
-    output = f"; its last line of output: {last_line}" if last_line else ""
-    raise InputError(
-        f"img2dataset finished {done} of {wanted} shards in {store.where(folder)}{output}",
-        hint="run the same command again to resume",
-    )
+    done = len(finished(store, folder))
+    if done < wanted:
+        output = f"; its last line of output: {last_line}" if last_line else ""
+        raise InputError(
+            f"img2dataset finished {done} of {wanted} shards in {store.where(folder)}{output}",
+            hint="run the same command again to resume",
+        )
 
 
 def find_command(named: str | None) -> list[str]:
@@ -73,8 +65,6 @@ def find_command(named: str | None) -> list[str]:
     installed = str(neighbour) if neighbour.exists() else shutil.which("img2dataset")
     if installed:
         return [installed]
-    if find_spec("img2dataset"):
-        return [sys.executable, "-m", "img2dataset.main"]
     raise MissingError(
         "downloading needs img2dataset, which is not installed",
         hint="pip install 'slsgu[download]', or install img2dataset into a separate "
@@ -132,7 +122,7 @@ def _arguments(store: Store, urls: str, folder: str, options: DownloadOptions) -
 def _run(store: Store, command: list[str], folder: str, ticker: progress.Ticker) -> str:
     """Run the command and show its finished shards; return the last line of its output."""
     environment = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONUNBUFFERED": "1"}
-    counted: Counter[str] = Counter()
+    shown = 0
     with _log(store, folder) as log:
         process = subprocess.Popen(
             command,
@@ -145,7 +135,9 @@ def _run(store: Store, command: list[str], folder: str, ticker: progress.Ticker)
         try:
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
-                _advance(store, folder, counted, ticker)
+                done = len(finished(store, folder))
+                ticker.advance(done - shown)
+                shown = done
         finally:
             _end(process)
         log.seek(0)
@@ -160,17 +152,6 @@ def _log(store: Store, folder: str) -> IO[bytes]:
     path = Path(store.where(folder)).with_suffix(".log")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.open("w+b")
-
-
-def _advance(store: Store, folder: str, counted: Counter[str], ticker: progress.Ticker) -> None:
-    for name in store.names(folder, STATS):
-        if name not in counted:
-            try:
-                count = int(parse_json(store.read_bytes(f"{folder}/{name}{STATS}"))["count"])
-            except (ValueError, KeyError, TypeError):  # img2dataset is still writing it
-                continue
-            counted[name] = count
-            ticker.advance(count)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

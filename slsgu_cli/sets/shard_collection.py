@@ -10,9 +10,11 @@ import json
 import signal
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import starmap
 from multiprocessing import get_context
 
 import fsspec
@@ -36,29 +38,16 @@ FORGET, RETAIN = "forget", "retain"
 IMAGE = "img"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ShardCounts:
     """The counts of one file: samples by concept, retain rows, and refused rows."""
 
-    seen: int
-    rows: dict[str, int]
-    excluded: dict[str, int]
-    retain: int
-    refused: dict[str, int]
-    examples: Sequence[str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """One file of the source, the samples to take, and the tar to write."""
-
-    store: str
-    tar: str
-    record: str
-    reader: Reader
-    request: BuildRequest
-    concepts: Sequence[Concept]
-    retain: bool
+    seen: int = 0
+    rows: dict[str, int] = field(default_factory=Counter)
+    excluded: dict[str, int] = field(default_factory=Counter)
+    retain: int = 0
+    refused: dict[str, int] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
 
 
 def collect_shards(
@@ -73,106 +62,106 @@ def collect_shards(
     Retain rows come from as few files as suffice, in a seeded order, as the paper takes them
     from one shard.
     """
-
-    def task(number: int, *, retain: bool) -> _Task:
-        tar, record = f"{folder}/parts/{number:05}.tar", f"{folder}/counts/{number:05}.json"
-        return _Task(store.url, tar, record, readers[number], request, concepts, retain)
-
+    collect = partial(_collect, store.url, folder, request, concepts)
     numbers = range(len(readers))
     remaining = sorted(numbers, key=lambda n: priority(request.seed, f"{readers[n].path}\0{n}"))
     counts: dict[int, ShardCounts] = {}
     with progress.bar("reading shards", len(readers)) as ticker:
         while remaining and sum(c.retain for c in counts.values()) < retain_candidates(request):
             number = remaining.pop(0)
-            counts[number] = _collect(task(number, retain=True))
+            counts[number] = collect(True, number, readers[number])
             ticker.advance()
         remaining.sort()
-        tasks = [task(number, retain=False) for number in remaining]
-        for number, result in zip(remaining, _spread(tasks), strict=True):
+        files = [(number, readers[number]) for number in remaining]
+        for number, result in zip(remaining, _spread(partial(collect, False), files), strict=True):
             counts[number] = result
             ticker.advance()
     return [counts[number] for number in numbers]
 
 
-def _spread(tasks: Sequence[_Task]) -> Iterator[ShardCounts]:
-    """Yield the tasks' results in order, computed on all cores."""
-    workers = min(cores(), len(tasks))
+def _spread(
+    collect: Callable[[int, Reader], ShardCounts], files: Sequence[tuple[int, Reader]]
+) -> Iterator[ShardCounts]:
+    """Yield the counts of files in order, computed on all cores."""
+    workers = min(cores(), len(files))
     if workers < 2:
-        yield from map(_collect, tasks)
+        yield from starmap(collect, files)
         return
     # Forking would copy the locks of other threads. Only this process handles Ctrl-C.
     pool = ProcessPoolExecutor(
         workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
     )
     try:
-        yield from pool.map(_collect, tasks)
+        yield from pool.map(collect, *zip(*files, strict=True))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _collect(task: _Task) -> ShardCounts:
-    store = Store(task.store)
-    if store.exists(task.record):
-        return store.read_record(task.record, ShardCounts)
-    selector = _RowSelector(task)
+def _collect(
+    url: str,
+    folder: str,
+    request: BuildRequest,
+    concepts: Sequence[Concept],
+    retain: bool,
+    number: int,
+    reader: Reader,
+) -> ShardCounts:
+    """Write the samples of one file into a tar, and return its counts."""
+    store, record = Store(url), f"{folder}/counts/{number:05}.json"
+    if store.exists(record):
+        return store.read_record(record, ShardCounts)
+    selector = _RowSelector(reader, request, concepts, retain)
+    refused = Counter[str]()
     with (
-        store.writing(task.tar) as partial,
-        fsspec.open(partial, "wb") as raw,
+        store.writing(f"{folder}/parts/{number:05}.tar") as file,
+        fsspec.open(file, "wb") as raw,
         tarfile.open(fileobj=raw, mode="w") as tar,
     ):
-        for row, image in task.reader.select(selector.wants, selector.refused):
-            _write(tar, task.reader, row, image, selector.roles[row.index])
-    counts = selector.counts()
-    store.write_record(task.record, counts)
+        for row, image in reader.select(selector.wants, refused):
+            _write(tar, reader, row, image, selector.roles[row.index])
+    counts = selector.counts
+    counts.refused |= refused
+    store.write_record(record, counts)
     return counts
 
 
 class _RowSelector:
     """Select the rows of one file, and count them."""
 
-    def __init__(self, task: _Task) -> None:
+    def __init__(
+        self, reader: Reader, request: BuildRequest, concepts: Sequence[Concept], retain: bool
+    ) -> None:
+        self.counts = ShardCounts()
         self.roles: dict[int, str] = {}
-        self.refused: Counter[str] = Counter()
-        self._index = ConceptIndex(task.concepts, task.request.regex)
-        self._task = task
-        self._not_retained = matcher(task.request.retain_exclude, regex=task.request.regex)
-        self._samples: Counter[str] = Counter()
-        self._excluded: Counter[str] = Counter()
-        self._examples: list[str] = []
-        self._seen = 0
+        self._reader = reader
+        self._retain = retain
+        self._index = ConceptIndex(concepts, request.regex)
+        self._not_retained = matcher(request.retain_exclude, regex=request.regex)
 
     def wants(self, row: Row) -> bool:
         """Return whether the row is about a concept, or a retain row."""
-        self._seen += 1
-        caption = tokenizable(self._task.reader.caption(row) or "")
+        counts, index = self.counts, self._index
+        counts.seen += 1
+        caption = tokenizable(self._reader.caption(row) or "")
         if not caption:
-            self.refused["no caption"] += 1
+            counts.refused["no caption"] += 1
             return False
-        if len(self._examples) < 3:
-            self._examples.append(caption)
-        about = self._index.about(caption)
-        wanted = [number for number in about if not self._index.excluded(number, caption)]
-        names = [concept.name for concept in self._index.concepts]
-        self._samples.update(names[number] for number in wanted)
-        self._excluded.update(names[number] for number in about if number not in wanted)
-        if wanted:
-            self.roles[row.index] = FORGET
-        elif self._task.retain and not (
-            self._index.mentions_any(caption) or self._not_retained(caption)
-        ):
-            self.roles[row.index] = RETAIN
-        return row.index in self.roles
-
-    def counts(self) -> ShardCounts:
-        """Return the counts of the whole file."""
-        return ShardCounts(
-            self._seen,
-            dict(sorted(self._samples.items())),
-            dict(sorted(self._excluded.items())),
-            sum(role == RETAIN for role in self.roles.values()),
-            dict(sorted(self.refused.items())),
-            self._examples,
-        )
+        if len(counts.examples) < 3:
+            counts.examples.append(caption)
+        for number in index.about(caption):
+            name = index.concepts[number].name
+            if index.excluded(number, caption):
+                counts.excluded[name] += 1
+            else:
+                counts.rows[name] += 1
+                self.roles[row.index] = FORGET
+        if row.index in self.roles:
+            return True
+        if not self._retain or index.mentions_any(caption) or self._not_retained(caption):
+            return False
+        counts.retain += 1
+        self.roles[row.index] = RETAIN
+        return True
 
 
 def _write(tar: tarfile.TarFile, reader: Reader, row: Row, image: bytes | None, role: str) -> None:
