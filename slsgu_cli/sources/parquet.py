@@ -4,24 +4,17 @@ The first pass reads text columns only; the second one skips row groups without 
 row.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 
-from slsgu_cli.errors import InputError, MissingError
-from slsgu_cli.sources import arrow_columns
-from slsgu_cli.sources.arrow_columns import BINARIES, IMAGE_BATCH, TEXT_BATCH, TEXTS
-from slsgu_cli.sources.image_files import ImageValue
-from slsgu_cli.sources.reader import Wanted
-from slsgu_cli.sources.table import Header, Records, TableSource
-from slsgu_cli.text import first_lines
+from slsgu_cli.errors import InputError
+from slsgu_cli.sources.arrow_columns import BINARIES, TEXTS, ArrowTable, RowGroup, open_file
 
 # Rows of one text column to read at once.
 COLUMN_BATCH = 1 << 16
@@ -31,42 +24,25 @@ BATCH_LIMIT = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
-class ParquetSource(TableSource):
+class ParquetSource(ArrowTable):
     """Samples of one parquet file."""
 
     description: ClassVar[str] = "parquet files"
     suffixes: ClassVar[tuple[str, ...]] = (".parquet", ".pq")
     in_folders: ClassVar[bool] = True
 
-    def header(self) -> Header:
-        """Return the columns in the schema."""
+    @contextmanager
+    def open_groups(self) -> Iterator[tuple[pa.Schema, Iterable[RowGroup]]]:
+        """Open the file for its schema and row groups."""
         with open_parquet(self.path) as file:
-            return arrow_columns.header(file.schema_arrow)
-
-    def records(self, columns: Sequence[str], skipped: Counter[str]) -> Records:
-        """Yield each row's number and columns; count rows with oversized cells in `skipped`."""
-        with open_parquet(self.path) as file:
-            start = 0
-            if not columns:
-                yield from ((number, {}) for number in range(file.metadata.num_rows))
-                return
-            for group in range(file.num_row_groups):
-                for batch in batches(file, group, columns, TEXT_BATCH):
-                    yield from arrow_columns.records(batch, start, skipped)
-                    start += batch.num_rows
-
-    def image_values(self, column: str, wanted: Wanted) -> Iterator[tuple[int, ImageValue]]:
-        """Yield the requested images; row groups without any are skipped."""
-        with open_parquet(self.path) as file:
-            end = 0
-            for group, rows in enumerate(group_sizes(file)):
-                start, end = end, end + rows
-                chosen = sorted(index for index in wanted if start <= index < end)
-                if chosen:
-                    yield from _images(file, group, column, start, chosen)
+            groups = enumerate(group_sizes(file))
+            yield (
+                file.schema_arrow,
+                [(rows, partial(_batches, file, group)) for group, rows in groups],
+            )
 
 
-def batches(
+def _batches(
     file: pq.ParquetFile, group: int, columns: Sequence[str], most: int
 ) -> Iterator[pa.RecordBatch]:
     """Yield columns of a row group: at most `most` rows at a time, and about BATCH_LIMIT bytes."""
@@ -94,25 +70,15 @@ def group_sizes(file: pq.ParquetFile) -> list[int]:
 @contextmanager
 def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
     """Yield a parquet file of any file system. Raises MissingError and InputError."""
-    fs, inner = fsspec.core.url_to_fs(path)
-    try:
-        # PyArrow reads a local file itself, without a call to Python for every block.
-        local = isinstance(fs, LocalFileSystem)
-        with pa.OSFile(inner) if local else fs.open(inner, "rb") as raw:
-            yield pq.ParquetFile(raw, buffer_size=BUFFER, pre_buffer=False)
-    except FileNotFoundError as error:
-        raise MissingError(f"there is no {path}") from error
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} cannot be read as parquet: {first_lines(error)}",
-            hint="the file is not parquet, damaged or incomplete; download it again",
-        ) from error
+    advice = "the file is not parquet, damaged or incomplete; download it again"
+    with open_file(path, pa.OSFile, form="parquet", advice=advice) as raw:
+        yield pq.ParquetFile(raw, buffer_size=BUFFER, pre_buffer=False)
 
 
 def text_batches(path: str, group: int, column: str) -> Iterator[pa.Array]:
     """Yield a column of a row group as arrays of text. Raises MissingError and InputError."""
     with open_parquet(path) as file:
-        for batch in batches(file, group, [column], COLUMN_BATCH):
+        for batch in _batches(file, group, [column], COLUMN_BATCH):
             yield _text(batch.column(0), f"{path}: column {column}")
 
 
@@ -125,14 +91,3 @@ def _text(values: pa.Array, what: str) -> pa.Array:
         texts = [v if v is None else v.decode(errors="replace") for v in values.to_pylist()]
         return pa.array(texts, pa.string())
     raise InputError(f"{what} holds {values.type}, not text")
-
-
-def _images(
-    file: pq.ParquetFile, group: int, column: str, start: int, wanted: Sequence[int]
-) -> Iterator[tuple[int, ImageValue]]:
-    """Yield the requested images of a row group whose first row is number `start`."""
-    for batch in batches(file, group, [column], IMAGE_BATCH):
-        values = batch.column(0)
-        chosen = [index for index in wanted if start <= index < start + len(values)]
-        yield from arrow_columns.images(values, start, chosen)
-        start += len(values)
