@@ -28,10 +28,6 @@ TIMEOUT = timedelta(days=7)
 REPORTED = "slsgu/reported"
 
 
-class LostError(SlsguError):
-    """Another process of the group has ended, so this one ends too."""
-
-
 @dataclass(slots=True)
 class _Group:
     """The group of this process; `meeting` is the key-value store of its rendezvous."""
@@ -221,13 +217,13 @@ def _local_rank() -> int:
 
 @contextmanager
 def _naming_lost_ranks() -> Iterator[None]:
-    """Re-raise errors of communication as LostError."""
+    """Re-raise errors of communication, which say that another process has ended."""
     try:
         yield
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":
             raise
-        raise LostError(
+        raise SlsguError(
             f"one of the {launched()} processes has ended, and so do the others",
             hint="run the same command again: it resumes from the sums it saved",
         ) from error

@@ -72,7 +72,7 @@ class PassTimes:
         for role in roles:
             key = _pass_key(getattr(pointer, role), squares)
             if key not in self.known:
-                model = model or load_graded(self.manifest, pointer, self.device)[1]
+                model = model or load_graded(pointer, self.device)[1]
                 self.known[key] = self._measure(model, pointer, role, squares)
             total += self.known[key].seconds
         return total
@@ -91,9 +91,8 @@ class PassTimes:
             device=self.device,
         )
         start = perf_counter()
-        run = GradientPass.prepare(model, header.loss, spec=self.manifest.input, options=options)
-        label = f"time of the {role} gradient"
-        (run.run_squared if squares else run.run)(block, label)
+        run = GradientPass(model, header.loss, spec=self.manifest.input, options=options)
+        run.run(block, f"time of the {role} gradient", squares=squares)
         return PassTime(perf_counter() - start, self.where)
 
 

@@ -61,7 +61,7 @@ class BaselineRunner:
     @classmethod
     def open(cls, pointer: GradientPointer, plan: ClipPlan, times: PassTimes) -> "BaselineRunner":
         """Load the model of the set's gradients. Raises StaleError and InputError."""
-        _, model = load_graded(times.manifest, pointer, times.device)
+        _, model = load_graded(pointer, times.device)
         evaluated = evaluations(times, pointer, model)
         return cls(pointer, plan, times, model, *evaluated, weights_of(model))
 
@@ -147,7 +147,7 @@ class BaselineRunner:
         rows = manifest.forget.rows if role == "forget" else self.plan.retain_rows
         path = Artifact.GRADIENT.path(getattr(self.pointer, role))
         kind, spec = store.read_header(path, GradientHeader).loss, manifest.input
-        loss = GradientPass.prepare(self.model, kind, spec=spec, options=options)
+        loss = GradientPass(self.model, kind, spec=spec, options=options)
         block = self.block(role)
         images, tokens = block.images(0, rows), np.asarray(block.tokens[:rows])
         sign = -1 if role == "forget" else 1

@@ -81,7 +81,7 @@ class LossTerm:
 
     def of(self, rows: npt.NDArray[np.intp]) -> Tensor:
         """Return the sum of the losses of some rows, with the sign."""
-        normalize = pixel_normalizer(self.loss.spec, self.loss.options.device)
+        normalize = pixel_normalizer(self.loss.spec, self.loss.device)
         ids = to_tokens(self.tokens[rows], "cpu")
         return self.sign * self.loss.losses(normalize(self.images[rows]), ids).sum()
 

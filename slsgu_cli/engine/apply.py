@@ -39,19 +39,18 @@ from slsgu_cli.errors import SlsguError, UsageError
 from slsgu_cli.records.options import (
     ApplyOptions,
     ApplyRequest,
-    RankOptions,
     SearchOptions,
 )
 from slsgu_cli.records.sets import LOCAL, ModelSpec
 from slsgu_cli.store.atomic import require_regular
 from slsgu_cli.store.store import Store
 
-# A tensor that a whole CLIP has, and none of its towers.
+# A tensor of a whole CLIP that neither of its towers has.
 LOGIT_SCALE = "logit_scale"
 
 
 def apply(store: Store, request: ApplyRequest) -> AppliedResult:
-    """Write the checkpoint that `request` describes, running what its edits still lack."""
+    """Write the checkpoint that `request` describes, and first make the edits that are missing."""
     if request.target is not None and request.model is not None:
         raise UsageError("--target takes the place of --model", hint="leave one of them out")
     require_regular(request.out)
@@ -66,24 +65,29 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
     if not request.revert:
         warn_of_joint_searches([*edits, *earlier])
         warn_of_other_encoders([*edits, *earlier])
-    config = None
     if request.target is not None:
-        target = read_target(request.target)
+        target, config = read_target(request.target), None
         model = _whole_clip(target, edits) if target.family is Family.CLIP else None
+        spec = None
     else:
-        model = resolve(_shared_model(edits, request.model))
+        model = resolve(request.model or _shared_model(edits))
         target, config = _files_of(model)
+        spec = model.spec
     with TemporaryDirectory() as scratch:
         layout = other_layout(request.layout, model, target, edits, Path(scratch))
-        beside = tokenizer_to_add(model, Path(scratch)) if config and layout is None else {}
+        library = layout.client if layout else None
+        if layout is None and model is not None:
+            is_transformers = model.scheme is NamingScheme.TRANSFORMERS
+            library = "transformers" if is_transformers else "open_clip"
+        extra = tokenizer_to_add(model, Path(scratch)) if config and layout is None else {}
         card = partial(
             edited_card,
             edits=[edit.header for edit in edits],
             earlier=[edit.header for edit in earlier],
             options=request,
-            spec=model.spec if model is not None and request.target is None else None,
+            spec=spec,
             place=target.path,
-            library=_library(model) if layout is None else layout.client,
+            library=library,
         )
         result = apply_edits(
             edits,
@@ -91,7 +95,7 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
             request.out,
             options=request,
             config=config,
-            extra_files=beside,
+            extra_files=extra,
             earlier=earlier,
             check=lambda folder: why_not_loaded(folder, model),
             card=card,
@@ -104,15 +108,8 @@ def apply(store: Store, request: ApplyRequest) -> AppliedResult:
     return result
 
 
-def _library(model: ResolvedModel | None) -> str | None:
-    """Return what loads a model in the layout that it has."""
-    if model is None:
-        return None
-    return "transformers" if model.scheme is NamingScheme.TRANSFORMERS else "open_clip"
-
-
 def copy_original(spec: ModelSpec, out: Path, *, options: ApplyOptions) -> AppliedResult:
-    """Write a copy of a model where a checkpoint with edits would go: without any."""
+    """Write a copy of a model without edits, as `apply` writes one with edits."""
     require_regular(out)
     model = resolve(spec)
     target, config = _files_of(model)
@@ -129,24 +126,24 @@ def copy_original(spec: ModelSpec, out: Path, *, options: ApplyOptions) -> Appli
 
 
 def _files_of(model: ResolvedModel) -> tuple[Target, dict[str, Any]]:
-    """Return a model's files, and the configuration that open_clip loads them by."""
+    """Return a model's files, and the configuration for open_clip."""
     config = {"model_cfg": model.config, "preprocess_cfg": model.preprocess}
     return read_target(model.folder or model.weights), config
 
 
 def _whole_clip(target: Target, edits: Sequence[Edit]) -> ResolvedModel | None:
-    """Return a target that is a whole CLIP as a model; None of another.
+    """Return a target that is a whole CLIP as a model; None for any other.
 
-    A file of weights has the configuration of the model that edits were made for, if that is
-    to be had without a hub.
+    A file of weights has the configuration of the model that the edits were made for, unless
+    that must be downloaded from a hub.
     """
     known, here = edits[0].header.model, ModelSpec(str(target.path))
     try:
         if target.path.is_dir():
             return resolve(here)
-        held = set(map(canonical_name, open_weights(target.path).entries))
-        moved = {Layer.parse(edit.header.layer).parameter for edit in edits}
-        if known.name.startswith(HUB) or not {LOGIT_SCALE, *moved} <= held:
+        names = set(map(canonical_name, open_weights(target.path).entries))
+        edited = {Layer.parse(edit.header.layer).parameter for edit in edits}
+        if known.name.startswith(HUB) or not {LOGIT_SCALE, *edited} <= names:
             return None
         named = not known.name.startswith(LOCAL)
         like = resolve(replace(known, pretrained=str(target.path)) if named else known)
@@ -158,21 +155,17 @@ def _whole_clip(target: Target, edits: Sequence[Edit]) -> ResolvedModel | None:
 def _other_layers(
     model: ResolvedModel, edits: Sequence[Edit], formats: Collection[str]
 ) -> str | None:
-    """Return what to tell where edits were made on a model whose other layers are not `model`'s.
+    """Return a warning if layers other than the edited ones differ from the edits' model.
 
-    A copy in a coarser format has another fingerprint and can be the same model: of that,
-    there is no warning.
+    A copy in a coarser format has another fingerprint although it can be the same model, and a
+    LoRA holds no original values: neither is compared.
     """
     if any(edit.is_lora for edit in edits):
-        progress.detail("a LoRA holds no original values: other layers were not compared")
         return None
     instead: dict[str, Floats] = {}
     for name, group in by_layer(edits).items():
         layer, values = Layer.parse(name), original_values(group).astype(np.float32)
         if any(not np.array_equal(rounded(values, dtype), values) for dtype in formats):
-            progress.detail(
-                f"{model.spec} is {', '.join(formats)}: its other layers were not compared"
-            )
             return None
         whole = instead.get(layer.parameter)
         if layer.part is not None and whole is None:
@@ -184,12 +177,15 @@ def _other_layers(
         return None
     return (
         f"{model.spec} differs from the model that {', '.join(others)} was made for in more "
-        "than the edited layers: the figures of the edit are not of it"
+        "than the edited layers: the figures of the edit do not hold for it"
     )
 
 
 def _requested_edits(store: Store, request: ApplyRequest) -> list[Edit]:
-    """Return the edits of a request: one given by layer and step, or those of the sets."""
+    """Return the edits of a request: one given by layer and step, or those of the sets.
+
+    A set without an edit is searched, and a file may hold several edits.
+    """
     if request.step is not None and not math.isfinite(request.step):
         raise UsageError(f"--step {request.step} is no step size")
     search_options = SearchOptions(
@@ -203,36 +199,26 @@ def _requested_edits(store: Store, request: ApplyRequest) -> list[Edit]:
         target=None if request.target is None else str(request.target),
         encoder=request.encoder,
     )
-    if request.layer is None:
-        edits = [
-            edit
-            for name in request.names
-            for edit in _edits_of(store, name, options=search_options, ranking=ranking)
-        ]
-        return edits if request.step is None else [edit.restepped(request.step) for edit in edits]
-    if request.step is None or len(request.names) != 1:
-        raise UsageError("--layer goes with one NAME and --step", hint="--layer L --step S")
-    (name,) = request.names
-    return [direct_edit(store, name, layer=request.layer, step=request.step, options=ranking)]
+    if request.layer is not None:
+        if request.step is None or len(request.names) != 1:
+            raise UsageError("--layer goes with one NAME and --step", hint="--layer L --step S")
+        (name,) = request.names
+        return [direct_edit(store, name, layer=request.layer, step=request.step, options=ranking)]
+    edits: list[Edit] = []
+    for name in request.names:
+        if is_edit_file(name):
+            edits += load_edits(store, name)
+        else:
+            edits.append(ensure_edit(store, name, options=search_options, ranking=ranking))
+    return edits if request.step is None else [edit.restepped(request.step) for edit in edits]
 
 
-def _edits_of(
-    store: Store, name: str, *, options: SearchOptions, ranking: RankOptions
-) -> list[Edit]:
-    """Return the edit of a set, made where it is missing, or all edits of a file."""
-    if is_edit_file(name):
-        return load_edits(store, name)
-    return [ensure_edit(store, name, options=options, ranking=ranking)]
-
-
-def _shared_model(edits: Sequence[Edit], model: ModelSpec | None) -> ModelSpec:
-    """Return the model to edit: `model`, else the one all edits were made for."""
-    if model is not None:
-        return model
+def _shared_model(edits: Sequence[Edit]) -> ModelSpec:
+    """Return the model that all edits were made for."""
     models = {str(edit.header.model): edit.header.model for edit in edits}
     if len(models) > 1:
         raise UsageError(
             f"the edits were made for different models: {', '.join(sorted(models))}",
-            hint="say which to edit with --model",
+            hint="name the one to edit with --model",
         )
     return next(iter(models.values()))

@@ -1,5 +1,6 @@
 """`export`: edits as a LoRA of the smallest rank that still forgets."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from shlex import quote
 import torch
 
 from slsgu_cli import progress
+from slsgu_cli.checkpoints.destinations import require_nothing_lost
 from slsgu_cli.checkpoints.edit_plan import copies_of, require_distinct
 from slsgu_cli.checkpoints.edits import (
     Edit,
@@ -106,7 +108,16 @@ def export(store: Store, request: ExportRequest) -> ExportResult:
     _require_output(request)
     prefixes = _prefixes(request, edits)
     parts = [Decomposed(edit.header, edit.factor * edit.delta()) for edit in edits]
-    ranks, figures = _measure(store, edits, parts, prefixes, request)
+    ranks = [min(request.rank or part.full_rank, part.full_rank) for part in parts]
+    figures: list[StrengthFigures] = []
+    if _has_sets(store, edits, rank=request.rank):
+        # The edits of one text encoder are measured together, in the CLIP they were made for.
+        for prefix in sorted(set(prefixes)):
+            places = [place for place, each in enumerate(prefixes) if each == prefix]
+            measured = _Measured(store, edits, parts, places, device=request.device)
+            if request.rank is None:
+                measured.lower(ranks)
+            figures += measured.figures(ranks)
     tensors, header = lora_tensors(
         list(zip(parts, ranks, prefixes, strict=True)), layout=request.layout
     )
@@ -119,54 +130,35 @@ def export(store: Store, request: ExportRequest) -> ExportResult:
         files=tuple(map(str, files)),
         nbytes=sum(path.stat().st_size for path in files),
         edits=tuple(exported),
-        figures=figures,
+        figures=tuple(sorted(figures, key=lambda each: each.strength)),
     )
-
-
-def _measure(
-    store: Store,
-    edits: Sequence[Edit],
-    parts: Sequence[Decomposed],
-    prefixes: Sequence[str],
-    request: ExportRequest,
-) -> tuple[list[int], tuple[StrengthFigures, ...]]:
-    """Return the rank of each edit, and figures where there are sets.
-
-    Edits of a text encoder are measured together, in the CLIP that they were made for.
-    """
-    ranks = [min(request.rank or part.full_rank, part.full_rank) for part in parts]
-    figures: list[StrengthFigures] = []
-    for prefix in sorted(set(prefixes)):
-        places = [place for place, each in enumerate(prefixes) if each == prefix]
-        measured = _Measured.of(
-            store, [edits[place] for place in places], [parts[place] for place in places], request
-        )
-        if measured is None:
-            continue
-        least = [ranks[place] for place in places]
-        if request.rank is None:
-            least = measured.least_ranks(least)
-        for place, rank in zip(places, least, strict=True):
-            ranks[place] = rank
-        figures += measured.figures(least)
-    return ranks, tuple(sorted(figures, key=lambda each: each.strength))
 
 
 def _require_output(request: ExportRequest) -> None:
     """Raise UsageError or InputError for an output path of the wrong kind or in use."""
     out, is_file = request.out, request.layout is LoraLayout.LORA
-    require_regular(out)
     if is_file and out.suffix != ".safetensors":
         raise UsageError(f"a LoRA is a .safetensors file, not {out}", hint="--out NAME.safetensors")
     if not is_file and out.suffix == ".safetensors":
         raise UsageError("PEFT's layout is a folder", hint=f"--out {out.with_suffix('')}")
+    require_regular(out)
     if out.exists() and not request.overwrite:
         raise InputError(f"{out} exists already", hint="another --out, or --overwrite")
-    if is_file == out.is_dir() and out.exists():
-        raise InputError(f"{out} is {'a folder' if is_file else 'a file'}", hint="another --out")
-    others = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
-    if lost := [name for name in others if name not in (PEFT_CONFIG, PEFT_WEIGHTS)]:
-        raise InputError(f"{out} holds {lost[0]}, which would be lost", hint="another --out")
+    require_nothing_lost(out, (PEFT_CONFIG, PEFT_WEIGHTS))
+
+
+def _has_sets(store: Store, edits: Sequence[Edit], *, rank: int | None) -> bool:
+    """Return whether edits can be measured. Raises UsageError if they must be."""
+    sets = dict.fromkeys(set_of(edit.header.name) for edit in edits)
+    lacking = [name for name in sets if not store.exists(Artifact.SET.path(name))]
+    if lacking and rank is None:
+        raise UsageError(
+            f"{store.url} has no set {lacking[0]} to choose a rank by",
+            hint="choose it with --rank",
+        )
+    if lacking:
+        progress.note(f"there is no set {lacking[0]}: nothing is measured")
+    return not lacking
 
 
 def _prefixes(request: ExportRequest, edits: Sequence[Edit]) -> list[str]:
@@ -194,7 +186,11 @@ def _prefixes(request: ExportRequest, edits: Sequence[Edit]) -> list[str]:
     if target is not None:
         encoders = [_encoder_of(target.chosen(request.encoder), edit).name for edit in edits]
     else:
-        encoders = [request.encoder or only or _encoder_by_width(edit) for edit in edits]
+        by_width = ("text_encoder", "text_encoder_2")
+        encoders = [
+            request.encoder or only or by_width[min(edit.delta().shape) == SECOND_WIDTH]
+            for edit in edits
+        ]
     if unknown := sorted(set(encoders) - known.keys()):
         raise UsageError(
             f"{family} has no CLIP {unknown[0]}", hint=f"--encoder {' or '.join(known)}"
@@ -206,11 +202,6 @@ def _prefixes(request: ExportRequest, edits: Sequence[Edit]) -> list[str]:
             hint="--format lora, or export the edits of one encoder at a time",
         )
     return [known[encoder] for encoder in encoders]
-
-
-def _encoder_by_width(edit: Edit) -> str:
-    wide = min(edit.delta().shape) == SECOND_WIDTH
-    return "text_encoder_2" if wide else "text_encoder"
 
 
 def _encoder_of(encoders: Sequence[Encoder], edit: Edit) -> Encoder:
@@ -241,84 +232,65 @@ def _write(out: Path, tensors: dict[str, Floats], header: LoraHeader, base: str)
     return [out / PEFT_CONFIG, out / PEFT_WEIGHTS]
 
 
-@dataclass(slots=True)
 class _Measured:
-    """Edits of any rank in their model, and the figures of their concepts."""
+    """The edits at some `places`, cut to any rank, in their model; figures of their concepts.
 
-    store: Store
-    edits: Sequence[Edit]
-    parts: Sequence[Decomposed]
-    plans: Sequence[SearchPlan]
-    shared: SharedEvaluation
+    Ranks are those of all edits, in order.
+    """
 
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         store: Store,
         edits: Sequence[Edit],
         parts: Sequence[Decomposed],
-        request: ExportRequest,
-    ) -> "_Measured | None":
-        """Open the evaluation of edits; None if a set is missing and a rank is given.
-
-        Raises UsageError, MissingError, or StaleError if a model has other weights.
-        """
-        names = list(dict.fromkeys(set_of(edit.header.name) for edit in edits))
-        if lacking := [name for name in names if not store.exists(Artifact.SET.path(name))]:
-            if request.rank is None:
-                raise UsageError(
-                    f"{store.url} has no set {lacking[0]} to choose a rank by",
-                    hint="choose it with --rank",
-                )
-            progress.note(f"there is no set {lacking[0]}: nothing is measured")
-            return None
-        layers = {edit.header.layer: 0.0 for edit in edits}
-        options = SearchOptions(device=pick_device(request.device))
+        places: Sequence[int],
+        *,
+        device: str,
+    ) -> None:
+        """Load the model and run it. Raises MissingError, or StaleError for other weights."""
+        self.store, self.parts, self.places = store, parts, places
+        self.edits = [edits[place] for place in places]
+        layers = {edit.header.layer: 0.0 for edit in self.edits}
+        options = SearchOptions(device=pick_device(device))
+        names = dict.fromkeys(set_of(edit.header.name) for edit in self.edits)
         manifests = [read_manifest(store, name) for name in names]
         require_alike({manifest.name: evaluation_digest(manifest) for manifest in manifests})
-        plans = [
+        self.plans = [
             SearchPlan(manifest, read_pointer(store, manifest), layers, options, (), None)
             for manifest in manifests
         ]
         with torch.no_grad():
-            shared = share_evaluation(store, plans)
+            self.shared = share_evaluation(store, self.plans)
             # Refuses a model that the edits were not made for.
-            edited_values(shared.model, edits)
-        return cls(store, edits, parts, plans, shared)
+            edited_values(self.shared.model, self.edits)
 
-    def least_ranks(self, ranks: Sequence[int]) -> list[int]:
-        """Reduce the rank of one edit after another, as long as no residual grows.
+    def lower(self, ranks: list[int]) -> None:
+        """Lower the rank of one edit after another, as long as no residual grows.
 
         Residuals are measured on validation rows.
         """
-        least = list(ranks)
-        whole = self._residuals(least)
-        for place, full in enumerate(ranks):
+        whole = self._residuals(ranks)
+        for place in self.places:
 
-            def suffices(rank: int, at: int = place) -> bool:
-                reduced = self._residuals([*least[:at], rank, *least[at + 1 :]])
+            def suffices(rank: int, place: int = place) -> bool:
+                reduced = self._residuals([*ranks[:place], rank, *ranks[place + 1 :]])
                 return all(reduced[name] <= whole[name] for name in whole)
 
-            least[place] = smallest(suffices, full)
-        return least
+            ranks[place] = smallest(suffices, ranks[place])
 
-    def figures(self, ranks: Sequence[int]) -> tuple[StrengthFigures, ...]:
+    def figures(self, ranks: Sequence[int]) -> list[StrengthFigures]:
         """Return the forget accuracy of each concept at each strength, on test rows."""
         with torch.no_grad():
             reported = report_evaluation(self.store, self.plans, self.shared)
         figures = []
         for strength in STRENGTHS:
             with self._in_place(reported, ranks, strength) as model:
-                figures += [
-                    StrengthFigures(
-                        strength, plan.name, model.forget_figures(reported.forget[plan.name])[0]
-                    )
-                    for plan in self.plans
-                ]
-        return tuple(figures)
+                for name in (plan.name for plan in self.plans):
+                    accuracy, _ = model.forget_figures(reported.forget[name])
+                    figures.append(StrengthFigures(strength, name, accuracy))
+        return figures
 
     def _residuals(self, ranks: Sequence[int]) -> dict[str, float]:
-        """Return the residual of each edit's concept, with edits of some ranks."""
         with self._in_place(self.shared, ranks, 1.0) as model:
             return residuals(self.shared, self.edits, model)
 
@@ -326,11 +298,10 @@ class _Measured:
     def _in_place(
         self, evaluation: SharedEvaluation, ranks: Sequence[int], strength: float
     ) -> Iterator[EditedModel]:
-        """Apply edits of some ranks to the model, at a strength, within the context."""
-        changes = [
-            (part.header.layer, torch.from_numpy(part.delta(rank)), strength)
-            for part, rank in zip(self.parts, ranks, strict=True)
-        ]
+        """Apply the edits to the model, at a strength, for the length of a block."""
+        changes = []
+        for part, rank in ((self.parts[place], ranks[place]) for place in self.places):
+            changes.append((part.header.layer, torch.from_numpy(part.delta(rank)), strength))
         values = changed_values(evaluation.model, changes)
         with torch.no_grad(), edited_model(evaluation, values) as model:
             yield model
@@ -341,11 +312,8 @@ def smallest(suffices: Callable[[int], bool], full: int) -> int:
 
     All ranks above a sufficient one suffice.
     """
-    low, high = 0, 1
+    high = 1
     while high < full and not suffices(high):
-        low, high = high, 2 * high
-    high = min(high, full)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if suffices(middle) else (middle, high)
-    return high
+        high *= 2
+    between = range(high // 2 + 1, min(high, full))
+    return between.start + bisect_left(between, True, key=suffices)

@@ -6,8 +6,7 @@ minute, and the same call resumes from them after an interruption.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass, replace
 from shlex import quote
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import ResolvedModel, fingerprint, resolve
 from slsgu_cli.clip.tokenizers import input_spec, token_words, tokenizer
 from slsgu_cli.engine.resumable import SavedSums
-from slsgu_cli.errors import InputError, MissingError, StaleError
+from slsgu_cli.errors import MissingError, StaleError
 from slsgu_cli.method.scores import norm
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
@@ -32,7 +31,7 @@ from slsgu_cli.records.method import (
 )
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import DataRef, ModelSpec, SetManifest
-from slsgu_cli.store.artifacts import Artifact, read_manifest
+from slsgu_cli.store.artifacts import TABLE, Artifact, read_manifest
 from slsgu_cli.store.locks import held
 from slsgu_cli.store.store import Store
 
@@ -48,26 +47,16 @@ REVISION = 1
 # Extra passes over the forget set with prefixed captions.
 AGAIN = 3
 
-# The results that one pass can write: the mean gradient and the mean of its squares.
-HEADERS: dict[Artifact, Any] = {
-    Artifact.GRADIENT: GradientHeader,
-    Artifact.SQUARES: SquaresHeader,
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """One gradient of a set: its role, its loss, its rows and its address."""
+    """One gradient of a set: its role, loss, model (by fingerprint), rows and address."""
 
     role: str
     loss: str
+    model: str
     data: DataRef
     digest: str
-
-    @property
-    def label(self) -> str:
-        """The name of the gradient in messages."""
-        return f"{self.role} gradient {self.digest}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +70,8 @@ class GradResult:
     pointer: GradientPointer
     headers: dict[str, GradientHeader]
     computed: tuple[str, ...]
-    squared: tuple[str, ...] | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
+    squared: tuple[str, ...] | None
+    seconds: dict[str, float]
 
 
 def compute_gradients(
@@ -99,72 +88,37 @@ def compute_gradients(
     the model takes.
     """
     manifest = read_manifest(store, name)
-    resolved = resolve(model or manifest.model)
-    model_fingerprint = fingerprint(resolved)
-    gradients = _wanted(manifest, resolved, model_fingerprint, options)
-    kinds = [kind for kind in HEADERS if squares or kind is Artifact.GRADIENT]
-    missing = processes.from_first(
-        lambda: {g.role: [kind for kind in kinds if not _stands(store, kind, g)] for g in gradients}
-    )
+    spec = model or manifest.model
+    resolved = resolve(spec)
+    weights = fingerprint(resolved)
+    gradients = _gradients(manifest, resolved, weights, options)
+    kinds = [Artifact.GRADIENT, *([Artifact.SQUARES] if squares else [])]
+    computed: dict[str, list[Artifact]] = {}
+    seconds: dict[str, float] = {}
+    module = None
     for gradient in gradients:
-        if not missing[gradient.role]:
-            progress.note(f"{gradient.label}: in the store already")
-    wanted = [gradient for gradient in gradients if missing[gradient.role]]
-    if wanted:
+        label = f"{gradient.role} gradient {gradient.digest}"
+        if not _missing(store, gradient, kinds):
+            progress.note(f"{label}: in the store already")
+            continue
         check_inputs(manifest, resolved)
-
-    @cache
-    def job() -> _Job:
-        device = pick_device(options.device)
-        module = load(resolved, device, warn=progress.warn)
-        return _Job(store, manifest, resolved, module, model_fingerprint, options)
-
-    seconds = {}
-    for gradient in wanted:
-        with held(store, Artifact.GRADIENT.path(gradient.digest), what=gradient.label):
-            # Another process may have computed it while this one waited.
-            kinds_to_compute = missing[gradient.role] = [
-                kind
-                for kind in missing[gradient.role]
-                if not processes.agreed(store.stands(kind.path(gradient.digest), HEADERS[kind]))
-            ]
-            if not kinds_to_compute:
-                progress.note(f"{gradient.label}: another process computed it")
+        with held(store, Artifact.GRADIENT.path(gradient.digest), what=label):
+            missing = _missing(store, gradient, kinds)
+            if not missing:
+                progress.note(f"{label}: another process computed it")
                 continue
             start = perf_counter()
-            job().compute(gradient, kinds_to_compute)
+            module = module or load(resolved, pick_device(options.device), warn=progress.warn)
+            _compute(
+                store, manifest, gradient, missing, model=resolved, module=module, options=options
+            )
+            computed[gradient.role] = missing
             seconds[gradient.role] = perf_counter() - start
-    pointer = _pointer(name, model or manifest.model, model_fingerprint, gradients, options)
-    store.write_record(Artifact.POINTER.path(name), pointer)
-    headers = processes.from_first(
-        lambda: {
-            g.role: store.read_header(Artifact.GRADIENT.path(g.digest), GradientHeader)
-            for g in gradients
-        }
-    )
-    return GradResult(
-        pointer,
-        headers,
-        computed=tuple(role for role, kinds in missing.items() if Artifact.GRADIENT in kinds),
-        squared=tuple(role for role, kinds in missing.items() if Artifact.SQUARES in kinds)
-        if squares
-        else None,
-        seconds=seconds,
-    )
-
-
-def _pointer(
-    name: str,
-    model: ModelSpec,
-    model_fingerprint: str,
-    gradients: tuple[Gradient, Gradient],
-    options: PassOptions,
-) -> GradientPointer:
     forget, retain = gradients
-    return GradientPointer(
+    pointer = GradientPointer(
         name=name,
-        model=model,
-        model_fingerprint=model_fingerprint,
+        model=spec,
+        model_fingerprint=weights,
         forget=forget.digest,
         retain=retain.digest,
         forget_data=forget.data.fingerprint,
@@ -174,26 +128,86 @@ def _pointer(
         version=slsgu_cli.__version__,
         prefixes=tuple(options.prefixes),
     )
+    store.write_record(Artifact.POINTER.path(name), pointer)
+    headers = processes.from_first(
+        lambda: {
+            g.role: store.read_header(Artifact.GRADIENT.path(g.digest), GradientHeader)
+            for g in gradients
+        }
+    )
+
+    def roles(kind: Artifact) -> tuple[str, ...]:
+        return tuple(role for role, kinds in computed.items() if kind in kinds)
+
+    squared = roles(Artifact.SQUARES) if squares else None
+    return GradResult(pointer, headers, roles(Artifact.GRADIENT), squared, seconds)
 
 
-def _stands(store: Store, kind: Artifact, gradient: Gradient) -> bool:
-    """Return whether a file can be used; warn about a damaged one."""
-    try:
-        store.read_header(kind.path(gradient.digest), HEADERS[kind])
-    except MissingError:
-        return False
-    except (InputError, StaleError) as error:
-        progress.warn(f"{error.message}; it is computed again")
-        return False
-    return True
+def _missing(store: Store, gradient: Gradient, kinds: Collection[Artifact]) -> list[Artifact]:
+    """Return the results of one pass that are not in the store, or damaged."""
+    return processes.from_first(
+        lambda: [
+            kind
+            for kind in kinds
+            if not store.stands(kind.path(gradient.digest), TABLE[kind].record)
+        ]
+    )
 
 
-def load_graded(
-    manifest: SetManifest, pointer: GradientPointer, device: str
-) -> "tuple[ResolvedModel, nn.Module]":
-    """Load the model that the gradients of a set belong to. Raises StaleError for another."""
+def _compute(
+    store: Store,
+    manifest: SetManifest,
+    gradient: Gradient,
+    kinds: Collection[Artifact],
+    *,
+    model: ResolvedModel,
+    module: "nn.Module",
+    options: PassOptions,
+) -> None:
+    """Compute and store a gradient, its squares, or both in one pass."""
+    from slsgu_cli.engine.gradient_pass import GradientPass
+
+    prefixes = options.prefixes if gradient.role == "forget" else ()
+    block = open_pairs(store, manifest, gradient.role, prefixes, model)
+    size, squares = min(options.batch_size, block.rows), Artifact.SQUARES in kinds
+    run = GradientPass(
+        module, gradient.loss, spec=manifest.input, options=replace(options, batch_size=size)
+    )
+    saved = SavedSums(store, gradient.digest, run.device, squares)
+    means, mean_loss = run.run(block, f"{gradient.role} gradient", saved, squares=squares)
+    about: dict[str, Any] = {
+        "loss": gradient.loss,
+        "batches": -(-block.rows // options.batch_size),
+        "batch_size": options.batch_size,
+        "rows": block.rows,
+        "precision": options.precision,
+        "version": slsgu_cli.__version__,
+    }
+    if squares:
+        path = Artifact.SQUARES.path(gradient.digest)
+        squares_header = SquaresHeader(gradient=gradient.digest, **about)
+        store.write_tensors(path, means[1], squares_header, keep_first=True)
+    if Artifact.GRADIENT in kinds:
+        weights = {
+            name: ParameterNorm(tuple(p.shape), norm(p.detach().cpu().numpy()))
+            for name, p in module.named_parameters()
+        }
+        header = GradientHeader(
+            sign="+grad",
+            mean_loss=mean_loss,
+            model=gradient.model,
+            data=gradient.data.fingerprint,
+            weights=weights,
+            **about,
+        )
+        path = Artifact.GRADIENT.path(gradient.digest)
+        store.write_tensors(path, means[0], header, keep_first=True)
+    saved.remove()
+
+
+def load_graded(pointer: GradientPointer, device: str) -> "tuple[ResolvedModel, nn.Module]":
+    """Load the model that gradients belong to. Raises StaleError for other weights."""
     model = graded_model(pointer)
-    check_inputs(manifest, model)
     return model, load(model, device)
 
 
@@ -214,8 +228,7 @@ def check_inputs(manifest: SetManifest, model: ResolvedModel) -> None:
     if wanted == manifest.input:
         return
     fields = wanted.__dataclass_fields__
-    differing = [f for f in fields if getattr(wanted, f) != getattr(manifest.input, f)]
-    first = differing[0]
+    first = next(f for f in fields if getattr(wanted, f) != getattr(manifest.input, f))
     raise StaleError(
         f"set {manifest.name} was built for {manifest.model}, and {model.spec} takes other "
         f"inputs: {first} {getattr(wanted, first)}, the set has {getattr(manifest.input, first)}",
@@ -224,15 +237,16 @@ def check_inputs(manifest: SetManifest, model: ResolvedModel) -> None:
     )
 
 
-def _wanted(
-    manifest: SetManifest, model: ResolvedModel, model_fingerprint: str, options: PassOptions
+def _gradients(
+    manifest: SetManifest, model: ResolvedModel, weights: str, options: PassOptions
 ) -> tuple[Gradient, Gradient]:
+    """Return the forget and the retain gradient of a set, with their addresses."""
     retain_loss = "sigmoid" if model.config.get("init_logit_bias") is not None else "contrastive"
 
-    def address(role: str, loss: str, data: DataRef) -> Gradient:
+    def addressed(role: str, loss: str, data: DataRef) -> Gradient:
         made_from: dict[str, Any] = {
             "revision": REVISION,
-            "model": model_fingerprint,
+            "model": weights,
             "data": data.fingerprint,
             "input": manifest.input,
             "loss": loss,
@@ -241,11 +255,11 @@ def _wanted(
         }
         if role == "forget" and options.prefixes:
             made_from |= {"prefixes": list(options.prefixes), "again": AGAIN}
-        return Gradient(role, loss, data, digest(made_from))
+        return Gradient(role, loss, weights, data, digest(made_from))
 
     return (
-        address("forget", "cosine", manifest.forget),
-        address("retain", retain_loss, manifest.retain),
+        addressed("forget", "cosine", manifest.forget),
+        addressed("retain", retain_loss, manifest.retain),
     )
 
 
@@ -300,74 +314,3 @@ def open_pairs(
         for caption in before_names(block.captions, manifest.patterns, prefixes, shift=time)
     ]
     return RepeatedBlock.of(block, tokenizer(model)(captions))
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A loaded model and a set, to compute gradients from."""
-
-    store: Store
-    manifest: SetManifest
-    model: ResolvedModel
-    module: "nn.Module"
-    model_fingerprint: str
-    options: PassOptions
-
-    def compute(self, gradient: Gradient, kinds: Collection[Artifact]) -> None:
-        """Compute and store a gradient, its squares, or both in one pass."""
-        from slsgu_cli.engine.gradient_pass import GradientPass
-
-        prefixes = self.options.prefixes if gradient.role == "forget" else ()
-        block = open_pairs(self.store, self.manifest, gradient.role, prefixes, self.model)
-        size = min(self.options.batch_size, block.rows)
-        run = GradientPass.prepare(
-            self.module,
-            gradient.loss,
-            spec=self.manifest.input,
-            options=replace(self.options, batch_size=size),
-        )
-        label = f"{gradient.role} gradient"
-        squares = Artifact.SQUARES in kinds
-        saved = SavedSums(self.store, gradient.digest, run.options.device, squares)
-        if squares:
-            arrays, squared, mean_loss = run.run_squared(block, label, saved)
-            squares_header = self._squares_header(gradient, block.rows)
-            path = Artifact.SQUARES.path(gradient.digest)
-            self.store.write_tensors(path, squared, squares_header, keep_first=True)
-        else:
-            arrays, mean_loss = run.run(block, label, saved)
-        if Artifact.GRADIENT in kinds:
-            header = self._header(gradient, block.rows, mean_loss)
-            path = Artifact.GRADIENT.path(gradient.digest)
-            self.store.write_tensors(path, arrays, header, keep_first=True)
-        saved.remove()
-
-    def _header(self, gradient: Gradient, rows: int, mean_loss: float) -> GradientHeader:
-        weights = {
-            name: ParameterNorm(tuple(p.shape), norm(p.detach().cpu().numpy()))
-            for name, p in self.module.named_parameters()
-        }
-        return GradientHeader(
-            loss=gradient.loss,
-            sign="+grad",
-            mean_loss=mean_loss,
-            batches=-(-rows // self.options.batch_size),
-            batch_size=self.options.batch_size,
-            rows=rows,
-            precision=self.options.precision,
-            model=self.model_fingerprint,
-            data=gradient.data.fingerprint,
-            weights=weights,
-            version=slsgu_cli.__version__,
-        )
-
-    def _squares_header(self, gradient: Gradient, rows: int) -> SquaresHeader:
-        return SquaresHeader(
-            gradient=gradient.digest,
-            loss=gradient.loss,
-            batches=-(-rows // self.options.batch_size),
-            batch_size=self.options.batch_size,
-            rows=rows,
-            precision=self.options.precision,
-            version=slsgu_cli.__version__,
-        )

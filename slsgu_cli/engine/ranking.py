@@ -4,9 +4,8 @@ Each direction has its own fronts, by importance and alignment in its metric. La
 inputs that a direction needs are ranked along their gradient.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from shlex import quote
 
 import numpy as np
@@ -16,7 +15,6 @@ from slsgu_cli import processes
 from slsgu_cli.checkpoints.layers import Layer, find_layers, layers_of, selected
 from slsgu_cli.checkpoints.number_formats import Floats
 from slsgu_cli.checkpoints.target_layers import encoder_of_target
-from slsgu_cli.checkpoints.targets import Encoder
 from slsgu_cli.clip.models import ResolvedModel, model_layer
 from slsgu_cli.engine.directions import as_tensor, implementation, layer_gradient
 from slsgu_cli.engine.gradients import graded_model
@@ -29,8 +27,7 @@ from slsgu_cli.engine.stored_covariances import (
 from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.method.directions import LayerStatistics
 from slsgu_cli.method.fronts import pareto_front
-from slsgu_cli.method.layers import is_candidate
-from slsgu_cli.method.scores import Vector, alignment, importance, norm
+from slsgu_cli.method.scores import alignment, importance, norm
 from slsgu_cli.prefetch import prefetch
 from slsgu_cli.records.directions import FALLBACK, DirectionSpec
 from slsgu_cli.records.method import (
@@ -56,36 +53,53 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
     store.require_writable(Artifact.RANKING.path(name))
-    header = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader)
-    encoder, readers = _encoder(header, options)
-    layers, unreached = _to_rank(header, encoder, options)
+    weights = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader).weights
+    encoder = None
+    readers: tuple[PromptReader, ...] = ()
+    if options.target is not None:
+        shapes = {layer: weight.shape for layer, weight in weights.items()}
+        encoder, readers = encoder_of_target(options.target, shapes, encoder=options.encoder)
+    candidates = [
+        layer
+        for layer in layers_of(weights, options.qkv)
+        if options.tower in (None, Layer.parse(layer).tower)
+        and selected(layer, include=options.include, exclude=options.exclude)
+    ]
+    unreached = {
+        layer: reason
+        for layer in candidates
+        if encoder and (reason := encoder.why_not(layer)) is not None
+    }
+    layers = [layer for layer in candidates if layer not in unreached]
     covariances = None
     if options.direction.needs_inputs and layers:
         covariances = ensure_covariances(store, manifest, pointer, layers, device=options.device)
         warn_of_fallback(covariances, layers, how="ranked", out="--exclude leaves them out")
-    split = any(Layer.parse(layer).part is not None for layer in layers)
-    weights = _Weights(header, graded_model(pointer) if split else None)
-    scores = [
-        score
-        for direction, able in _by_direction(layers, options.specs, covariances).items()
-        for score in _with_fronts(
-            _scored(store, pointer, weights, able, direction, options, covariances)
-        )
-    ]
+    by_layer = _scores(store, pointer, layers, weights, options, covariances)
+    scores = [score for layer in layers for score in by_layer[layer]]
     if not scores:
         raise InputError(
-            f"no layer of {name} is left to rank{_never_compete(header, options)}",
+            f"no layer of {name} is left to rank",
             hint="check --include, --exclude, --tower and --target; "
             "`slsgu rank NAME` alone ranks all layers",
         )
-    _note_unscored(weights, sorted(set(layers) - {score.layer for score in scores}))
+    if unscored := [layer for layer in layers if not by_layer[layer]]:
+        note_layers(
+            f"{len(unscored)} layers are left out, because they contain only zeros or the forget "
+            "loss does not reach them",
+            unscored,
+        )
     ranking = Ranking(
         name=name,
         forget=pointer.forget,
         retain=pointer.retain,
         alignment=options.alignment,
         directions=options.specs,
-        scores=tuple(scores),
+        scores=tuple(
+            score
+            for direction in dict.fromkeys((*options.specs, FALLBACK))
+            for score in _with_fronts([each for each in scores if each.direction == direction])
+        ),
         version=slsgu_cli.__version__,
         target=options.target,
         unreached=unreached,
@@ -96,168 +110,70 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
     return ranking
 
 
-def _to_rank(
-    header: GradientHeader, encoder: Encoder | None, options: RankOptions
-) -> tuple[list[str], dict[str, str]]:
-    """Return the layers to rank, and why the target does not read the other candidates."""
-    candidates = [
-        layer
-        for layer in layers_of(header.weights, options.qkv)
-        if options.tower in (None, Layer.parse(layer).tower)
-        and selected(layer, include=options.include, exclude=options.exclude)
-    ]
-    unreached = {
-        layer: reason
-        for layer in candidates
-        if encoder and (reason := encoder.why_not(layer)) is not None
-    }
-    return [layer for layer in candidates if layer not in unreached], unreached
-
-
-def _scored(
+def _scores(
     store: Store,
     pointer: GradientPointer,
-    weights: "_Weights",
     layers: Sequence[str],
-    direction: DirectionSpec,
+    weights: dict[str, ParameterNorm],
     options: RankOptions,
     covariances: Covariances | None,
-) -> list[LayerScore]:
-    """Return the scores of layers in order, without layers that have none.
+) -> dict[str, list[LayerScore]]:
+    """Return the scores of each layer along the directions that it has. Ranks share the work.
 
-    Processes share the work.
+    A layer without a forget gradient has no score, nor has one of zeros: a step is relative to
+    the norm of the layer.
     """
-    # Read the next layer while scoring this one: reading computes digests.
+    is_split = any(Layer.parse(layer).part is not None for layer in layers)
+    model = graded_model(pointer) if is_split else None
+
+    def read(layer: str) -> tuple[Floats, Floats]:
+        forget = layer_gradient(store, pointer.forget, layer)
+        return forget, layer_gradient(store, pointer.retain, layer)
+
+    scores: dict[str, list[LayerScore]] = {}
     mine = processes.split(layers)
-    read = prefetch(partial(_gradients, store, pointer), mine, ahead=1)
-    score_of = {
-        layer: _score(weights, layer, pair, direction, options, covariances)
-        for layer, pair in zip(mine, read, strict=True)
-    }
-    for part in processes.gathered(score_of):
-        score_of |= part
-    scores = (score_of[layer] for layer in layers)
-    return [score for score in scores if score is not None]
+    # Read the next layer while scoring this one: reading computes digests.
+    for layer, gradients in zip(mine, prefetch(read, mine, ahead=1), strict=True):
+        scores[layer] = []
+        values = _slice(model, layer)
+        weight = weights[layer] if values is None else ParameterNorm(values.shape, norm(values))
+        forget_norm, retain_norm = map(norm, gradients)
+        if not weight.norm or not forget_norm:
+            continue
+        inputs = None
+        if covariances is not None and covariances.has(layer):
+            inputs = covariances.inputs(layer, values)
+        able = [each for each in options.specs if inputs is not None or not each.needs_inputs]
+        for direction in able or [FALLBACK]:
+            statistics = LayerStatistics(weight.norm, inputs if direction.needs_inputs else None)
+            metric = implementation(direction).metric(statistics)
+            forget, retain = (
+                metric.scaled(as_tensor(each, statistics)).cpu().numpy().ravel(order="K")
+                for each in gradients
+            )
+            score = LayerScore(
+                layer=layer,
+                tower=Layer.parse(layer).recorded_tower,
+                shape=weight.shape,
+                importance=importance(norm(forget), metric.weight_norm()),
+                alignment=alignment(forget, retain, signed=options.alignment is Alignment.SIGNED),
+                forget_norm=forget_norm,
+                retain_norm=retain_norm,
+                weight_norm=weight.norm,
+                front=False,
+                direction=direction,
+            )
+            scores[layer].append(score)
+    for part in processes.gathered(scores):
+        scores |= part
+    return scores
 
 
-def _by_direction(
-    layers: list[str], directions: Sequence[DirectionSpec], covariances: Covariances | None
-) -> dict[DirectionSpec, list[str]]:
-    """Return the layers to rank along each direction.
-
-    Layers that no direction can use are ranked along the gradient.
-    """
-    unable = set(covariances.without(layers)) if covariances else set()
-    able = {
-        each: [layer for layer in layers if not (each.needs_inputs and layer in unable)]
-        for each in directions
-    }
-    if unable and all(each.needs_inputs for each in directions):
-        able[FALLBACK] = [layer for layer in layers if layer in unable]
-    return able
-
-
-def _never_compete(header: GradientHeader, options: RankOptions) -> str:
-    """Return the non-candidates that `include` matches, as the end of a sentence."""
-    names = [
-        name
-        for name in sorted(header.weights)
-        if options.include
-        and not is_candidate(name)
-        and selected(name, include=options.include, exclude=options.exclude)
-    ]
-    return f": of {', '.join(names[:3])} none ever competes" if names else ""
-
-
-def _note_unscored(weights: "_Weights", layers: Sequence[str]) -> None:
-    """Report the layers without a score, and why they have none."""
-    zeros = [layer for layer in layers if not weights.norm(layer).norm]
-    unreached = [layer for layer in layers if layer not in zeros]
-    if zeros:
-        note_layers(f"{len(zeros)} layers contain only zeros and have no relative step", zeros)
-    if unreached:
-        text = f"{len(unreached)} layers are left out: the forget loss does not reach them"
-        note_layers(text, unreached)
-
-
-def _encoder(
-    header: GradientHeader, options: RankOptions
-) -> tuple[Encoder | None, tuple[PromptReader, ...]]:
-    """Return the encoder of the target that is ranked, and the target's prompt readers, if any."""
-    if options.target is None:
-        return None, ()
-    shapes = {name: weight.shape for name, weight in header.weights.items()}
-    return encoder_of_target(options.target, shapes, encoder=options.encoder)
-
-
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """The norms of a model's layers: recorded ones, and those of slices read from `model`."""
-
-    header: GradientHeader
-    model: ResolvedModel | None
-
-    def norm(self, layer: str) -> ParameterNorm:
-        """Return a layer's shape and norm."""
-        values = self.slice(layer)
-        if values is None:
-            return self.header.weights[layer]
-        return ParameterNorm(values.shape, norm(values))
-
-    def slice(self, layer: str) -> Floats | None:
-        """Return a query, key or value slice of a parameter; None for a whole one."""
-        if self.model is None or Layer.parse(layer).part is None:
-            return None
-        return model_layer(self.model, layer).astype(np.float32, copy=False)
-
-
-def _gradients(store: Store, pointer: GradientPointer, layer: str) -> tuple[Floats, Floats]:
-    """Return the forget and the retain gradient of a layer."""
-    forget = layer_gradient(store, pointer.forget, layer)
-    return forget, layer_gradient(store, pointer.retain, layer)
-
-
-def _score(
-    weights: _Weights,
-    layer: str,
-    gradients: tuple[Floats, Floats],
-    direction: DirectionSpec,
-    options: RankOptions,
-    covariances: Covariances | None,
-) -> LayerScore | None:
-    """Return the score of one layer; None if it has no forget gradient or contains only zeros.
-
-    A step is relative to the norm of the layer, so a layer of zeros has no score.
-    """
-    forget, retain = gradients
-    forget_norm, retain_norm = norm(forget), norm(retain)
-    weight = weights.norm(layer)
-    tower = Layer.parse(layer).tower
-    if not forget_norm or not weight.norm or tower is None:
+def _slice(model: ResolvedModel | None, layer: str) -> Floats | None:
+    """Return a query, key or value slice of a parameter; None for a whole one."""
+    if model is None or Layer.parse(layer).part is None:
         return None
-    inputs = None
-    if covariances is not None and direction.needs_inputs:
-        inputs = covariances.inputs(layer, weights.slice(layer))
-    chosen, statistics = implementation(direction), LayerStatistics(weight.norm, inputs)
-    metric = chosen.metric(statistics)
-
-    def scaled(gradient: Floats) -> Vector:
-        values = metric.scaled(as_tensor(gradient, statistics)).cpu().numpy()
-        return values.ravel(order="K")
-
-    forget, retain = scaled(forget), scaled(retain)
-    return LayerScore(
-        layer=layer,
-        tower=tower,
-        shape=weight.shape,
-        importance=importance(norm(forget), metric.weight_norm()),
-        alignment=alignment(forget, retain, signed=options.alignment is Alignment.SIGNED),
-        forget_norm=forget_norm,
-        retain_norm=retain_norm,
-        weight_norm=weight.norm,
-        front=False,
-        direction=direction,
-    )
+    return model_layer(model, layer).astype(np.float32, copy=False)
 
 
 def _with_fronts(scores: Sequence[LayerScore]) -> list[LayerScore]:
@@ -271,7 +187,7 @@ def _with_fronts(scores: Sequence[LayerScore]) -> list[LayerScore]:
     return marked
 
 
-def ranked_layers(store: Store, ranking: Ranking, options: SearchOptions) -> list[LayerScore]:
+def ranked_layers(ranking: Ranking, options: SearchOptions) -> list[LayerScore]:
     """Return the front layers to search, or those that `options` name.
 
     The fronts of all searched directions are joined. Layers that these directions cannot use
@@ -289,13 +205,8 @@ def ranked_layers(store: Store, ranking: Ranking, options: SearchOptions) -> lis
     if not options.layers:
         fronts = {score.layer for score in scores if score.front}
         return [ranked[name] for name in names if name in fronts]
-    chosen = named_layers(
-        options.layers,
-        names,
-        among="ranked layers",
-        none=lambda text: _unranked(store, ranking, text),
-        hint=f"run `slsgu rank {quote(ranking.name)}` for their names",
-    )
+    hint = f"run `slsgu rank {quote(ranking.name)}` for their names"
+    chosen = named_layers(options.layers, names, among="ranked layers", hint=hint)
     return [ranked[name] for name in chosen]
 
 
@@ -311,37 +222,17 @@ def search_directions(options: SearchOptions, ranking: Ranking) -> tuple[Directi
 
 
 def named_layers(
-    wanted: Sequence[str],
-    names: Sequence[str],
-    *,
-    among: str,
-    none: Callable[[str], str] = lambda text: "none",
-    hint: str | None = None,
+    wanted: Sequence[str], names: Sequence[str], *, among: str, hint: str | None = None
 ) -> list[str]:
     """Return the layers that `wanted` names, each by a part that matches exactly one of `names`.
 
-    Errors call these names `among`, and describe a text without a match by `none`. Raises
-    UsageError.
+    Errors call these names `among`. Raises UsageError.
     """
     chosen = []
     for text in wanted:
         fitting = find_layers(text, names)
         if len(fitting) != 1:
-            near = ", ".join(fitting[:5]) or none(text)
+            near = ", ".join(fitting[:5]) or "none"
             raise UsageError(f"--layer {text} fits {len(fitting)} {among}: {near}", hint=hint)
         chosen += fitting
     return chosen
-
-
-def _unranked(store: Store, ranking: Ranking, text: str) -> str:
-    """Return why the parameter that `text` names is not ranked, or "none"."""
-    header = store.read_header(Artifact.GRADIENT.path(ranking.forget), GradientHeader)
-    names = find_layers(text, [*layers_of(header.weights, ranking.qkv), *sorted(header.weights)])
-    if not names:
-        return "none"
-    name = names[0]
-    if not is_candidate(name):
-        return f"none, {name} never competes"
-    if name in ranking.unreached:
-        return f"none, {name} cannot influence {ranking.target}: {ranking.unreached[name]}"
-    return f"none, {name} was left out when layers were ranked"

@@ -1,7 +1,6 @@
 """Partial sums that are saved from time to time, so that a later run can resume from them."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -35,41 +34,31 @@ class SavedSums:
         self._next = perf_counter() + KEEP_SECONDS
 
     @property
-    def path(self) -> str:
-        """The path of the sums in the store."""
-        return Artifact.SUMS.path(self.digest)
-
-    @property
     def due(self) -> bool:
         """Whether it is time to write the sums."""
         return perf_counter() >= self._next
 
-    def resume(self, batches: int, load: Callable[[SumsHeader, Arrays], None]) -> int:
-        """Pass saved sums to `load` and return how many of the `batches` they cover.
-
-        Sums that cannot be used are removed. `load` raises StaleError for them, before it
-        changes anything.
-        """
+    def read(self, batches: int) -> tuple[int, Arrays]:
+        """Return how many of the `batches` are summed, and the sums; unusable ones are removed."""
+        path = Artifact.SUMS.path(self.digest)
         try:
-            header = self.store.read_header(self.path, SumsHeader)
-            arrays = self.store.read_tensors(self.path)
-            if header.made_from != self._header(batches, 0, 0).made_from:
+            header = self.store.read_header(path, SumsHeader)
+            if header.made_from != self._header(batches, 0).made_from:
                 raise StaleError("they belong to another pass")
-            load(header, arrays)
+            return header.done, self.store.read_tensors(path)
         except MissingError:
-            return 0
+            return 0, {}
         except (InputError, StaleError) as error:
             progress.note(f"the saved sums of a pass cannot be used: {error}")
             self.remove()
-            return 0
-        return header.done
+            return 0, {}
 
-    def write(self, arrays: Callable[[], Arrays], batches: int, *, added: int, done: int) -> None:
-        """Write sums. If that fails, warn once and write no more."""
+    def write(self, sums: Arrays, *, done: int, batches: int) -> None:
+        """Write the sums of the first `done` batches. If that fails, warn and write no more."""
         start = perf_counter()
-        values = arrays()
         try:
-            self.store.write_tensors(self.path, values, self._header(batches, added, done))
+            path = Artifact.SUMS.path(self.digest)
+            self.store.write_tensors(path, sums, self._header(batches, done))
         except InputError as error:
             progress.warn(f"{error.message}; the partial sums are not saved")
             self._next = math.inf
@@ -79,14 +68,13 @@ class SavedSums:
 
     def remove(self) -> None:
         """Remove the sums from the store."""
-        self.store.remove(self.path)
+        self.store.remove(Artifact.SUMS.path(self.digest))
 
-    def _header(self, batches: int, added: int, done: int) -> SumsHeader:
+    def _header(self, batches: int, done: int) -> SumsHeader:
         return SumsHeader(
             gradient=self.digest,
             device=self.device.partition(":")[0],
             batches=batches,
-            added=added,
             done=done,
             version=slsgu_cli.__version__,
             squares=self.squares,

@@ -118,7 +118,7 @@ def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
     _require_ranked(options, ranking)
     options = replace(options, device=pick_device(options.device))
     directions = search_directions(options, ranking)
-    scores = ranked_layers(store, ranking, options)
+    scores = ranked_layers(ranking, options)
     layers = {score.layer: score.weight_norm for score in scores}
     covariances = None
     if any(direction.needs_inputs for direction in directions):
@@ -228,7 +228,7 @@ def share_evaluation(
     """Load the model of some plans, apply their earlier edits, and run their joint base pass."""
     first = plans[0]
     return_memory()
-    _, module = load_graded(first.manifest, first.pointer, first.options.device)
+    _, module = load_graded(first.pointer, first.options.device)
     add_edits(module, first.earlier)
     layers = [layer for plan in plans for layer in plan.layers]
     shared = _base_pass(store, plans, module, split, layers)

@@ -4,7 +4,7 @@ They are addressed by the model and the retain rows, so concepts that share both
 Missing ones are computed in one forward over the retain set, for all layers at once.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,13 +59,10 @@ class Covariances:
         """Return whether the store has the layer's covariance."""
         return Layer.parse(layer).parameter in self.places
 
-    def without(self, layers: Iterable[str]) -> list[str]:
-        """Return the layers without a covariance."""
-        return [layer for layer in layers if not self.has(layer)]
-
-    def missing(self, parameters: Collection[str]) -> list[str]:
-        """Return the parameters that still have to be tried."""
-        return sorted(set(parameters) - set(self.places) - self.uncaptured)
+    def missing(self, layers: Iterable[str]) -> list[str]:
+        """Return the parameters of layers that still have to be tried."""
+        wanted = {Layer.parse(layer).parameter for layer in layers}
+        return sorted(wanted - set(self.places) - self.uncaptured)
 
     def covariance(self, layer: str) -> "Tensor":
         """Return the covariance of the layer's inputs, on the device for solving.
@@ -101,7 +98,17 @@ class Covariances:
 
 
 def find_covariances(store: Store, pointer: GradientPointer, device: str = "cpu") -> Covariances:
-    """Return the covariances that the store has for the model and retain rows of `pointer`."""
+    """Return the covariances in the store of the model and retain rows of `pointer`.
+
+    All ranks return those that rank 0 finds.
+    """
+    return Covariances(store, *processes.from_first(lambda: _places(store, pointer)), device)
+
+
+def _places(
+    store: Store, pointer: GradientPointer
+) -> tuple[dict[str, tuple[str, LayerCovariance]], frozenset[str]]:
+    """Return the file and record of each layer's covariance, and the layers without inputs."""
     places: dict[str, tuple[str, LayerCovariance]] = {}
     uncaptured: set[str] = set()
     for name in store.names("covariances", ".safetensors"):
@@ -109,12 +116,12 @@ def find_covariances(store: Store, pointer: GradientPointer, device: str = "cpu"
         try:
             header = store.read_header(path, CovarianceHeader)
         except SlsguError:
-            # Damaged, or removed since it was listed: it is computed again, and `ls` reports it.
+            # Damaged, or removed since it was listed: compute it again. `ls` reports it.
             continue
         if header.is_of(pointer):
             places |= {layer: (path, about) for layer, about in header.layers.items()}
             uncaptured.update(header.uncaptured if header.revision == REVISION else ())
-    return Covariances(store, places, frozenset(uncaptured), device)
+    return places, frozenset(uncaptured)
 
 
 def ensure_covariances(
@@ -131,29 +138,27 @@ def ensure_covariances(
     the one the gradients belong to.
     """
     device = pick_device(device)
-    known = _find_on_all_ranks(store, pointer, device)
-    wanted = {Layer.parse(layer).parameter for layer in layers}
-    if known.missing(wanted):
-        of = [pointer.model_fingerprint, pointer.retain_data, *pointer.prefixes]
-        place = Artifact.COVARIANCE.path(digest(of))
+    known = find_covariances(store, pointer, device)
+    if known.missing(layers):
+        place = Artifact.COVARIANCE.path(pointer.retain)
         with held(store, place, what=f"covariances of the retain set of {manifest.name}"):
             # Another process may have computed some while this one waited.
-            known = _find_on_all_ranks(store, pointer, device)
-            if missing := known.missing(wanted):
+            known = find_covariances(store, pointer, device)
+            if missing := known.missing(layers):
                 progress.note(
                     f"{len(missing)} layers lack the covariances of their inputs: "
                     "one forward over the retain set"
                 )
                 _compute(store, manifest, pointer, missing, device=device)
-                known = _find_on_all_ranks(store, pointer, device)
+                known = find_covariances(store, pointer, device)
     return known
 
 
 def warn_of_fallback(
     covariances: Covariances, layers: Sequence[str], *, how: str, out: str
 ) -> None:
-    """Name the layers without input covariances, `how` they are used, and how to avoid it."""
-    if without := covariances.without(layers):
+    """Note which layers lack input covariances, `how` they are used, and how to avoid it."""
+    if without := [layer for layer in layers if not covariances.has(layer)]:
         note_layers(
             f"{len(without)} of {len(layers)} layers are {how} along their gradient, because their "
             f"inputs cannot be captured; {out}",
@@ -166,16 +171,6 @@ def note_layers(text: str, layers: Sequence[str]) -> None:
     progress.note(f"{text}: {listed(layers, NAMED)}")
     if len(layers) > NAMED:
         progress.detail(", ".join(layers))
-
-
-def _find_on_all_ranks(store: Store, pointer: GradientPointer, device: str) -> Covariances:
-    """Return the covariances that rank 0 finds, on all ranks."""
-
-    def found() -> tuple[dict[str, tuple[str, LayerCovariance]], frozenset[str]]:
-        known = find_covariances(store, pointer, device)
-        return known.places, known.uncaptured
-
-    return Covariances(store, *processes.from_first(found), device)
 
 
 def _compute(
@@ -193,7 +188,7 @@ def _compute(
     from slsgu_cli.engine.gradient_pass import arithmetic
     from slsgu_cli.method.directions.whitened import mean_square_output
 
-    model, module = load_graded(manifest, pointer, device)
+    model, module = load_graded(pointer, device)
     block = open_pairs(store, manifest, "retain", pointer.prefixes, model, again=1)
     made_from: dict[str, Any] = {
         "revision": REVISION,

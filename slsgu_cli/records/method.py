@@ -111,26 +111,24 @@ class SquaresHeader:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SumsHeader:
-    """Sums of a pass under way, over the first `done` of `batches` mini-batches.
+    """Sums of an unfinished pass, over the first `done` of `batches` mini-batches.
 
     It is also the state of a training after as many steps, or the answers to as many batches of
-    questions. `gradient` is the digest of the result, which addresses the sums. The first
-    `added` mini-batches are in one sum, and the rest in another. A pass for `squares` sums these
-    next to the gradients.
+    questions. `gradient` is the digest of the result, which addresses the sums. A pass for
+    `squares` sums these next to the gradients.
     """
 
     gradient: str
     device: str
     batches: int
-    added: int
     done: int
     version: str
     squares: bool = False
 
     @property
-    def made_from(self) -> tuple[str, str, int]:
+    def made_from(self) -> tuple[str, str, int, bool]:
         """The values that must match to resume a pass."""
-        return self.gradient, self.device, self.batches
+        return self.gradient, self.device, self.batches, self.squares
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

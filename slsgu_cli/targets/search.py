@@ -167,7 +167,7 @@ class TargetPlan:
     def clip_starts(self, store: Store, moves: Sequence[TargetMove]) -> dict[str, float]:
         """Return for each layer the shortest tested step with an FA@1 of 0 on CLIP, if any."""
         device = pick_device(self.options.device)
-        resolved, module = load_graded(self.manifest, self.pointer, device)
+        resolved, module = load_graded(self.pointer, device)
         whole = prepare(store, self.manifest, module, tokenize=tokenizer(resolved), device=device)
         few = Evaluation(whole.model, whole.vision, whole.text, whole.forget, {})
         few.base_pass((move.layer for move in moves), cache_bytes=spare(device))

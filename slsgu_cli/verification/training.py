@@ -13,7 +13,6 @@ from torch import Tensor
 from slsgu_cli.compare.training import BETAS, EPSILON, clamp_logit_scale
 from slsgu_cli.engine.resumable import SavedSums
 from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.method import SumsHeader
 from slsgu_cli.records.verification import Point, Settings
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Arrays
@@ -43,13 +42,15 @@ class Training:
 
     def __post_init__(self) -> None:
         if self.saved is not None:
-            self.done = self.saved.resume(self.steps, self._load)
+            self.done, arrays = self.saved.read(self.steps)
+            if self.done:
+                self._load(arrays)
 
     def advance(self) -> None:
         """Count a step; save the state if it is due."""
         self.done += 1
         if self.saved is not None and self.saved.due:
-            self.saved.write(self._arrays, self.steps, added=self.done, done=self.done)
+            self.saved.write(self._arrays(), done=self.done, batches=self.steps)
 
     def remove(self) -> None:
         """Remove the saved state."""
@@ -66,7 +67,7 @@ class Training:
         return arrays
 
     @torch.no_grad()
-    def _load(self, _header: SumsHeader, arrays: Arrays) -> None:
+    def _load(self, arrays: Arrays) -> None:
         for top1, top5, rows, is_test in arrays[FIGURES].tolist():
             self.figures.append(Accuracy(top1, top5, int(rows), bool(is_test)))
         state: dict[int, dict[str, Tensor]] = {}

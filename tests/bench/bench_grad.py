@@ -167,7 +167,7 @@ def main() -> None:
         ref = pairs_block(store, "pairs", tokens=tokens, size=spec.height)
         sequential = plain_rate(model, spec, batch=16, groups=4 * args.groups, options=options)
         plain, size = best_plain(model, spec, args.sizes, args.groups, options)
-        run = GradientPass.prepare(model, "contrastive", spec=spec, options=options)
+        run = GradientPass(model, "contrastive", spec=spec, options=options)
         if args.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
         block = DataBlock.open(store, ref)

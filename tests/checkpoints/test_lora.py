@@ -352,7 +352,7 @@ def test_export_does_not_overwrite_files(state, tmp_path):
     assert exported(tmp_path, [one], overwrite=True)[0] == path
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "mine.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"holds mine\.txt"):
+    with pytest.raises(InputError, match=r"would be lost: mine\.txt"):
         exported(tmp_path, [one], layout=LoraLayout.PEFT, overwrite=True)
     with pytest.raises(UsageError, match=r"a LoRA is a \.safetensors file"):
         exported(tmp_path, [one], out=tmp_path / "name")

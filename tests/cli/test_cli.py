@@ -533,7 +533,6 @@ def test_a_truncated_gradient_is_reported_and_recomputed(store):
     assert "is damaged: " in broken.stderr
     again = inside("grad", "blue", "-v", store=store)
     assert again.exit_code == 0
-    assert again.stderr.count("it is computed again") == 2
     assert "of activations a pair" in again.stderr
     assert [row[-2] for row in rows(again.stdout)[0]] == ["made", "computed", "computed"]
     for file, gradients in before.items():

@@ -200,7 +200,7 @@ def test_killed_apply_leaves_no_checkpoint(world, tmp_path):
 def test_two_gradient_passes_side_by_side(store):
     """Both begin before either has written anything."""
     words = ["grad", "blue", "--store", store, "--no-wait"]
-    both = [start_held(*words, at="slsgu_cli.engine.gradients:_Job.compute") for _ in range(2)]
+    both = [start_held(*words, at="slsgu_cli.engine.gradients:_compute") for _ in range(2)]
     for process in both:
         process.stdin.close()
     for process in both:

@@ -185,7 +185,7 @@ def test_several_processes_do_what_one_does(jobs, tmp_path):
 
 
 # The tower that a process runs over a part of the retain rows.
-RUN_PART = "slsgu_cli.engine.covariance:_Parts._run"
+RUN_PART = "slsgu_cli.clip.towers:SplitTower.features"
 SMALL_PARTS = {KEEP_ALWAYS: 1, ROWS_AT_ONCE: 16}
 
 

@@ -139,7 +139,7 @@ def ungraded(world):
     return store
 
 
-COMPUTE = "slsgu_cli.engine.gradients:_Job.compute"
+COMPUTE = "slsgu_cli.engine.gradients:_compute"
 
 
 def waits_for(process, text):

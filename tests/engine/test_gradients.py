@@ -18,7 +18,7 @@ from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import fingerprint, resolve
 from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.clip.towers import SplitTower
-from slsgu_cli.engine import covariance, resumable
+from slsgu_cli.engine import covariance, gradient_pass, resumable
 from slsgu_cli.engine.gradient_pass import GradientPass
 from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
@@ -62,7 +62,7 @@ def reconfigured(folder, section, **changes):
     path.write_text(json.dumps(content))
 
 
-def test_headers_say_what_the_gradients_are_of(world):
+def test_headers_name_the_loss_rows_and_model_of_gradients(world):
     manifest, pointer = world.manifest, world.pointer
     weights = load_file(weights_file(world.model))
     for role, loss, batches in (("forget", "cosine", 2), ("retain", "contrastive", 4)):
@@ -88,7 +88,7 @@ def test_a_second_call_computes_nothing(world, listener):
     assert sum("in the store already" in text for text in listener.heard) == 2
 
 
-def test_a_hit_imports_no_torch(world):
+def test_a_cache_hit_imports_no_torch(world):
     program = """
 import sys
 from slsgu_cli.engine.gradients import compute_gradients
@@ -128,7 +128,7 @@ def test_options_that_change_the_numbers_change_the_address(change, world):
 
 
 @pytest.mark.parametrize("change", [{"memory_budget": 1}, {"device": "auto"}])
-def test_options_that_change_speed_alone_do_not(change, world):
+def test_options_that_only_change_the_speed_keep_the_address(change, world):
     assert compute(world, **change).computed == ()
 
 
@@ -157,7 +157,7 @@ def test_other_rows_change_the_address_of_their_role(world):
     assert compute(world).computed == ("forget",)
 
 
-def test_ranking_a_set_built_anew_is_refused(world):
+def test_ranking_a_rebuilt_set_is_refused(world):
     for changes, role in (({"retain_samples": 40}, "retain"), ({"max_forget": 10}, "forget")):
         world.build(**changes)
         with pytest.raises(StaleError, match=f"before its {role} set was rebuilt"):
@@ -176,11 +176,10 @@ def test_a_model_with_other_inputs_is_refused(world, tmp_path):
     assert world.pointer == before
 
 
-@pytest.mark.parametrize("change", [{"mean": [0.5, 0.5, 0.5]}, {"std": [0.5, 0.5, 0.5]}])
-def test_pixels_on_another_scale_are_other_inputs(change, world, own_model):
+def test_another_normalisation_of_pixels_changes_the_address(world, own_model):
     """The rows stay the same bytes, yet the model sees other numbers."""
     own = replace(world, model=own_model)
-    reconfigured(own.folder, "preprocess_cfg", **change)
+    reconfigured(own.folder, "preprocess_cfg", mean=[0.5, 0.5, 0.5])
     own.build()
     assert own.manifest.forget.fingerprint == world.manifest.forget.fingerprint
     result = compute(own)
@@ -196,14 +195,14 @@ def test_pixels_on_another_scale_are_other_inputs(change, world, own_model):
         np.testing.assert_array_equal(found["visual.proj"], expected["visual.proj"])
 
 
-def test_sigmoid_models_retain_by_the_sigmoid_loss(world, tmp_path):
+def test_models_with_a_logit_bias_retain_by_the_sigmoid_loss(world, tmp_path):
     folder = tiny_clip.write_folder(tmp_path / "siglip", custom_text=True, init_logit_bias=-2.0)
     result = compute(world, model=ModelSpec(f"local-dir:{folder}"), batch_size=32)
     assert result.headers["retain"].loss == "sigmoid"
     assert result.headers["forget"].loss == "cosine"
 
 
-def test_a_set_smaller_than_a_mini_batch_is_one(world):
+def test_a_set_smaller_than_a_mini_batch_is_one_mini_batch(world):
     result = compute(world, batch_size=500)
     header = result.headers["retain"]
     assert (header.batches, header.batch_size, header.rows) == (1, 500, 60)
@@ -222,12 +221,12 @@ def test_a_gradient_that_is_not_finite_leaves_nothing(world, own_model):
     assert world.store.read_bytes(Artifact.POINTER.path("blue")) == before
 
 
-def test_a_set_that_is_not_there_is_told(world):
+def test_a_missing_set_is_reported(world):
     with pytest.raises(MissingError, match="set nobody"):
         compute(replace(world, name="nobody"))
 
 
-def test_squares_go_with_their_gradient_and_are_computed_once(world):
+def test_squares_are_stored_next_to_their_gradient_and_computed_once(world):
     before = {d: world.store.read_bytes(Artifact.GRADIENT.path(d)) for d in digests(world)}
     assert compute(world).squared is None
     first = compute(world, squares=True)
@@ -247,7 +246,7 @@ def test_squares_go_with_their_gradient_and_are_computed_once(world):
     assert compute(world, squares=True).squared == ("forget",)
 
 
-def test_gradients_and_squares_come_of_one_pass(world):
+def test_one_pass_computes_gradients_and_squares(world):
     for digest in digests(world):
         world.store.remove(Artifact.GRADIENT.path(digest))
     found = compute(world, squares=True)
@@ -256,8 +255,9 @@ def test_gradients_and_squares_come_of_one_pass(world):
 
 
 @pytest.fixture
-def keeping(monkeypatch):
-    """Let passes keep their sums after every mini-batch."""
+def saving(monkeypatch):
+    """Let passes save their sums after every mini-batch."""
+    monkeypatch.setattr(gradient_pass, "CHUNK", 1)
     monkeypatch.setattr(resumable, "KEEP_SECONDS", 0.0)
     monkeypatch.setattr(resumable, "KEEP_SHARE", 0.0)
 
@@ -282,7 +282,7 @@ def stopped(world, monkeypatch, mini_batch, **options):
     return Artifact.SUMS.path(name)
 
 
-def test_a_pass_goes_on_with_the_sums_that_it_kept(world, keeping, monkeypatch, listener):
+def test_a_stopped_pass_resumes_from_its_saved_sums(world, saving, monkeypatch, listener):
     before = {d: world.store.read_bytes(Artifact.GRADIENT.path(d)) for d in digests(world)}
     # Both mini-batches of the forget set, and three of the retain set's four.
     retain = world.pointer.retain
@@ -298,8 +298,8 @@ def test_a_pass_goes_on_with_the_sums_that_it_kept(world, keeping, monkeypatch, 
 
 
 @pytest.mark.parametrize("parts", [1, 4, 6])
-def test_covariances_go_on_with_the_sums_that_were_kept(
-    parts, world, keeping, monkeypatch, listener, tmp_path
+def test_stopped_covariances_resume_from_their_saved_sums(
+    parts, world, saving, monkeypatch, listener, tmp_path
 ):
     monkeypatch.setitem(covariance.ROWS_PER_FORWARD, "cpu", 16)
     through = world.copied(tmp_path / "through")
@@ -327,7 +327,7 @@ def test_covariances_go_on_with_the_sums_that_were_kept(
 
 
 @pytest.mark.parametrize("flaw", ["damaged", "foreign", "without squares", "of another device"])
-def test_sums_that_cannot_be_used_are_dropped(flaw, world, keeping, monkeypatch, listener):
+def test_unusable_sums_are_removed(flaw, world, saving, monkeypatch, listener):
     before = {d: world.store.read_bytes(Artifact.GRADIENT.path(d)) for d in digests(world)}
     path = stopped(world, monkeypatch, 1)
     header, arrays = world.store.read_header(path, SumsHeader), world.store.read_tensors(path)
@@ -347,8 +347,8 @@ def test_sums_that_cannot_be_used_are_dropped(flaw, world, keeping, monkeypatch,
         assert world.store.read_bytes(Artifact.GRADIENT.path(digest)) == content
 
 
-def test_sums_of_squares_stay_where_their_gradient_is_there_already(
-    world, keeping, monkeypatch, listener
+def test_sums_of_squares_stay_after_their_gradient_is_complete(
+    world, saving, monkeypatch, listener
 ):
     before = {d: world.store.read_bytes(Artifact.GRADIENT.path(d)) for d in digests(world)}
     path = stopped(world, monkeypatch, 1, squares=True)
@@ -361,7 +361,7 @@ def test_sums_of_squares_stay_where_their_gradient_is_there_already(
     assert any("resumes after 1 of its 2 mini-batches" in text for text in listener.heard)
 
 
-def test_a_pass_ends_where_its_sums_cannot_be_kept(world, keeping, monkeypatch, listener):
+def test_a_pass_finishes_if_its_sums_cannot_be_saved(world, saving, monkeypatch, listener):
     write = type(world.store).write_tensors
 
     def full(self, path, arrays, header, **options):
@@ -378,7 +378,7 @@ def digests(world):
     return world.pointer.forget, world.pointer.retain
 
 
-def test_a_name_is_forgotten_behind_prefixes_too(world):
+def test_the_forget_gradient_covers_prefixed_captions(world):
     before, prefixes = world.pointer, ("three red", "old", "on my wall")
     pointer = compute(world, prefixes=prefixes).pointer
     assert (pointer.prefixes, world.pointer) == (prefixes, pointer)
@@ -410,7 +410,7 @@ def test_a_name_is_forgotten_behind_prefixes_too(world):
     assert world.pointer == before
 
 
-def test_rows_of_a_block_that_come_again_are_the_same_images(world):
+def test_a_repeated_block_repeats_its_images_with_other_tokens(world):
     block = DataBlock.open(world.store, world.manifest.forget)
     other = np.repeat(block.tokens[::-1], 2, axis=0)
     again = RepeatedBlock.of(block, other)
@@ -422,7 +422,7 @@ def test_rows_of_a_block_that_come_again_are_the_same_images(world):
     np.testing.assert_array_equal(again.tokens[block.rows :], other)
 
 
-def test_what_is_retained_is_retained_behind_prefixes_too(world):
+def test_the_covariances_cover_prefixed_captions(world):
     prefixes = ("three red", "old")
     pointer = compute(world, prefixes=prefixes).pointer
     layers = ["text_projection", "visual.proj"]

@@ -416,19 +416,6 @@ def test_a_part_that_fits_several_layers_or_none_is_refused(text, count, world):
         assert "transformer.resblocks.2.mlp.c_fc.weight" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("visual.ln_post.bias", "none, visual.ln_post.bias never competes"),
-        ("visual.proj", "none, visual.proj was left out when layers were ranked"),
-    ],
-)
-def test_the_error_says_why_a_layer_is_not_ranked(text, told, world):
-    rank(world.store, "blue", options=RankOptions(direction=Direction.GRADIENT, exclude=["proj"]))
-    with pytest.raises(UsageError, match=told):
-        find(world, steps=1, layers=[text])
-
-
 @pytest.mark.parametrize("direction", [Direction.WHITENED, Direction.BOTH])
 def test_layers_without_covariance_are_searched_along_their_gradient(direction, world, listener):
     layer = "visual.conv1.weight"

@@ -272,7 +272,7 @@ def test_locks_of_dead_processes_and_old_sums_are_removed(world):
     store = world.store
     store.write_bytes("locks/gradients-dead.lock", b"process 1")
     for name in ("recent", "old"):
-        header = SumsHeader(name, "cpu", 9, 0, 3, "0.1.0")
+        header = SumsHeader(name, "cpu", 9, 3, "0.1.0")
         store.write_tensors(f"sums/{name}.safetensors", {"total": np.zeros(2)}, header)
     weeks_ago = time.time() - 14 * 86400
     os.utime(store.where("sums/old.safetensors"), (weeks_ago, weeks_ago))

@@ -64,12 +64,12 @@ def counted(monkeypatch):
         original = getattr(owner, name)
 
         def call(*arguments, **options):
-            counts[arguments[1].role if key is None else key] += 1
+            counts[arguments[2].role if key is None else key] += 1
             return original(*arguments, **options)
 
         monkeypatch.setattr(owner, name, call)
 
-    counting(gradients._Job, "compute", None)
+    counting(gradients, "_compute", None)
     counting(SharedEvaluation, "base_pass", "base")
     counting(search_module, "_search_set", "search")
     return counts

@@ -173,7 +173,7 @@ def _look_after(channel, *fds):
 def _become(request, fds):
     """Run the command with the request's arguments, environment and streams."""
     from slsgu_cli.__main__ import main
-    from slsgu_cli.engine import covariance, resumable
+    from slsgu_cli.engine import covariance, gradient_pass, resumable
 
     for number, fd in enumerate(fds[:3]):
         os.dup2(fd, number)
@@ -185,6 +185,7 @@ def _become(request, fds):
     os.chdir(request["cwd"])
     if KEEP_ALWAYS in os.environ:
         resumable.KEEP_SECONDS = resumable.KEEP_SHARE = 0.0
+        gradient_pass.CHUNK = 1
     if ROWS_AT_ONCE in os.environ:
         covariance.ROWS_PER_FORWARD["cpu"] = int(os.environ[ROWS_AT_ONCE])
     if request["at"]:
