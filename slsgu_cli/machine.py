@@ -29,10 +29,10 @@ def free_memory(root: Path = Path("/")) -> int | None:
     available = _figure(root / "proc/meminfo", "MemAvailable:")
     free = [] if available is None else [available << 10]
     for version, folder in _cgroups(root):
-        limit, used, files = CGROUP_FILES[version]
-        most, taken = _figure(folder / limit), _figure(folder / used)
-        if most is not None and taken is not None:
-            free.append(max(0, most - taken + (_figure(folder / "memory.stat", files) or 0)))
+        limit_file, usage_file, cache = CGROUP_FILES[version]
+        limit, usage = _figure(folder / limit_file), _figure(folder / usage_file)
+        if limit is not None and usage is not None:
+            free.append(max(0, limit - usage + (_figure(folder / "memory.stat", cache) or 0)))
     return min(free, default=None)
 
 

@@ -47,7 +47,7 @@ def unlearn(
     `forget` and `retain` yield mini-batches of (images, texts), as often as they are iterated.
     `layers` limits the candidates, `steps` is the number of trials for each layer and direction
     (K in the paper), and `signed` ranks by the cosine itself instead of its magnitude. Raises
-    InputError where no layer is left, and NotFiniteError.
+    InputError if no layer remains, and NotFiniteError.
 
     >>> edit = unlearn(model, forget, retain, evaluate)
     >>> edit.apply(model)
@@ -77,7 +77,9 @@ def unlearn(
             first = first_step(norm(array(weight)), norm(array(along)))
             trials += islice(bisection(measure, lambda edit: edit.forget, first), steps)
     if not trials:
-        raise InputError("no layer is left to edit: the forget loss reaches none of the candidates")
+        raise InputError(
+            "there is no layer to edit: the forget loss reaches none of the candidates"
+        )
     chosen = trials[best([(edit.forget, edit.utility) for edit in trials])]
     return replace(chosen, original_forget=original[0], original_utility=original[1])
 

@@ -109,7 +109,7 @@ def test_a_store_that_cannot_be_written_is_told_before_the_work(
     def work(*_, **__):
         pytest.fail("the work began")
 
-    monkeypatch.setattr("slsgu_cli.engine.ranking._score", work)
+    monkeypatch.setattr("slsgu_cli.engine.ranking._scores", work)
     monkeypatch.setattr("slsgu_cli.engine.stored_covariances._compute", work)
     monkeypatch.setattr("slsgu_cli.engine.search.share_evaluation", work)
     refusing(number)
