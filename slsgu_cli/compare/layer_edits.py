@@ -219,7 +219,7 @@ class LayerEdits:
         )
         if not covariances.has(layer):
             raise InputError(f"{layer}: its tower does not show the inputs of the layer")
-        return covariances.covariance(layer)
+        return covariances.inputs(layer).matrix
 
     @_once
     def forget_covariance(self, layer: str) -> Tensor:

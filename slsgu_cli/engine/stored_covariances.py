@@ -30,8 +30,6 @@ from slsgu_cli.store.store import Arrays, Store
 from slsgu_cli.text import listed
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from slsgu_cli.method.directions import InputCovariance
 
 # Part of every address of covariances: change it with the computation. Layers that an earlier
@@ -64,36 +62,25 @@ class Covariances:
         wanted = {Layer.parse(layer).parameter for layer in layers}
         return sorted(wanted - set(self.places) - self.uncaptured)
 
-    def covariance(self, layer: str) -> "Tensor":
-        """Return the covariance of the layer's inputs, on the device for solving.
+    def inputs(self, layer: str, weight: Floats | None = None) -> "InputCovariance":
+        """Return the input covariance of a layer, on the device for solving.
 
-        A query, key or value slice has the inputs of the whole parameter.
+        A query, key or value slice has the inputs of the whole parameter. `weight` has the values
+        of such a slice, whose mean squared output is not stored.
         """
         import torch
 
         from slsgu_cli.engine.covariance import exact_device
-
-        name = Layer.parse(layer).parameter
-        path, _ = self.places[name]
-        values = self.store.read_tensors(path, [name])[name]
-        return torch.from_numpy(values).to(exact_device(self.device))
-
-    def inputs(self, layer: str, weight: Floats | None = None) -> "InputCovariance":
-        """Return the input covariance of a layer, as a direction takes it.
-
-        `weight` has the values of a query, key or value slice, whose mean squared output is not
-        stored.
-        """
-        import torch
-
         from slsgu_cli.method.directions import InputCovariance
         from slsgu_cli.method.directions.whitened import mean_square_output
 
-        _, about = self.places[Layer.parse(layer).parameter]
-        covariance, output = self.covariance(layer), about.output
+        name = Layer.parse(layer).parameter
+        path, about = self.places[name]
+        values = torch.from_numpy(self.store.read_tensors(path, [name])[name])
+        covariance, output = values.to(exact_device(self.device)), about.output
         if weight is not None:
-            values = torch.tensor(weight, device=covariance.device)
-            output = mean_square_output(values, covariance, about.axis)
+            slice_values = torch.tensor(weight, device=covariance.device)
+            output = mean_square_output(slice_values, covariance, about.axis)
         return InputCovariance(covariance, about.axis, output)
 
 

@@ -142,7 +142,7 @@ def plain(model, block):
     return {name: total / count for name, (total, count) in found.items()}
 
 
-def test_covariances_are_those_of_open_clips_own_modules(model, block):
+def test_covariances_match_the_inputs_of_open_clip_modules(model, block):
     expected = plain(model, block)
     found = found_by(model, block)
     assert set(found) == set(expected) == set(layers_of(model))
@@ -150,7 +150,7 @@ def test_covariances_are_those_of_open_clips_own_modules(model, block):
         torch.testing.assert_close(covariance.mean(), expected[name], rtol=1e-4, atol=1e-5)
 
 
-def test_groups_of_rows_change_nothing(model, block, monkeypatch):
+def test_the_rows_of_a_forward_do_not_change_covariances(model, block, monkeypatch):
     whole = found_by(model, block)
     monkeypatch.setitem(covariance_module.ROWS_PER_FORWARD, "cpu", 2)
     for name, covariance in found_by(model, block).items():
@@ -158,7 +158,7 @@ def test_groups_of_rows_change_nothing(model, block, monkeypatch):
         torch.testing.assert_close(covariance.mean(), whole[name].mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_of_many_rows_some_are_taken_at_equal_distances(model, block, monkeypatch):
+def test_large_blocks_are_sampled_at_equal_distances(model, block, monkeypatch):
     monkeypatch.setattr(covariance_module, "MOST_ROWS", 4)
     rows = covariance_module.chosen_rows(ROWS)
     assert rows.tolist() == [0, 2, 4, 6]
@@ -169,7 +169,7 @@ def test_of_many_rows_some_are_taken_at_equal_distances(model, block, monkeypatc
 
 
 @pytest.mark.parametrize("kind", ["siglip-like", "eva"])
-def test_towers_of_timm_show_their_inputs(kind, tmp_path):
+def test_the_inputs_of_timm_towers_are_captured(kind, tmp_path):
     model = make(kind, tmp_path)
     layers = layers_of(model)
     inputs = InputCovariances(model, layers)
@@ -263,7 +263,7 @@ def test_a_convolution_has_the_covariance_of_its_windows(settings, entries, monk
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_of_many_windows_in_an_image_some_are_counted(groups, monkeypatch):
+def test_images_with_many_windows_are_sampled(groups, monkeypatch):
     monkeypatch.setattr(applied_layers, "MOST_POSITIONS", 20)
     _, windows, covariance = run_convolution({"kernel_size": 3, "padding": 1, "groups": groups})
     chosen = applied_layers.chosen_positions(72)
@@ -297,7 +297,7 @@ class Scale(torch.nn.Module):
         (Scale((6,)), 3),
     ],
 )
-def test_what_scales_channels_has_the_mean_squares_of_what_it_scales(layer, axis):
+def test_norms_and_scales_of_channels_have_mean_squared_inputs(layer, axis):
     layer.eval()
     generator = torch.Generator().manual_seed(0)
     for values in (layer.weight, *layer.buffers()):
@@ -315,7 +315,7 @@ def test_what_scales_channels_has_the_mean_squares_of_what_it_scales(layer, axis
 
 
 @pytest.mark.parametrize(("itself", "context"), [(True, 8), (False, 8), (False, 12)])
-def test_attention_in_one_call_shows_what_it_is_applied_to(itself, context):
+def test_the_inputs_of_fused_attention_are_captured(itself, context):
     """Of a model in evaluation mode PyTorch computes it by one kernel where it can."""
     attention = torch.nn.MultiheadAttention(8, 2, kdim=context, vdim=context, batch_first=True)
     attention = attention.eval()
@@ -348,7 +348,7 @@ def test_attention_in_one_call_shows_what_it_is_applied_to(itself, context):
     torch.testing.assert_close(told, plain.double().square().mean((0, 1)), rtol=1e-5, atol=1e-6)
 
 
-def test_of_the_pool_of_a_resnet_what_leaves_counts(tmp_path):
+def test_only_the_first_position_of_a_resnet_pool_counts(tmp_path):
     pool = make("resnet", tmp_path).visual.attnpool
     layers = [name for name, _ in pool.named_parameters() if name.endswith("weight")]
     x = torch.randn(3, pool.q_proj.in_features, 1, 1, generator=torch.Generator().manual_seed(0))
@@ -377,7 +377,7 @@ def test_of_the_pool_of_a_resnet_what_leaves_counts(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["coca", "resnet"])
-def test_every_layer_that_competes_is_whitened(kind, block, tmp_path):
+def test_every_candidate_layer_has_a_covariance(kind, block, tmp_path):
     model = make(kind, tmp_path)
     tokens = np.pad(block.tokens % 600, ((0, 0), (0, 8)))
     layers = layers_of(model)
@@ -404,7 +404,7 @@ def roberta(folder):
     [partial(coca, late=True), partial(coca, late=False), roberta],
     ids=["late", "coca", "hf"],
 )
-def test_of_texts_what_influences_features_counts(built, block, tmp_path):
+def test_only_positions_that_influence_text_features_count(built, block, tmp_path):
     model, layer = built(tmp_path)
     tokens = np.where(block.tokens > 0, block.tokens % 500 + 1, 0)
     states = []
@@ -429,7 +429,7 @@ def test_of_texts_what_influences_features_counts(built, block, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["fastvit_t8", "test_convnext"])
-def test_every_layer_of_convolutions_is_whitened(kind):
+def test_every_layer_of_a_convolutional_tower_has_a_covariance(kind):
     """The towers of MobileCLIP and ConvNeXt: in groups, strided, padded, with BatchNorm."""
     trunk = timm.create_model(kind, num_classes=0).eval()
     layers = layers_of(trunk)
@@ -440,7 +440,7 @@ def test_every_layer_of_convolutions_is_whitened(kind):
     assert any(covariance.total.ndim == 3 for covariance in inputs.covariances.values())
 
 
-def test_norms_of_t5_scale_what_they_normalised():
+def test_the_norms_of_t5_have_the_mean_squares_of_normalised_inputs():
     transformers = pytest.importorskip("transformers")
     config = transformers.T5Config(
         vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2
@@ -466,7 +466,7 @@ def test_norms_of_t5_scale_what_they_normalised():
 
 @pytest.mark.parametrize("rows", [1, 300])
 @pytest.mark.parametrize("columns", [1, 255, 256, 257, 700, 1024])
-def test_a_symmetric_product_by_blocks_is_the_plain_product(rows, columns):
+def test_the_blockwise_gram_matrix_is_the_plain_product(rows, columns):
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns))
     product = covariance_module.gram(x)
     assert torch.equal(product, product.T)
@@ -474,7 +474,7 @@ def test_a_symmetric_product_by_blocks_is_the_plain_product(rows, columns):
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
-def test_covariances_of_a_model_in_16_bits_are_summed_in_more(kind):
+def test_covariances_of_a_16_bit_model_are_summed_in_fp32_or_more(kind):
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 4)).to(kind)
     # Sums of their squares are beyond fp16's largest number.

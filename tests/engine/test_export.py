@@ -32,7 +32,7 @@ def lora(world, out, **options):
     return export(world.store, ExportRequest(names=["blue"], out=out, **options))
 
 
-def test_the_figures_of_a_lora_are_those_of_the_checkpoint_with_it(edited, tmp_path):
+def test_the_figures_of_a_lora_match_those_of_a_checkpoint(edited, tmp_path):
     result = lora(edited, tmp_path / "l.safetensors")
     (one,) = result.edits
     assert (one.layer, result.figures[0].strength, result.figures[-1].strength) == (LAYER, 0, 1)
@@ -46,7 +46,7 @@ def test_the_figures_of_a_lora_are_those_of_the_checkpoint_with_it(edited, tmp_p
     assert told.forget.top1 <= load_edit(edited.store, "blue").header.forget.top1
 
 
-def test_the_rank_is_the_fewest_directions_that_forget_as_the_whole_edit(edited, tmp_path):
+def test_the_rank_is_the_lowest_that_forgets_like_the_full_edit(edited, tmp_path):
     chosen = lora(edited, tmp_path / "l.safetensors").edits[0].rank
     for rank in range(1, chosen + 2):
         result = lora(edited, tmp_path / f"{rank}.safetensors", rank=rank)
@@ -55,7 +55,7 @@ def test_the_rank_is_the_fewest_directions_that_forget_as_the_whole_edit(edited,
         assert (left <= whole) == (rank >= chosen)
 
 
-def test_edits_of_two_encoders_are_measured_each_in_its_own_clip(edited, tmp_path):
+def test_edits_of_two_encoders_are_measured_in_their_own_clip(edited, tmp_path):
     model = tiny_clip.fresh_model()
     model.load_state_dict(load_file(edited.folder / "open_clip_model.safetensors"))
     first = {name: value.clone() for name, value in model.state_dict().items()}
@@ -90,7 +90,7 @@ def test_edits_of_two_encoders_are_measured_each_in_its_own_clip(edited, tmp_pat
         )
 
 
-def test_the_command_writes_a_lora_and_refuses_what_no_client_can_name(edited, tmp_path):
+def test_the_command_writes_a_lora_and_refuses_layers_without_a_client_name(edited, tmp_path):
     out = tmp_path / "blue.safetensors"
     done = inside("export", "blue", "--out", str(out), store=edited.store.root)
     assert done.exit_code == 0 and out.is_file()

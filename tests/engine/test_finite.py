@@ -64,7 +64,7 @@ def searched(world):
     ],
 )
 @pytest.mark.parametrize("words", [["eval"], ["verify", "--checks", "neighbours"]], ids=" ".join)
-def test_a_model_that_is_not_finite(words, layer, value, place, world, tmp_path):
+def test_a_model_that_is_not_finite_is_refused(words, layer, value, place, world, tmp_path):
     model = spoiled(world, tmp_path / "broken", layer, value, place)
     done = inside(words[0], "blue", *words[1:], "--model", model, store=world.store.root)
     assert done.exit_code == 3, done.stderr
@@ -75,7 +75,7 @@ def test_a_model_that_is_not_finite(words, layer, value, place, world, tmp_path)
 
 
 @pytest.mark.parametrize("command", ["eval", "verify", "report"])
-def test_an_edit_that_is_not_finite(command, searched, tmp_path):
+def test_an_edit_that_is_not_finite_is_refused(command, searched, tmp_path):
     spoil(searched.store, Artifact.EDIT.path("blue"), EditHeader, "delta")
     words = ["--out", tmp_path / "page.html"] if command == "report" else []
     done = inside(command, "blue", *words, store=searched.store.root)
@@ -85,7 +85,7 @@ def test_an_edit_that_is_not_finite(command, searched, tmp_path):
 
 
 @pytest.mark.parametrize("layer", ["visual.proj", "transformer.resblocks.1.mlp.c_fc.weight"])
-def test_a_gradient_that_is_not_finite(layer, world):
+def test_a_gradient_that_is_not_finite_is_refused(layer, world):
     spoil(world.store, Artifact.GRADIENT.path(world.pointer.forget), GradientHeader, layer)
     done = inside("search", "blue", "--layer", layer, store=world.store.root)
     assert done.exit_code == 3
@@ -93,7 +93,7 @@ def test_a_gradient_that_is_not_finite(layer, world):
     assert not world.store.exists(Artifact.EDIT.path("blue"))
 
 
-def test_a_step_beyond_what_numbers_hold(world, monkeypatch):
+def test_a_step_that_overflows_is_refused(world, monkeypatch):
     monkeypatch.setattr(Evaluator, "first", 3e38)
     done = inside("search", "blue", "--layer", "visual.conv1.weight", store=world.store.root)
     assert done.exit_code == 3
@@ -101,7 +101,7 @@ def test_a_step_beyond_what_numbers_hold(world, monkeypatch):
     assert "image features are not finite" in done.stderr
 
 
-def test_training_that_is_no_longer_finite_is_no_forgetting(world, monkeypatch):
+def test_training_that_diverges_does_not_count_as_forgetting(world, monkeypatch):
     measure = epochs.forget_accuracy
 
     def breaking_at(epoch):
@@ -127,7 +127,7 @@ def test_training_that_is_no_longer_finite_is_no_forgetting(world, monkeypatch):
     assert "a smaller --lr" in refused.stderr
 
 
-def test_tuning_leaves_out_rates_at_which_training_is_not_finite(listener):
+def test_tuning_skips_rates_at_which_training_diverges(listener):
     def run(rate):
         if rate > 3e-6:
             raise NotFiniteError(f"lr {rate:g} diverges")
@@ -140,7 +140,7 @@ def test_tuning_leaves_out_rates_at_which_training_is_not_finite(listener):
     assert listener.heard == ["skipped: lr 1e-05 diverges", "skipped: lr 0.0001 diverges"]
 
 
-def test_a_judge_that_is_not_finite_judges_nothing(world, tmp_path):
+def test_a_judge_that_is_not_finite_is_refused(world, tmp_path):
     names = {"blue": ("{}",), "red": ("{}",)}
     model = ModelSpec(spoiled(world, tmp_path / "broken", "visual.proj", np.nan))
     judge = Judge.load(model, names, device="cpu")
