@@ -1,7 +1,7 @@
 """The direction of a layer, from the gradients and covariances in the store."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -9,13 +9,11 @@ from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.number_formats import Floats
 from slsgu_cli.errors import NotFiniteError
 from slsgu_cli.method.directions import Direction, InputCovariance, LayerStatistics
+from slsgu_cli.method.scores import Vector
 from slsgu_cli.records.directions import DirectionSpec
 from slsgu_cli.records.method import GradientPointer
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def implementation(spec: DirectionSpec) -> Direction:
@@ -41,12 +39,20 @@ def layer_gradient(store: Store, address: str, name: str) -> Floats:
     return values
 
 
-def as_tensor(values: Floats, layer: LayerStatistics) -> "Tensor":
-    """Return values as a tensor on the device of the layer's input covariance."""
+def operand(values: Floats, direction: Direction, layer: LayerStatistics) -> Any:
+    """Return values as a direction takes them: an array, or a tensor on the right device."""
+    if direction.takes_arrays:
+        return values
     import torch
 
     tensor = torch.tensor(values)
     return tensor if layer.inputs is None else tensor.to(layer.inputs.matrix.device)
+
+
+def as_array(values: Any) -> Vector:
+    """Return an array, or the array of a tensor."""
+    array: Vector = values if isinstance(values, np.ndarray) else values.cpu().numpy()
+    return array
 
 
 def forget_direction(
@@ -55,8 +61,8 @@ def forget_direction(
     layer: str,
     direction: DirectionSpec,
     inputs: InputCovariance | None,
-) -> "Tensor":
+) -> Floats:
     """Return the direction of a layer, fp32, from its forget gradient and input covariance."""
     chosen, statistics = implementation(direction), LayerStatistics(weight_norm=1.0, inputs=inputs)
-    gradient = as_tensor(layer_gradient(store, pointer.forget, layer), statistics)
-    return chosen.along(gradient, chosen.metric(statistics)).float()
+    gradient = operand(layer_gradient(store, pointer.forget, layer), chosen, statistics)
+    return as_array(chosen.along(gradient, chosen.metric(statistics))).astype(np.float32)

@@ -107,6 +107,9 @@ def compute_gradients(
             if not missing:
                 progress.note(f"{label}: another process computed it")
                 continue
+            for path in (kind.path(gradient.digest) for kind in missing):
+                if store.exists(path):
+                    progress.warn(f"{store.where(path)} is damaged or outdated; it is replaced")
             start = perf_counter()
             module = module or load(resolved, pick_device(options.device), warn=progress.warn)
             _compute(

@@ -2,14 +2,17 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from slsgu_cli.engine.ranking import rank
-from slsgu_cli.engine.search import SearchResult, search
 from slsgu_cli.figures.curves import pareto_plot, step_plot
 from slsgu_cli.records.method import Move, Ranking, Tower, Trials
 from slsgu_cli.records.options import RankOptions, SearchOptions
 from slsgu_cli.store.artifacts import plot_path
 from slsgu_cli.store.store import Store
+
+if TYPE_CHECKING:
+    from slsgu_cli.engine.search import SearchResult
 
 
 def rank_and_plot(store: Store, name: str, *, options: RankOptions) -> tuple[Ranking, list[str]]:
@@ -27,14 +30,16 @@ def rank_and_plot(store: Store, name: str, *, options: RankOptions) -> tuple[Ran
     return ranking, write_plots(store, name, drawn)
 
 
-def search_and_plot(store: Store, name: str, *, options: SearchOptions) -> SearchResult:
+def search_and_plot(store: Store, name: str, *, options: SearchOptions) -> "SearchResult":
     """Search a set's layers and draw the accuracies against the step for each."""
+    from slsgu_cli.engine.search import search  # Loads PyTorch, which a ranking may not need.
+
     result = search(store, name, options=options)
     draw_steps(store, result)
     return result
 
 
-def draw_steps(store: Store, result: SearchResult) -> None:
+def draw_steps(store: Store, result: "SearchResult") -> None:
     """Draw the accuracies against the step for each layer that was searched."""
     trials = result.trials
     moves = {trial.move for trial in trials.trials}

@@ -16,7 +16,7 @@ from slsgu_cli.checkpoints.layers import Layer, find_layers, layers_of, selected
 from slsgu_cli.checkpoints.number_formats import Floats
 from slsgu_cli.checkpoints.target_layers import encoder_of_target
 from slsgu_cli.clip.models import ResolvedModel, model_layer
-from slsgu_cli.engine.directions import as_tensor, implementation, layer_gradient
+from slsgu_cli.engine.directions import as_array, implementation, layer_gradient, operand
 from slsgu_cli.engine.gradients import graded_model
 from slsgu_cli.engine.stored_covariances import (
     Covariances,
@@ -146,9 +146,10 @@ def _scores(
         able = [each for each in options.specs if inputs is not None or not each.needs_inputs]
         for direction in able or [FALLBACK]:
             statistics = LayerStatistics(weight.norm, inputs if direction.needs_inputs else None)
-            metric = implementation(direction).metric(statistics)
+            chosen = implementation(direction)
+            metric = chosen.metric(statistics)
             forget, retain = (
-                metric.scaled(as_tensor(each, statistics)).cpu().numpy().ravel(order="K")
+                as_array(metric.scaled(operand(each, chosen, statistics))).ravel(order="K")
                 for each in gradients
             )
             score = LayerScore(

@@ -98,7 +98,9 @@ class SearchPlan:
             able = [each for each in self.directions if inputs or not each.needs_inputs]
             for direction in able or [FALLBACK]:
                 along = forget_direction(store, self.pointer, layer, direction, inputs)
-                yield Evaluator(evaluation, layer, weight_norm, along.to(device), direction)
+                yield Evaluator(
+                    evaluation, layer, weight_norm, torch.tensor(along, device=device), direction
+                )
 
 
 def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:

@@ -111,7 +111,7 @@ def direct_edit(
                 hint=f"--direction {FALLBACK.kind}, or another layer",
             )
         inputs = covariances.inputs(layer)
-    along = forget_direction(store, pointer, layer, direction, inputs).cpu().numpy()
+    along = forget_direction(store, pointer, layer, direction, inputs)
     before = model_layer(resolve(pointer.model), layer)
     return step_edit(
         manifest,

@@ -28,6 +28,8 @@ from slsgu_cli.store.store import Store
 
 VARIABLE = "SLSGU_IMG2DATASET"
 STATS = "_stats.json"
+# img2dataset may stop early. It is started again as long as it makes progress.
+MOST_RUNS = 3
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 10
 
@@ -41,10 +43,14 @@ def download(store: Store, folder: str, *, urls: str, rows: int, options: Downlo
     wanted = -(-rows // options.shard_rows)
     command = [*find_command(options.command), *_arguments(store, urls, folder, options)]
     last_line = ""
-    if len(finished(store, folder)) < wanted:
-        with progress.bar("downloading shards", wanted) as ticker:
+    before, done = -1, len(finished(store, folder))
+    for _ in range(MOST_RUNS):
+        if not before < done < wanted:
+            break
+        before = done
+        with progress.bar("downloading shards", wanted - done) as ticker:
             last_line = _run(store, command, folder, ticker)
-    done = len(finished(store, folder))
+        done = len(finished(store, folder))
     if done < wanted:
         output = f"; its last line of output: {last_line}" if last_line else ""
         raise InputError(
@@ -122,7 +128,7 @@ def _arguments(store: Store, urls: str, folder: str, options: DownloadOptions) -
 def _run(store: Store, command: list[str], folder: str, ticker: progress.Ticker) -> str:
     """Run the command and show its finished shards; return the last line of its output."""
     environment = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONUNBUFFERED": "1"}
-    shown = 0
+    shown = len(finished(store, folder))
     with _log(store, folder) as log:
         process = subprocess.Popen(
             command,

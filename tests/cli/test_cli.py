@@ -264,7 +264,7 @@ def test_version_and_completion():
     assert slsgu(env=wanted).stdout.split() == ["rank"]
 
 
-@pytest.mark.parametrize("words", [["--help"], ["ls"], ["apply", "blue"], PLAIN_REPORT])
+@pytest.mark.parametrize("words", [["--help"], ["ls"], PLAIN_RANK, ["apply", "blue"], PLAIN_REPORT])
 def test_commands_without_a_model_import_no_heavy_package(store, tmp_path, words):
     options = ["--store", store] if words != ["--help"] else []
     options += ["--out", tmp_path / "out"] if words[0] in ("apply", "report") else []
@@ -534,6 +534,7 @@ def test_a_truncated_gradient_is_reported_and_recomputed(store):
     again = inside("grad", "blue", "-v", store=store)
     assert again.exit_code == 0
     assert "of activations a pair" in again.stderr
+    assert again.stderr.count("is damaged or outdated; it is replaced") == 2
     assert [row[-2] for row in rows(again.stdout)[0]] == ["made", "computed", "computed"]
     for file, gradients in before.items():
         for name, gradient in load_file(file).items():

@@ -84,6 +84,7 @@ def test_downloads_and_failures_are_counted_by_concept(store, metadata, monkeypa
 def test_shards_that_were_done_are_not_fetched_again(store, metadata, monkeypatch, tmp_path):
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("FAKE_DIES", "2")
+    monkeypatch.setattr(download_module, "MOST_RUNS", 1)
     with pytest.raises(InputError, match=r"finished 2 of 4 shards .* killed by something") as told:
         collect(store, ask(metadata))
     assert "run the same command again to resume" in told.value.hint
@@ -94,6 +95,17 @@ def test_shards_that_were_done_are_not_fetched_again(store, metadata, monkeypatc
     assert collect(store, ask(metadata)).record.concepts["dog"].rows == 15
     assert first.stat().st_mtime_ns == before
     assert len((tmp_path / "log").read_text().splitlines()) == 2
+
+
+def test_a_run_that_stops_early_is_started_again(store, metadata, monkeypatch):
+    monkeypatch.setenv("FAKE_DIES", "2")
+    assert collect(store, ask(metadata)).record.concepts["dog"].rows == 15
+
+
+def test_a_run_without_progress_is_an_error(store, metadata, monkeypatch):
+    monkeypatch.setenv("FAKE_DIES", "0")
+    with pytest.raises(InputError, match="finished 0 of 4 shards"):
+        collect(store, ask(metadata))
 
 
 def test_an_interrupt_ends_the_download(store, metadata, tmp_path):

@@ -47,9 +47,13 @@ class Metric(ABC):
 
 
 class Direction(ABC):
-    """A direction: steepest ascent of the forget loss in a metric of its own."""
+    """A direction: steepest ascent of the forget loss in a metric of its own.
+
+    One that `takes_arrays` works on numpy arrays as well, without PyTorch.
+    """
 
     needs_inputs = False
+    takes_arrays = False
 
     @abstractmethod
     def metric(self, layer: LayerStatistics) -> Metric:

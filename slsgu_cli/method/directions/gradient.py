@@ -32,6 +32,8 @@ class Euclidean(Metric):
 class Gradient(Direction):
     """D = G (Eq. 9)."""
 
+    takes_arrays = True
+
     def metric(self, layer: LayerStatistics) -> Metric:
         """Return the Euclidean metric."""
         return Euclidean(layer)
