@@ -85,7 +85,7 @@ def refresh():
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_pages_come_after_those_they_go_on_from(refresh, folder):
+def test_pages_come_after_the_pages_they_build_on(refresh, folder):
     order = refresh.reading_order(folder)
     assert sorted(order) == sorted(folder.glob("*.md"))
     for place, page in enumerate(order):
@@ -93,7 +93,7 @@ def test_pages_come_after_those_they_go_on_from(refresh, folder):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_a_page_that_takes_the_trained_models_says_so(refresh, document):
+def test_a_page_that_needs_the_trained_models_says_so(refresh, document):
     blocks = re.findall(r"```console\n.*?```", DOCUMENTS[document], re.S)
     takes = "$SLSGU_TEST_MODELS" in "".join(blocks)
     assert takes == ("SLSGU_TEST_MODELS" in refresh.declared(ROOT / document, "needs"))
@@ -117,7 +117,7 @@ def pages(tmp_path):
     return folder
 
 
-def test_pages_of_a_folder_share_what_they_make(refresh, pages, monkeypatch, capsys):
+def test_pages_of_a_folder_share_their_artifacts(refresh, pages, monkeypatch, capsys):
     monkeypatch.delenv("SLSGU_TEST_MODELS", raising=False)
     refresh.main([str(pages)])
     assert (pages / "first.md").read_text() == "# First\n```console\n$ echo made > file\n```\n"
@@ -125,7 +125,7 @@ def test_pages_of_a_folder_share_what_they_make(refresh, pages, monkeypatch, cap
     assert "models.md needs SLSGU_TEST_MODELS" in capsys.readouterr().err
 
 
-def test_of_one_section_what_comes_before_is_run_and_stays(refresh, pages):
+def test_refreshing_one_section_runs_the_earlier_ones_unchanged(refresh, pages):
     refresh.main([f"{pages / 'last.md'}#two"])
     assert "old" in (pages / "first.md").read_text()
     text = (pages / "last.md").read_text()
@@ -143,7 +143,7 @@ def test_a_page_without_what_it_needs_runs_nothing(refresh, pages, monkeypatch, 
     assert " s  " not in told
 
 
-def test_a_section_that_is_not_there_is_told(refresh, pages):
+def test_a_missing_section_is_reported(refresh, pages):
     with pytest.raises(SystemExit, match="has no section three; it has one, two"):
         refresh.main([f"{pages / 'last.md'}#three"])
 

@@ -20,7 +20,7 @@ def test_every_name_is_there_and_documented(name):
     assert getattr(slsgu_cli, name).__doc__
 
 
-def test_no_other_name_is_there():
+def test_no_other_public_name_exists():
     with pytest.raises(AttributeError, match="no attribute 'remember'"):
         _ = slsgu_cli.remember
 
@@ -31,7 +31,7 @@ def test_importing_it_imports_nothing_else():
     assert shown.stdout.strip() == "[]"
 
 
-def test_no_verb_asks_for_a_console():
+def test_no_public_function_takes_a_console():
     verbs = [getattr(slsgu_cli, name) for name in slsgu_cli._modules()]
     for verb in filter(inspect.isfunction, verbs):
         assert "console" not in inspect.signature(verb).parameters

@@ -98,7 +98,7 @@ def test_the_copy_falls_back_where_the_kernel_cannot(
     assert (tmp_path / "out").read_bytes() == source.read_bytes()
 
 
-def test_kill_9_leaves_the_old_target_and_the_next_write_clears_up(tmp_path: Path) -> None:
+def test_kill_9_leaves_the_old_target_and_the_next_write_removes_the_rest(tmp_path: Path) -> None:
     source = save(state(), tmp_path / "m.safetensors")
     target = tmp_path / "out" / "m.safetensors"
     target.parent.mkdir()

@@ -86,7 +86,7 @@ def test_a_pipeline_with_parts_elsewhere_is_refused(tmp_path, state, place):
 
 
 @pytest.mark.parametrize("kind", ["llava_next", "vipllava"])
-def test_relatives_of_llava_are_known_by_the_layer_they_read(tmp_path, state, kind):
+def test_relatives_of_llava_are_recognised_with_the_layer_they_read(tmp_path, state, kind):
     path = llava(tmp_path / "llava", state, "model.vision_tower.", model_type=kind)
     assert read_target(path).family is Family.LLAVA
 

@@ -50,7 +50,7 @@ def test_other_models_of_transformers_are_named(tmp_path, prefix, config, kind, 
     assert hint in caught.value.hint
 
 
-def test_a_folder_of_no_model_is_not_taken_for_weights(tmp_path):
+def test_a_folder_without_a_model_is_not_taken_for_weights(tmp_path):
     with pytest.raises(MissingError, match=r"it has no open_clip_config\.json") as caught:
         resolve(ModelSpec(str(tmp_path)))
     assert f"--pretrained {tmp_path}" not in caught.value.hint
@@ -77,7 +77,7 @@ def test_targets_with_towers_of_no_known_kind_are_refused(tmp_path, config, mess
         read_target(tmp_path / folder(tmp_path, config))
 
 
-def test_a_tokenizer_that_cannot_be_had_is_told_apart_from_weights(tmp_path):
+def test_a_missing_tokenizer_is_distinguished_from_missing_weights(tmp_path):
     shutil.copytree(DEMO / "clip", tmp_path / "clip")
     path = tmp_path / "clip/open_clip_config.json"
     config = json.loads(path.read_text())
@@ -98,7 +98,7 @@ def test_metadata_as_text_is_converted(tmp_path, name):
     assert f"read_{'json' if 'json' in name else 'csv'}('{path}')" in caught.value.hint
 
 
-def test_a_data_set_of_the_hub_is_addressed_as_one(monkeypatch):
+def test_a_dataset_of_the_hub_has_its_own_address(monkeypatch):
     def unknown(path):
         raise ValueError(f"{path}: Invalid repo id")
 

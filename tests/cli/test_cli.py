@@ -140,7 +140,7 @@ def test_apply_says_that_it_ranks_and_searches(chain):
     assert "open_clip loads it as local-dir:nëw clip" in told
 
 
-def test_what_each_command_pipes(chain):
+def test_the_piped_output_of_each_command(chain):
     _, _, ran = chain
     ((head, *parts),) = rows(ran["build-sets"].stdout)
     assert head == ["part", "rows", "seen", "left out", "path"]
@@ -173,7 +173,7 @@ def test_what_each_command_pipes(chain):
 
 
 @pytest.mark.usefixtures("drawing")
-def test_json_is_one_document_with_the_promised_keys(chain, store, tmp_path):
+def test_json_is_one_document_with_the_documented_keys(chain, store, tmp_path):
     _, _, ran = chain
     assert [row["role"] for row in json.loads(ran["grad"].stdout)["gradients"]] == [
         "forget",

@@ -99,7 +99,7 @@ def test_json_is_one_document_and_nothing_else():
     assert document["path"] == "out/clip"
 
 
-def test_json_takes_data_in_place_of_rows_and_text(capsys):
+def test_json_output_replaces_rows_and_text(capsys):
     console = Console(as_json=True)
     console.table("t", COLUMNS, [["x", 1]], data={"brands": Accuracy(1.0, 2.0, 3)})
     console.value("v", "shown", data=[Tower.TEXT])
@@ -113,7 +113,7 @@ def test_json_takes_data_in_place_of_rows_and_text(capsys):
     }
 
 
-def test_json_keys_are_no_data(capsys):
+def test_json_keys_are_not_data(capsys):
     console = Console("made", as_json=True)
     columns = [
         "layer",
@@ -173,7 +173,7 @@ def test_an_empty_table_still_names_its_columns(capsys):
         ("  spread \u2028 out ", "spread out"),
     ],
 )
-def test_how_a_person_reads_a_value(value, shown):
+def test_values_are_formatted_for_reading(value, shown):
     assert shown_text(value) == shown
 
 
@@ -182,7 +182,7 @@ def test_a_pipe_gets_figures_in_full(capsys):
     assert capsys.readouterr().out == "a\n96.96969697\n0.00333047961\n123456\n0\nyes\n"
 
 
-def test_tables_in_one_pipe_are_apart(capsys):
+def test_tables_in_a_pipe_are_separated(capsys):
     console = Console()
     console.table("t", ["a"], [[1]])
     console.table("u", ["b"], [[2]])
@@ -203,7 +203,7 @@ def test_a_terminal_shows_labels_units_and_no_empty_column():
     assert (first, second) == (["5", "B", "0"], ["-", "0"])
 
 
-def test_text_from_data_does_not_steer_the_terminal(capsys):
+def test_text_from_data_does_not_control_the_terminal(capsys):
     Console().note("key \x1b[2Jgone\rback")
     assert capsys.readouterr().err == "key  [2Jgone back\n"
 
@@ -257,7 +257,7 @@ def with_stderr_on(screen, **options):
     return Console(_stderr=stderr, **options)
 
 
-def test_bars_are_for_terminals_where_nothing_else_is_written():
+def test_bars_are_for_terminals_without_other_output():
     quiet = with_stderr_on(Screen(), verbosity=-1)
     piped = with_stderr_on(StringIO())
     lines = with_stderr_on(Screen(), streams=True, _stdout=Screen())

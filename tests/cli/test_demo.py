@@ -44,7 +44,7 @@ def facebook(tmp_path_factory):
     return validated(done.stdout), store
 
 
-def test_facebook_is_forgotten_and_the_rest_kept(facebook):
+def test_facebook_is_forgotten_and_others_are_not(facebook):
     found = figures(facebook[0])
     assert found["FA@1"]["original"] > 90
     assert found["FA@1"]["edited"] == 0
@@ -70,14 +70,14 @@ def test_one_tensor_differs_and_open_clip_loads_the_checkpoint(facebook):
     assert torch.equal(moved.cpu(), torch.from_numpy(after[differing[0]]).to(moved.dtype))
 
 
-def test_the_pictures_are_pictures(facebook):
+def test_written_pictures_are_png_files(facebook):
     shown, store = facebook
     for path in (*shown["pictures"], *shown["plots"]):
         assert Path(path).read_bytes().startswith(PNG)
     assert len(list((store / "plots").glob("*.png"))) > len(shown["plots"])
 
 
-def test_the_commands_are_told_one_by_one(facebook):
+def test_the_commands_are_listed_one_by_one(facebook):
     lines = facebook[0]["commands"]
     assert [line.split()[:2] for line in lines[1:]] == [
         ["slsgu", command] for command in ("build-sets", "grad", "rank", "search", "apply", "eval")
@@ -155,7 +155,7 @@ def typed(lines, folder):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_an_unknown_concept_is_told_with_near_ones(tmp_path):
+def test_an_unknown_concept_is_reported_with_near_ones(tmp_path):
     done = inside("demo", "castel", store=tmp_path / "store")
     assert (done.exit_code, done.stdout) == (2, "")
     assert "castle" in done.stderr

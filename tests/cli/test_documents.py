@@ -105,14 +105,14 @@ class Output:
         ("compare", PipelineComparison, lambda c, r: show_pipeline_comparison(c, r, "sheet.png")),
     ],
 )
-def test_what_models_built_on_clip_give(command, kind, show, capsys):
+def test_outputs_of_models_built_on_clip(command, kind, show, capsys):
     console = Console(command, as_json=True)
     show(console, filled(kind))
     console.flush()
     assert len(validated(capsys.readouterr().out)) > 2
 
 
-def test_what_the_other_commands_give(world, tmp_path):
+def test_outputs_of_the_other_commands(world, tmp_path):
     """`inside` holds each to the schema; what other tests run is held to it there."""
     search(world.store, "blue", options=SearchOptions(layers=["visual.proj"], steps=4))
     for words in (
@@ -134,7 +134,7 @@ def test_what_the_other_commands_give(world, tmp_path):
         assert "error" not in json.loads(done.stdout)
 
 
-def test_an_error_is_a_document_with_what_was_ready(world):
+def test_an_error_is_a_document_with_the_finished_results(world):
     refused = inside("rank", "nobody", "--json", store=world.store.root)
     said = json.loads(refused.stdout)
     assert said["error"]["message"] == refused.stderr.splitlines()[0].removeprefix("error: ")

@@ -7,7 +7,7 @@ from processes import inside
 import slsgu_cli
 
 
-def test_env_tells_what_bug_reports_need():
+def test_env_prints_the_data_of_a_bug_report():
     said = json.loads(inside("env", "--json").stdout)
     versions = {each["package"]: each["version"] for each in said["versions"]}
     assert versions["slsgu"] == slsgu_cli.__version__

@@ -58,7 +58,7 @@ class ConnectError(HTTPError):
     pass
 
 
-def test_a_server_that_cannot_be_reached_is_bad_input_wherever_it_shows(world, monkeypatch):
+def test_an_unreachable_server_is_an_input_error_everywhere(world, monkeypatch):
     def refuse(*_, **__):
         raise ConnectError("[Errno -2] Name or service not known")
 
@@ -67,7 +67,7 @@ def test_a_server_that_cannot_be_reached_is_bad_input_wherever_it_shows(world, m
     assert "a server cannot be reached or refused the request: [Errno -2] Name or service" in told
 
 
-def test_what_the_system_refuses_is_bad_input_wherever_it_shows(world, monkeypatch):
+def test_system_errors_are_input_errors_everywhere(world, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", "/secret/pairs")
 
@@ -77,16 +77,14 @@ def test_what_the_system_refuses_is_bad_input_wherever_it_shows(world, monkeypat
     assert "give this user permission" in told
 
 
-def test_a_name_that_is_too_long_is_told_of_as_such(world):
+def test_a_name_that_is_too_long_is_reported_as_such(world):
     out = Path(world.store.root).parent / ("n" * 300)
     told = refused("report", world.name, "--out", f"{out}.html", "--store", world.store.root)
     assert "File name too long" in told
     assert "choose a shorter name" in told
 
 
-def test_a_store_or_source_that_may_not_be_read_does_not_pass_for_an_empty_one(
-    world, tmp_path, monkeypatch
-):
+def test_an_unreadable_store_or_source_is_not_taken_for_an_empty_one(world, tmp_path, monkeypatch):
     locked = tmp_path / "locked" / "a.parquet"
     stat = Path.stat
 
@@ -104,7 +102,7 @@ def test_a_store_or_source_that_may_not_be_read_does_not_pass_for_an_empty_one(
     assert "this user may not read the store" in told
 
 
-def test_a_file_system_that_cannot_be_reached_is_told_of(world, monkeypatch):
+def test_an_unreachable_file_system_is_reported(world, monkeypatch):
     class Unreachable(Exception):
         """What a library for a network raises, which is no OSError."""
 
@@ -119,7 +117,7 @@ def test_a_file_system_that_cannot_be_reached_is_told_of(world, monkeypatch):
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
-def test_figures_that_cannot_be_solved_for_are_damage(world, monkeypatch, library):
+def test_a_singular_matrix_suggests_a_check_of_the_store(world, monkeypatch, library):
     kinds = {"numpy": np.linalg.LinAlgError, "torch": torch.linalg.LinAlgError}
 
     def refuse(*_, **__):

@@ -155,7 +155,7 @@ def test_an_installed_package_has_its_program(site, tmp_path):
     assert "from slsgu_cli" in program
 
 
-def test_the_jobs_of_the_guide_are_gates(jobs, run, tmp_path):
+def test_the_ci_jobs_of_the_guide_fail_on_unmet_bounds(jobs, run, tmp_path):
     github, gitlab = jobs
     steps = {step["name"]: step["run"] for step in github["steps"] if "name" in step}
     assert [*steps] == ["Plan", "Remove", "List requests"]

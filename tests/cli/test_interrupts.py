@@ -109,7 +109,7 @@ def test_ended_by_a_scheduler(store, sign, code):
     assert [path for path in before if not path.exists()] == []
 
 
-def test_a_signal_that_is_ignored_stays_ignored(store):
+def test_an_ignored_signal_stays_ignored(store):
     # As `nohup` starts a command.
     within = "slsgu_cli.engine.gradient_pass:GradientPass._group"
     process = start_held("grad", "blue", "--store", store, at=within, ignore=signal.SIGHUP)
@@ -134,7 +134,7 @@ def test_interrupted_gradient_pass(store, interrupt):
     assert inside("rank", "blue", "--direction", "gradient", store=store).exit_code == 0
 
 
-def test_interrupted_search_goes_on_where_it_was(store, interrupt):
+def test_an_interrupted_search_resumes(store, interrupt):
     for words in (["grad", "blue"], ["rank", "blue", "--direction", "gradient"]):
         assert inside(*words, store=store).exit_code == 0
     trials = store / "trials" / "blue.json"
@@ -212,7 +212,7 @@ def test_two_gradient_passes_side_by_side(store):
     assert inside("rank", "blue", store=store).exit_code == 0
 
 
-def test_a_killed_build_leaves_what_ls_lists_and_no_set(build, tmp_path):
+def test_a_killed_build_leaves_listed_leftovers_and_no_set(build, tmp_path):
     store = tmp_path / "store"
     kill(start_held(*build, at=ROW, call=FORGET // 2))
     listed = json.loads(inside("ls", "--json", store=store).stdout)["store"]

@@ -190,7 +190,7 @@ SMALL_PARTS = {KEEP_ALWAYS: 1, ROWS_AT_ONCE: 16}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_covariances_of_processes_that_died_go_on(ranks, world, tmp_path, monkeypatch):
+def test_covariances_of_processes_that_died_resume(ranks, world, tmp_path, monkeypatch):
     """Two processes have run 4 of 4 parts of the texts and 2 of 4 of the images."""
     monkeypatch.setitem(covariance.ROWS_PER_FORWARD, "cpu", 16)
     whole = world.copied(tmp_path / "whole")
@@ -244,7 +244,7 @@ def ours(told):
     return [line for line in told.splitlines() if line.startswith(("error:", "warning:"))]
 
 
-def test_one_process_that_dies_ends_all_and_another_number_goes_on(world, tmp_path):
+def test_a_dying_process_ends_all_and_another_number_resumes(world, tmp_path):
     compute = ["grad", "blue", "--batch-size", 2]
     whole = world.copied(tmp_path / "whole")
     assert inside(*compute, store=whole.store.root).exit_code == 0
@@ -266,7 +266,7 @@ def digests(world):
     return world.pointer.forget, world.pointer.retain
 
 
-def test_each_process_takes_the_card_of_its_place(monkeypatch):
+def test_each_process_uses_the_gpu_of_its_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [pick_device(name) for name in ("auto", "cuda:1")] == ["cuda", "cuda:1"]
@@ -289,7 +289,7 @@ def launched_here(monkeypatch, rank):
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("command", ["eval blue", "ls", "grad"])
-def test_what_does_not_run_in_several_is_refused_once(command, rank, world, monkeypatch):
+def test_commands_for_one_process_are_refused_once_in_several(command, rank, world, monkeypatch):
     launched_here(monkeypatch, rank)
     done = inside(*command.split(), store=world.store.root)
     assert (done.exit_code, done.stdout) == (2, "")

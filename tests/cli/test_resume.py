@@ -118,12 +118,12 @@ def resumed(shared_world, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("calls", [1, 6])
-def test_search_loses_no_trial(calls, resumed):
+def test_a_killed_search_loses_no_trial(calls, resumed):
     went_on, every = resumed(SEARCH, Evaluator, "measure", calls)
     assert went_on == every - calls
 
 
-def test_search_loses_no_measure_of_what_is_kept(resumed):
+def test_a_killed_search_loses_no_measured_utility(resumed):
     went_on, every = resumed([*SEARCH, "--full"], UtilityMeter, "measure", 3)
     assert went_on == every - 3
 
@@ -180,7 +180,7 @@ def test_verify_loses_no_step_of_a_training(check, calls, resumed, monkeypatch):
     assert went_on == every - calls
 
 
-def test_build_sets_decodes_no_row_again_of_a_block_that_is_complete(resumed, shared_world):
+def test_build_sets_decodes_no_row_of_a_complete_block_again(resumed, shared_world):
     sources = shared_world.sources
     words = [
         "build-sets",
@@ -200,7 +200,7 @@ def test_build_sets_decodes_no_row_again_of_a_block_that_is_complete(resumed, sh
     assert went_on < every
 
 
-def test_sweep_goes_on_with_the_class_it_was_at(resumed, shared_world, tmp_path):
+def test_a_sweep_resumes_at_its_class(resumed, shared_world, tmp_path):
     (tmp_path / "classes.txt").write_text("red\ngreen\n")
     sources = shared_world.sources
     words = [

@@ -103,7 +103,7 @@ def test_results_are_printed_where_the_plot_cannot_be_written(world, refusing, c
         (errno.ENAMETOOLONG, "choose a shorter name"),
     ],
 )
-def test_a_store_that_cannot_be_written_is_told_before_the_work(
+def test_an_unwritable_store_is_reported_before_the_work(
     world, refusing, monkeypatch, number, remedy
 ):
     def work(*_, **__):
@@ -120,7 +120,7 @@ def test_a_store_that_cannot_be_written_is_told_before_the_work(
         assert f"try: {remedy}" in done.stderr
 
 
-def test_a_store_in_memory_says_that_it_keeps_nothing():
+def test_a_store_in_memory_warns_that_nothing_is_saved():
     done = inside("ls", store="memory://nothing-kept")
     assert done.exit_code == 0
     assert "warning: memory://nothing-kept is discarded when this command ends" in done.stderr
@@ -150,7 +150,7 @@ def waits_for(process, text):
     raise AssertionError((text, process.wait(), process.stdout.read()))
 
 
-def test_a_gradient_that_another_process_computes_is_waited_for(ungraded):
+def test_a_gradient_in_progress_elsewhere_is_awaited(ungraded):
     first = start_held(*grad(ungraded), at=COMPUTE)
     second = Forked(grad(ungraded), environment())
     said = waits_for(second, "waiting for it")

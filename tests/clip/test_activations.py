@@ -21,7 +21,7 @@ def offered(room, keys, batch=7):
 
 @pytest.mark.parametrize("room", [1, 5, 40, 99, 100])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_rows_of_the_least_keys_are_kept(room, seed):
+def test_rows_with_the_smallest_keys_are_sampled(room, seed):
     keys = torch.randn(ROWS, generator=torch.Generator().manual_seed(seed))
     kept, x = offered(room, keys)
     there = (kept.places >= 0).nonzero().squeeze(1)
@@ -30,7 +30,7 @@ def test_rows_of_the_least_keys_are_kept(room, seed):
     assert len(set(kept.places[there].tolist())) == room
 
 
-def test_rows_without_a_key_are_left_out_and_harm_none():
+def test_rows_without_a_key_are_skipped():
     keys = torch.linspace(0, 1, ROWS)
     keys[:90] = float("nan")
     kept, x = offered(20, keys)
@@ -55,7 +55,7 @@ def rooms(size, share=1.0, resumed=RESUMED, least=0.0):
     return {stage: len(one.values) for stage, one in kept.items()}
 
 
-def test_stages_that_save_the_most_are_kept_of_all_rows():
+def test_stages_that_save_the_most_are_cached_for_all_rows():
     assert rooms(POOLED + 2 * WHOLE) == {2: ROWS, 9: ROWS, 12: ROWS}
     assert rooms(POOLED + WHOLE) == {9: ROWS, 12: ROWS}
     assert rooms(2 * (POOLED + WHOLE), 0.5) == {9: ROWS, 12: ROWS}
@@ -63,7 +63,7 @@ def test_stages_that_save_the_most_are_kept_of_all_rows():
     assert rooms(POOLED + WHOLE, resumed={2: 40, 9: 2, 12: 4}) == {2: ROWS, 12: ROWS}
 
 
-def test_of_the_last_stage_that_fits_some_rows_are_kept():
+def test_the_last_stage_that_fits_is_cached_for_some_rows():
     assert rooms(POOLED + WHOLE + WHOLE // 2) == {2: ROWS // 2, 9: ROWS, 12: ROWS}
     assert rooms(POOLED + WHOLE // 4) == {9: ROWS // 4, 12: ROWS}
     assert rooms(POOLED // 2) == {12: ROWS // 2}
@@ -71,7 +71,7 @@ def test_of_the_last_stage_that_fits_some_rows_are_kept():
     assert rooms(0) == {}
 
 
-def test_what_saves_next_to_nothing_is_not_kept():
+def test_stages_that_save_almost_nothing_are_not_cached():
     # Up to theirs all edits run 10 n + 3 stages, of which what enters stage 2 saves the last 3.
     assert rooms(3 * WHOLE, resumed={2: 1, 9: 14}, least=0.02) == {2: ROWS, 9: ROWS}
     assert rooms(3 * WHOLE, resumed={2: 1, 9: 15}, least=0.02) == {9: ROWS}

@@ -52,7 +52,7 @@ def test_reading_ahead_is_bounded():
     assert len(started) <= AHEAD + 2
 
 
-def test_reading_ahead_runs_beside_the_consumer():
+def test_reading_ahead_runs_in_parallel_with_the_consumer():
     consumed = threading.Event()
 
     def read(n):
@@ -91,7 +91,7 @@ def test_spans_cover_every_row_once():
         assert all(0 < stop - start <= 4 for start, stop in spans(rows, 4))
 
 
-def test_even_spans_cover_every_row_once_and_are_alike_and_few():
+def test_even_spans_cover_every_row_once_in_few_equal_parts():
     for rows in range(40):
         sizes = [stop - start for start, stop in even_spans(rows, 4)]
         covered = [row for start, stop in even_spans(rows, 4) for row in range(start, stop)]
@@ -117,7 +117,7 @@ def test_groups_of_like_lengths_cover_every_prompt_once(tower):
     assert all(int(a.max()) <= int(b.min()) for a, b in pairwise(lengths))
 
 
-def test_tokens_are_what_the_embedding_takes():
+def test_tokens_are_the_inputs_of_the_embedding():
     tokens = to_tokens(np.array([[1, 2], [3, 4]], np.int32), "cpu")
     assert tokens.dtype == torch.long
     assert tokens.tolist() == [[1, 2], [3, 4]]

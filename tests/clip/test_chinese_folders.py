@@ -122,7 +122,7 @@ def test_features_are_those_of_transformers(folder):
         {"type_vocab_size": 3, "max_position_embeddings": 60},
     ],
 )
-def test_the_bert_is_what_its_configuration_says(tmp_path, text):
+def test_the_bert_follows_its_configuration(tmp_path, text):
     model = resolve(ModelSpec(str(hf_chinese.write_folder(tmp_path / "other", **text))))
     tokens = torch.from_numpy(tokenizer(model)(TEXTS)).long()
     assert tokens.shape[1] == min(52, text.get("max_position_embeddings", hf_chinese.POSITIONS))
@@ -247,7 +247,7 @@ def test_layers_are_ranked_for_such_a_folder_and_edits_go_into_it(built, copy, t
         ("text_config", "position_embedding_type", "relative_key"),
     ],
 )
-def test_what_open_clip_cannot_express_is_refused(copy, part, field, value):
+def test_models_that_open_clip_cannot_express_are_refused(copy, part, field, value):
     path = copy / "config.json"
     content = json.loads(path.read_text())
     content[part][field] = value
@@ -269,7 +269,7 @@ def test_a_folder_without_its_tokenizer_says_so(copy):
         tokenizer(resolve(ModelSpec(str(copy))))
 
 
-def test_where_a_configuration_is_silent_it_is_the_base_model(tmp_path):
+def test_missing_keys_of_a_configuration_mean_the_base_model(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "chinese_clip"}')
     config = model_config(tmp_path)
     assert (config["embed_dim"], config["quick_gelu"]) == (512, True)

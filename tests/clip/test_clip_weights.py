@@ -176,13 +176,13 @@ def test_a_folder_in_both_layouts_is_edited_in_both(folder, world, tmp_path):
         ("text_config", "eos_token_id", 7),
     ],
 )
-def test_what_open_clip_cannot_express_is_refused(copy, part, field, value):
+def test_models_that_open_clip_cannot_express_are_refused(copy, part, field, value):
     rewrite(copy / "config.json", lambda content: content[part].update({field: value}))
     with pytest.raises(InputError, match=f"has {field} .*{value}"):
         resolve(ModelSpec(str(copy)))
 
 
-def test_an_old_configuration_speaks_through_its_defaults(tmp_path):
+def test_missing_keys_of_an_old_configuration_have_its_defaults(tmp_path):
     old = {
         "model_type": "clip",
         "text_config": {"eos_token_id": 2},
@@ -273,7 +273,7 @@ def test_a_hub_model_of_transformers_is_the_folders(hub, copy, state, world, tmp
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
 
 
-def test_other_repositories_of_the_hub_are_told_apart(hub, copy):
+def test_other_repositories_of_the_hub_are_recognised(hub, copy):
     with pytest.raises(MissingError, match="cannot fetch hf-hub:org/none from the hub") as caught:
         resolve(ModelSpec("hf-hub:org/none"))
     assert "connection" in caught.value.hint

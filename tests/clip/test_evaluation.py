@@ -27,7 +27,7 @@ def labels_of(group):
     return [group.names[index] for index in group.images.labels.tolist()]
 
 
-def test_images_of_the_concept_are_apart_from_what_is_kept(shared_world):
+def test_images_of_the_concept_do_not_count_for_utility(shared_world):
     found = evaluation(shared_world)
     assert labels_of(found.forget) == ["blue"] * 8
     assert set(labels_of(found.utility["first"])) == set(tiny_clip.COLOURS) - {"blue"}
@@ -52,7 +52,7 @@ def test_the_original_models_accuracies(cache_bytes, shared_world):
         assert (own.top1, own.top5) == pytest.approx(figures.utility[name])
 
 
-def test_without_a_class_of_the_concept_it_is_one_more_class(world):
+def test_without_its_class_the_concept_is_an_additional_class(world):
     world.build(evals={"second": world.sources["second"]}, templates={})
     found = evaluation(world)
     assert found.forget.names == (*sorted(tiny_clip.SHAPES), "blue")
@@ -111,7 +111,7 @@ def test_a_set_that_shows_the_concept_alone_has_no_utility(world, tmp_path):
     assert found.utility["second"].base_accuracy().rows == 40
 
 
-def test_sets_that_show_the_concept_alone_are_not_enough(world, tmp_path):
+def test_sets_with_only_the_concept_are_not_enough(world, tmp_path):
     rows, names = blue_alone(tmp_path)
     world.build(evals={"blues": rows}, classes={"blues": names}, templates={})
     with pytest.raises(InputError, match="show nothing but 'blue'") as error:
@@ -119,14 +119,14 @@ def test_sets_that_show_the_concept_alone_are_not_enough(world, tmp_path):
     assert "--eval" in error.value.hint
 
 
-def test_nothing_to_measure_on_is_told(world):
+def test_a_search_without_evaluation_sets_is_an_error(world):
     world.build(evals={}, templates={})
     with pytest.raises(InputError, match="set blue has nothing to measure on") as error:
         evaluation(world)
     assert "--eval" in error.value.hint
 
 
-def test_towers_go_by_name(shared_world):
+def test_towers_are_recognised_by_name(shared_world):
     found = evaluation(shared_world)
     assert found.tower(Tower.VISION) is found.vision
     assert found.tower(Tower.TEXT) is found.text
@@ -147,7 +147,7 @@ def test_an_edit_lasts_as_long_as_its_block(shared_world):
     assert torch.equal(model.visual.proj.data, before)
 
 
-def test_each_class_loses_what_its_own_images_lost(shared_world):
+def test_the_loss_of_a_class_is_that_of_its_images(shared_world):
     group = evaluation(shared_world).utility["first"]
     names = labels_of(group)
     before, after = torch.zeros(len(names)), torch.zeros(len(names))

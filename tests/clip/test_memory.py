@@ -22,12 +22,12 @@ from slsgu_cli.records.option_fields import bytes_of
         ("7B", 7),
     ],
 )
-def test_sizes_as_people_write_them(text, size):
+def test_sizes_with_units_are_parsed(text, size):
     assert bytes_of("--memory-budget", text) == size
 
 
 @pytest.mark.parametrize("text", ["", "G", "-1", "4X", "4 G G", "1e9", "4,5G", "nan", "4GiBs"])
-def test_what_is_no_size_is_told(text):
+def test_malformed_sizes_are_reported(text):
     with pytest.raises(UsageError, match="is not a size") as error:
         bytes_of("--memory-budget", text)
     assert repr(text) in str(error.value)
@@ -35,11 +35,11 @@ def test_what_is_no_size_is_told(text):
 
 
 @given(st.integers(0, 10**15))
-def test_bytes_are_taken_as_they_are(size):
+def test_bytes_are_used_as_stored(size):
     assert bytes_of("--memory-budget", str(size)) == size
 
 
-def test_spare_memory_of_a_cpu_is_a_part_of_it():
+def test_spare_memory_is_a_fraction_of_free_memory():
     assert 0 < spare("cpu") < 1 << 50
 
 
@@ -57,15 +57,15 @@ def machine(tmp_path):
     return lay
 
 
-def test_free_memory_is_what_could_be_had_files_included(machine):
+def test_free_memory_includes_the_file_cache(machine):
     assert free_memory(machine({})) == 16 << 30
 
 
-def test_nothing_is_known_of_another_system(tmp_path):
+def test_memory_limits_are_unknown_on_other_systems(tmp_path):
     assert free_memory(tmp_path) is None
 
 
-def test_a_container_has_its_own_limit_less_what_it_holds_but_files(machine):
+def test_a_container_has_its_limit_minus_its_memory_without_files(machine):
     root = machine(
         {
             "proc/self/cgroup": "0::/\n",
@@ -77,7 +77,7 @@ def test_a_container_has_its_own_limit_less_what_it_holds_but_files(machine):
     assert free_memory(root) == 2 << 30
 
 
-def test_the_least_of_all_groups_around_counts(machine):
+def test_the_smallest_limit_of_all_parent_groups_counts(machine):
     group = "sys/fs/cgroup/memory/jobs"
     root = machine(
         {
@@ -93,7 +93,7 @@ def test_the_least_of_all_groups_around_counts(machine):
 
 
 @pytest.mark.parametrize("limit", ["max\n", ""])
-def test_a_group_without_a_limit_has_what_the_machine_has(limit, machine):
+def test_a_group_without_a_limit_has_the_machines_memory(limit, machine):
     root = machine(
         {
             "proc/self/cgroup": "0::/user.slice\n",

@@ -104,7 +104,7 @@ def test_gradients_are_those_of_transformers_and_edits_go_into_the_folder(
     assert other and other <= {f"{prefix}{letter}_proj.weight" for letter in "qkv"}
 
 
-def test_what_open_clip_cannot_express_is_refused(folder, tmp_path):
+def test_models_that_open_clip_cannot_express_are_refused(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["eos_token_id"] = [1, 2]
     path = hf_metaclip.write_folder(tmp_path / "other") / "config.json"

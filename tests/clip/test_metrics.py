@@ -109,7 +109,7 @@ def test_margins_lead_over_the_best_other_class():
 
 
 @pytest.mark.parametrize("classes", [4, 9])
-def test_the_gap_is_to_the_fifth_best_other_at_the_closest_row(classes):
+def test_the_margin_is_to_the_fifth_best_name_at_the_closest_row(classes):
     logits, labels = scores(50, classes)
     gaps = []
     for row, label in zip(logits.tolist(), labels.tolist(), strict=True):

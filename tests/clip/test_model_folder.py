@@ -136,7 +136,7 @@ def test_clips_own_tokenizer_needs_no_files(tmp_path):
     assert result.model == f"local-dir:{tmp_path / 'out'}"
 
 
-def test_a_folder_whose_tokenizer_is_not_to_be_had_is_not_said_to_load(tmp_path, listener):
+def test_a_folder_without_its_tokenizer_is_not_said_to_load(tmp_path, listener):
     model = write_architecture(tmp_path / "model", tmp_path / "no-tokenizer")
     result = applied(tmp_path, model, tmp_path / "model/w.safetensors")
     assert result.model is None
@@ -154,7 +154,7 @@ def test_a_folder_whose_tokenizer_is_not_to_be_had_is_not_said_to_load(tmp_path,
         ({"custom_text": True, "init_logit_bias": -10.0, "embed_dim": 20}, "another shape for"),
     ],
 )
-def test_a_configuration_of_another_model_is_told_and_nothing_promised(
+def test_a_configuration_of_another_model_is_reported_without_promises(
     tmp_path, changes, reason, listener
 ):
     model = write_architecture(tmp_path / "model", **changes)
@@ -170,7 +170,7 @@ def test_weights_without_the_names_of_a_text_tower_of_its_own_are_known_to_load(
     open_clip.create_model(result.model)
 
 
-def test_the_line_on_loading_is_printed_of_what_was_checked_only(tmp_path):
+def test_the_loading_line_is_printed_only_if_loading_was_checked(tmp_path):
     good = write_architecture(tmp_path / "good")
     bad = write_architecture(tmp_path / "bad", embed_dim=20)
     for model, loads in ((good, True), (bad, False)):
@@ -243,7 +243,7 @@ def test_the_card_of_the_base_model_stays_and_comes_back_to_the_byte(tmp_path, d
     assert base_card(None) is None and base_card(once) == theirs
 
 
-def test_a_card_that_is_no_utf8_is_written_and_rehearsed(tmp_path, demo_clip):
+def test_a_card_that_is_not_utf8_survives_a_dry_run_and_a_copy(tmp_path, demo_clip):
     theirs = b"# Th\xe9irs\n"
     (demo_clip / "README.md").write_bytes(theirs)
     base = ModelSpec(f"local-dir:{demo_clip}")

@@ -51,7 +51,7 @@ def test_outputs_and_gradients_are_those_in_double(rows, inputs, outputs, bias, 
 
 
 @ONEDNN
-def test_a_gradient_that_is_not_wanted_is_not_computed(products):
+def test_an_unneeded_gradient_is_not_computed(products):
     x, weight, bias = drawn((4,), 6, 5, bias=True)
     weight.requires_grad_()
     linear(x, weight, bias).sum().backward()
@@ -90,7 +90,7 @@ def test_parts_of_tensors_are_multiplied_as_copies_are(part):
         [torch.ones(3, 4, device="meta"), torch.ones(2, 4, device="meta")],
     ],
 )
-def test_what_onednn_does_not_take_is_pytorchs(given, products):
+def test_calls_that_onednn_cannot_take_go_to_pytorch(given, products):
     left, plain = linear(*given), F.linear(*given)
     assert (left.dtype, left.shape, products) == (plain.dtype, plain.shape, [])
     assert left.is_meta or torch.equal(left, plain)
@@ -114,7 +114,7 @@ def test_modules_use_them_while_the_mode_is_active(products):
     assert len(products) == 2
 
 
-def test_who_listens_to_linear_layers_hears_them_once():
+def test_function_modes_see_linear_layers_once():
     heard = []
 
     class Listening(TorchFunctionMode):
@@ -148,6 +148,6 @@ print(held() - before)
 
 @ONEDNN
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="not told of its memory")
-def test_little_is_kept_of_products_of_many_numbers_of_rows():
+def test_few_primitives_of_many_shapes_stay_in_memory():
     grown = subprocess.check_output([sys.executable, "-c", GROWTH])
     assert float(grown) < 250

@@ -235,7 +235,7 @@ def test_a_metaclip_is_written_for_open_clip_and_back(tmp_path):
 
 
 @pytest.mark.parametrize("clean", ["canonicalize", "whitespace"])
-def test_a_tokenizer_that_cleans_otherwise_in_transformers_is_told(tmp_path, listener, clean):
+def test_a_tokenizer_that_transformers_cleans_differently_is_reported(tmp_path, listener, clean):
     """The text settings of open_clip's worldwide models."""
     (tmp_path / "words").mkdir()
     hf_siglip.write_tokenizer(tmp_path / "words")
@@ -279,7 +279,7 @@ def resolved(folder, config):
         ("resnet", r"vision_cfg.layers \[1, 2, 1, 1\]"),
     ],
 )
-def test_what_transformers_cannot_hold_is_refused_by_its_name(tmp_path, siglip, kind, field):
+def test_models_that_transformers_cannot_express_are_refused_by_name(tmp_path, siglip, kind, field):
     model = resolved(tmp_path / "odd", CONFIGS[kind])
     with pytest.raises(InputError, match=rf"no place for .*{field}"):
         other_layout(HF, model, read_target(siglip), [], tmp_path)
@@ -324,7 +324,7 @@ def test_weights_that_the_other_layout_has_no_place_for_are_refused(folder, tmp_
         applied(tmp_path, spec(other), "hf", layout=HF)
 
 
-def test_another_layout_is_rehearsed_and_its_place_is_checked(folder, tmp_path):
+def test_a_dry_run_covers_another_layout_and_its_place(folder, tmp_path):
     result = applied(tmp_path, spec(folder), "hf", layout=HF, dry_run=True)
     assert result.model == str(tmp_path / "hf") and not (tmp_path / "hf").exists()
     with pytest.raises(UsageError, match="transformers loads a folder"):
@@ -348,7 +348,7 @@ def test_another_layout_is_rehearsed_and_its_place_is_checked(folder, tmp_path):
         applied(tmp_path, None, "out", target=pipeline, layout=HF)
 
 
-def test_the_layout_that_a_model_has_is_no_other(folder, tmp_path):
+def test_a_models_own_layout_is_not_a_conversion(folder, tmp_path):
     applied(tmp_path, spec(folder), "plain")
     applied(tmp_path, spec(folder), "named", layout=OPEN_CLIP)
     weights = "open_clip_model.safetensors"
@@ -473,6 +473,6 @@ def test_a_text_tower_that_comfyui_would_run_otherwise_is_refused(small, tmp_pat
         applied(tmp_path, spec(odd), "te.safetensors", layout=COMFY)
 
 
-def test_an_edit_of_the_vision_tower_is_none_of_comfyuis(small, tmp_path):
+def test_an_edit_of_the_vision_tower_is_not_for_comfyui(small, tmp_path):
     with pytest.raises(InputError, match=r"visual\.proj is not in a text encoder"):
         applied(tmp_path, spec(small), "te.safetensors", layer="visual.proj", layout=COMFY)

@@ -217,7 +217,7 @@ def test_shards_and_other_containers_are_the_same_model(copy, folder, state):
         ("text_config__projection_size", 40),
     ],
 )
-def test_what_open_clip_cannot_express_is_refused(copy, field, value):
+def test_models_that_open_clip_cannot_express_are_refused(copy, field, value):
     change(copy / "config.json", **{field: value})
     with pytest.raises(InputError, match=f"has {field.split('__')[1]} .*{value}.*open_clip's Sigl"):
         resolve(ModelSpec(str(copy)))
@@ -242,7 +242,7 @@ def test_each_tower_has_the_activation_that_its_configuration_says(copy, text, v
             assert changed == (one == found.encode_text or vision == "gelu")
 
 
-def test_where_a_configuration_is_silent_it_is_googles_base_model(tmp_path):
+def test_missing_keys_of_a_configuration_mean_googles_base_model(tmp_path):
     tiny_targets.write_json(tmp_path / "config.json", {"model_type": "siglip"})
     config = model_config(tmp_path)
     assert (config["embed_dim"], config["vision_cfg"]["patch_size"]) == (768, 16)
@@ -269,7 +269,7 @@ def test_a_folder_without_its_tokenizer_says_where_it_belongs(copy):
     assert "next to the weights" in caught.value.hint
 
 
-def test_naflex_is_refused_with_what_it_is(copy):
+def test_naflex_is_refused_by_name(copy):
     change(copy / "config.json", model_type="siglip2", architectures=["Siglip2Model"])
     for door in (lambda: resolve(ModelSpec(str(copy))), lambda: read_target(copy)):
         with pytest.raises(Exception, match=r"Siglip2Model \(siglip2\)") as caught:

@@ -42,7 +42,7 @@ def keys(group):
     st.floats(0.05, 0.9),
     st.integers(0, 9),
 )
-def test_each_class_is_dealt_by_its_share(labels, share, seed):
+def test_each_class_is_split_by_the_fraction(labels, share, seed):
     labels = np.array(labels)
     reported = in_test_split(labels, share, seed)
     for label in np.unique(labels):
@@ -54,7 +54,7 @@ def test_each_class_is_dealt_by_its_share(labels, share, seed):
     assert not in_test_split(labels, 0.0, seed).any()
 
 
-def test_rows_to_choose_by_and_to_test_on_are_others_and_all(world):
+def test_validation_and_test_rows_are_disjoint_and_complete(world):
     world.build(test_fraction=0.5)
     choose, report = (opened(world, split) for split in Split)
     for one, other in (
@@ -87,7 +87,7 @@ def test_few_images_to_choose_by_are_joined_by_some_of_the_forget_set(world):
     assert not isinstance(opened(world, Split.TEST).forget.images.block, JoinedRows)
 
 
-def test_a_source_of_its_own_is_reported_on_and_all_others_are_chosen_by(world):
+def test_a_test_source_leaves_all_other_rows_for_validation(world):
     world.build(tests={"first": world.sources["first"]}, test_fraction=0.0)
     choose, report = (opened(world, split) for split in Split)
     assert len(choose.utility["first"].images) == len(report.utility["first"].images) == 56
@@ -96,7 +96,7 @@ def test_a_source_of_its_own_is_reported_on_and_all_others_are_chosen_by(world):
     assert "test first" in world.manifest.blocks()
 
 
-def test_a_concept_that_cannot_be_dealt_is_marked(world):
+def test_a_concept_that_cannot_be_split_is_marked(world):
     world.build(evals={"second": world.sources["second"]}, templates={}, test_fraction=0.5)
     choose, report = (opened(world, split) for split in Split)
     assert keys(choose.forget) == keys(report.forget)

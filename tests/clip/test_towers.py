@@ -99,7 +99,7 @@ def test_packed_prompts_have_the_features_of_each_alone(kind, model):
             torch.testing.assert_close(*pair, atol=2e-5, rtol=2e-4, msg=lambda m, n=name: n + m)
 
 
-def test_packing_runs_what_prompts_begin_with_once(model):
+def test_packing_runs_common_prefixes_once(model):
     tower, tokens = text_tower(model), torch.zeros(40, 24, dtype=torch.long)
     tokens[:, :5] = torch.tensor([598, 60, 50, 40, 599])
     tokens[:, 3] += torch.arange(40)
@@ -110,7 +110,7 @@ def test_packing_runs_what_prompts_begin_with_once(model):
         assert len(packed(tower, others).rows) == 1 + 40 * 4
 
 
-def test_texts_are_shortened_where_nothing_behind_them_counts(model):
+def test_texts_are_trimmed_if_padding_has_no_influence(model):
     tower, full = text_tower(model), prompts()
     shortened = tower.trim(full).shape[1] < full.shape[1]
     assert shortened == (ends_texts(model) or isinstance(tower, HuggingFaceText))

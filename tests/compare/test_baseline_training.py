@@ -157,7 +157,7 @@ def test_ties_at_the_threshold_still_leave_half():
     assert mask["a"].tolist() == [True, False, False]
 
 
-def test_salun_moves_what_is_not_salient_by_weight_decay_alone(bench):
+def test_salun_moves_other_weights_by_weight_decay_only(bench):
     mask, found = mask_of(bench), trained(bench, Method.SALUN)
     grads = {name: p.grad for name, p in bench.model.named_parameters()}
     assert all(not g[~mask[name]].any() for name, g in grads.items() if g is not None)

@@ -259,7 +259,7 @@ def test_a_layer_that_cannot_be_edited_is_refused(wanted, shared_world):
         layer_for(closed_form_of(Method.ROME), shared_world.store, shared_world.pointer, wanted)
 
 
-def test_a_layer_goes_by_what_tables_call_it(shared_world):
+def test_a_layer_can_be_named_as_tables_name_it(shared_world):
     found = layer_for(
         closed_form_of(Method.UCE), shared_world.store, shared_world.pointer, "2.attn.out_proj"
     )

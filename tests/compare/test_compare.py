@@ -118,7 +118,7 @@ def test_a_second_call_runs_nothing(own, compared_world, monkeypatch):
     assert run(own).concepts == compared_world[1].concepts
 
 
-def test_a_run_that_was_cut_short_goes_on(own, compared_world, monkeypatch):
+def test_an_interrupted_run_resumes(own, compared_world, monkeypatch):
     path = Artifact.COMPARISON.path(own.name)
     record = own.store.read_record(path, ClipComparison)
     kept = tuple(o for o in record.outcomes if o.method is not Method.GA)
@@ -168,7 +168,7 @@ def test_a_search_that_was_timed_elsewhere_is_timed_here_and_changes_nothing(own
     assert own.store.read_bytes(edit) == before
 
 
-def test_epochs_and_settings_are_chosen_by_rows_that_nothing_is_reported_on(own):
+def test_epochs_and_settings_are_chosen_on_validation_rows(own):
     own.build(test_fraction=0.5)
     own.store.remove(f"edits/{own.name}.safetensors")
     methods = [Method.GA, Method.SSD, Method.ROME, Method.LEACE_VISION, Method.OURS]
@@ -261,7 +261,7 @@ def test_means_are_over_concepts(compared_world):
         mean_rows({"a": outcomes, "b": foreign}, None)
 
 
-def test_a_baseline_that_beats_ours_is_told(compared_world):
+def test_a_baseline_that_beats_ours_is_reported(compared_world):
     rows = mean_rows(compared_world[1].concepts, None)
     ours = next(row for row in rows if row.method is Method.OURS)
     worse = replace(ours, method=Method.FT, forget=Accuracy(ours.forget.top1 + 1, 0, 1))
@@ -272,7 +272,7 @@ def test_a_baseline_that_beats_ours_is_told(compared_world):
 
 
 @pytest.mark.usefixtures("drawing")
-def test_the_plot_is_a_picture_that_tells_settings_apart(compared_world):
+def test_the_plot_distinguishes_settings(compared_world):
     rows = mean_rows(compared_world[1].concepts, None)
     first = comparison_plot(rows, title="blue")
     assert first.startswith(b"\x89PNG")
@@ -280,7 +280,7 @@ def test_the_plot_is_a_picture_that_tells_settings_apart(compared_world):
     assert first != comparison_plot(rows[:-1], title="blue")
 
 
-def test_methods_that_are_not_asked_for_are_not_run(own):
+def test_unrequested_methods_are_not_run(own):
     found = run(own, methods=[Method.ORIGINAL, Method.SSD])
     assert [row.method for row in found.concepts["blue"]] == [Method.ORIGINAL, Method.SSD]
 
@@ -310,7 +310,7 @@ def test_the_command(own):
         (["--methods", "ga", "--layer", "c_proj"], "--layer is for rome"),
     ],
 )
-def test_what_makes_no_sense_is_told(words, told, tmp_path):
+def test_contradictory_options_are_reported(words, told, tmp_path):
     done = inside("compare", "blue", *words, store=tmp_path)
     assert done.exit_code == 2
     assert told in done.stderr

@@ -11,7 +11,7 @@ from slsgu_cli.records.options import PassOptions
 from slsgu_cli.store.artifacts import Artifact
 
 
-def test_only_what_matters_much_more_to_the_forget_set_is_dampened():
+def test_only_weights_important_to_the_forget_set_are_dampened():
     forget = torch.tensor([0.0, 1.0, 9.9, 10.1, 40.0, 1.0, 0.0])
     retain = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
     found = dampening(forget, retain, alpha=10, constant=2.0)

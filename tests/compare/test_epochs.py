@@ -43,14 +43,14 @@ def run(accuracies, monkeypatch):
         ([50.0, 40.0, 30.0], 3, 3),
     ],
 )
-def test_the_epoch_that_is_reported(accuracies, reported, ran, monkeypatch):
+def test_the_reported_epoch_forgets_at_the_highest_utility(accuracies, reported, ran, monkeypatch):
     found = run(accuracies, monkeypatch)
     assert (found.epoch, found.epochs) == (reported, ran)
     assert found.figures.forget.top1 == accuracies[reported - 1]
     assert found.figures.utility["set"].top1 == reported  # measured with that epoch's weights
 
 
-def test_the_figures_are_those_of_the_model_that_is_left(shared_world):
+def test_the_figures_are_of_the_remaining_model(shared_world):
     bench = open_bench(shared_world)
     outcome = bench.run(Method.GA, 3e-3)
     expected = Reference(shared_world, model=bench.model).figures()

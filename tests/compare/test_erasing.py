@@ -160,7 +160,7 @@ def test_salun_changes_the_masked_half_of_the_weights_and_nothing_else(denoiser,
     assert sum(int(value.sum()) for value in moved.values()) > 0.9 * (total // 2)
 
 
-def test_salun_says_of_the_concept_what_it_says_of_another_class(denoiser, lessons, monkeypatch):
+def test_salun_trains_the_concept_towards_another_class(denoiser, lessons, monkeypatch):
     from slsgu_cli.compare.baselines import salun
 
     monkeypatch.setattr(salun, "RETAIN_WEIGHT", 0.0)
@@ -181,7 +181,7 @@ def test_salun_says_of_the_concept_what_it_says_of_another_class(denoiser, lesso
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_what_a_unet_should_say_is_what_the_scheduler_takes_it_for(diffusers, kind):
+def test_the_target_of_a_unet_follows_the_schedulers_prediction_type(diffusers, kind):
     denoiser = tiny_denoiser(diffusers, kind=kind)
     generator = torch.Generator().manual_seed(2)
     latents, noise = denoiser.noise(2, generator), denoiser.noise(2, generator)

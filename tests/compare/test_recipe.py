@@ -35,7 +35,7 @@ def test_the_rate_falls_from_whole_to_nothing_by_half_a_cosine():
 
 
 @pytest.mark.parametrize(("value", "kept"), [(-1.0, 0.0), (2.0, 2.0), (9.0, math.log(100))])
-def test_the_scale_of_the_logits_is_kept_within_bounds(value, kept):
+def test_the_logit_scale_stays_within_bounds(value, kept):
     model = tiny_clip.fresh_model()
     model.logit_scale.data.fill_(value)
     clamp_logit_scale(model)

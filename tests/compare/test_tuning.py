@@ -31,7 +31,7 @@ def outcome(setting, forget, kept):
     )
 
 
-def test_forgetting_and_keeping_weigh_the_same():
+def test_forgetting_and_utility_weigh_the_same():
     assert trade_off(OUTCOME) == 90.0
     assert trade_off(replace(OUTCOME, forget=Accuracy(20.0, 0.0, 10))) == 80.0
 
@@ -41,7 +41,7 @@ def test_a_wrecked_model_is_no_best():
     assert best([wrecked, untouched, good]) is good
 
 
-def test_of_equals_the_gentlest_is_best():
+def test_of_equal_edits_the_least_harmful_is_best():
     assert best([outcome(1e-4, 0, 80), outcome(1e-5, 0, 80)]).setting == 1e-5
 
 

@@ -68,7 +68,7 @@ def test_without_another_model_the_sets_edit_is_measured(world):
 
 
 @pytest.mark.parametrize("layer", ["visual.proj", "transformer.resblocks.1.ln_1.weight"])
-def test_image_features_that_are_known_are_not_computed(layer, world, monkeypatch):
+def test_known_image_features_are_not_recomputed(layer, world, monkeypatch):
     """Those of the original are in the store, and an edit of the text tower leaves them."""
     find(world, steps=4, layers=[layer])
     pixels, read = [], ImageSide._pixels
@@ -160,7 +160,7 @@ def test_the_plot_is_at_its_path(world):
         assert min(picture.size) > 100
 
 
-def test_a_concept_that_is_no_class_is_measured_too(world):
+def test_a_concept_outside_the_classes_is_measured_too(world):
     world.build(evals={"second": world.sources["second"]}, templates={})
     world.grade()
     result = find(world, steps=3)

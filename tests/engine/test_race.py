@@ -91,7 +91,7 @@ def test_a_step_that_misses_its_rivals_rows_and_more_is_stopped_sooner():
         assert beside.looked < 0.8 * alone.looked
 
 
-def test_a_higher_mark_is_lost_no_later():
+def test_a_higher_score_to_beat_stops_a_step_no_later():
     """So that a mark which depends on other races is as good as one that does not."""
     rng = np.random.default_rng(7)
     usual, weights = usual_figures(rng), np.full(ROWS, 1 / ROWS)
@@ -117,7 +117,7 @@ def test_rows_are_drawn_once_and_by_their_chances():
     assert (drawn(weights, usual, seed=3).order == orders[3]).all()
 
 
-def test_no_risk_loses_no_race():
+def test_without_risk_no_step_is_stopped_early():
     weights, zeros = np.full(50, 0.02), np.zeros(50)
     race = Race(drawn(weights, zeros, seed=0), 0.9, 0.9)
     assert not run(race, zeros, 0.0)

@@ -200,7 +200,7 @@ def test_baseline_is_the_original_model(world, plain):
     }
 
 
-def test_a_concept_that_is_no_class_is_measured_on_its_forget_set(world):
+def test_a_concept_outside_the_classes_is_measured_on_its_forget_set(world):
     world.build(evals={"second": world.sources["second"]}, templates={})
     world.grade()
     assert world.manifest.forget_eval is None
@@ -315,7 +315,7 @@ def test_trials_of_a_machine_with_other_last_digits_are_found(world, monkeypatch
     assert again.chosen == replace(first.chosen, step=again.chosen.step)
 
 
-def test_recorded_forget_accuracies_are_taken_as_they_are(world):
+def test_recorded_forget_accuracies_are_reused(world):
     first = find(world, layers=SOME, steps=3)
     path = Artifact.TRIALS.path("blue")
     told = [
@@ -380,7 +380,7 @@ def test_trials_without_expected_utility_are_measured_again(world):
     assert again.chosen.expected is not None
 
 
-def test_trials_of_another_layer_are_kept(world):
+def test_trials_of_another_layer_stay(world):
     find(world, steps=2, layers=SOME[:1])
     both = find(world, steps=2, layers=SOME[1:])
     assert {trial.layer for trial in both.trials.trials} == set(SOME)
@@ -462,7 +462,7 @@ def test_a_missing_ranking_is_an_error_with_the_command_that_makes_it(world):
     assert "slsgu rank blue" in error.value.hint
 
 
-def test_a_set_with_nothing_to_measure_on_is_refused(world):
+def test_a_set_without_evaluation_rows_is_refused(world):
     world.build(evals={}, templates={})
     with pytest.raises(InputError, match="nothing to measure on") as error:
         find(world, steps=1)

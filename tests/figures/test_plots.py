@@ -163,7 +163,7 @@ def test_pareto_keeps_the_sign_of_signed_alignments(drawn):
     assert_readable(drawn[0])
 
 
-def test_pareto_where_every_alignment_is_zero():
+def test_pareto_plot_with_zero_alignments():
     flat = [score(f"visual.{k}", 0.0, 0.0, True) for k in range(3)]
     assert size(pareto_plot(flat, tower=Tower.VISION, title="flat"))
 
@@ -187,7 +187,7 @@ def test_steps_start_at_the_original_model_and_skip_missing_accuracies(drawn):
     assert_readable(drawn[0])
 
 
-def test_the_two_step_axes_agree_when_the_search_only_doubled(drawn):
+def test_the_step_axes_agree_after_doubling_only(drawn):
     search = trials([(5.0 * 2**k, 90, None) for k in range(10)])
     step_plot(search, move=(LAYER, FALLBACK))
     axes, above = drawn[0].axes

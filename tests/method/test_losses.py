@@ -116,7 +116,7 @@ def test_cosine_goes_from_0_for_equal_to_2_for_opposite():
     assert cosine_forget(v, -v).item() == pytest.approx(2)
 
 
-def test_contrastive_of_one_pair_is_nothing():
+def test_the_contrastive_loss_of_one_pair_is_zero():
     v, t, scale, _ = inputs = leaves(1)
     value = contrastive(scale)(v, t)
     assert value.item() == 0

@@ -17,7 +17,7 @@ def vector(seed, size=50):
 
 
 @given(POINTS)
-def test_front_is_what_nothing_dominates(points):
+def test_the_front_has_the_layers_that_nothing_dominates(points):
     def dominated(point):
         return any(other[0] > point[0] and other[1] < point[1] for other in points)
 
@@ -31,7 +31,7 @@ def test_front_does_not_depend_on_order(points):
 
 
 @given(POINTS)
-def test_most_important_and_least_aligned_are_on_the_front(points):
+def test_the_most_important_and_the_least_aligned_layer_are_on_the_front(points):
     front = pareto_front(points)
     if points:
         for best in (max(p[0] for p in points), min(p[1] for p in points)):

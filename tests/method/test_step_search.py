@@ -63,7 +63,7 @@ def test_any_curve_gives_positive_finite_steps_inside_the_bracket(first, steps, 
 
 
 @given(FIRST, STEPS, st.integers(0, 14), st.floats(0.1, 100))
-def test_resuming_goes_where_one_run_would(first, steps, before, ratio):
+def test_resuming_gives_the_result_of_one_run(first, steps, before, ratio):
     def accuracy(step):
         return 0.0 if step >= ratio * first else 80.0
 
@@ -103,7 +103,7 @@ def test_the_shortest_step_is_the_one_that_bisection_finds(first, trials, ratio,
     assert len(tried) == len(set(tried)) <= 4 * trials
 
 
-def test_what_is_nearly_linear_takes_half_the_trials():
+def test_nearly_linear_margins_need_half_of_the_trials():
     counts = [
         len(seek(lambda step, b=bend, r=ratio: (step / r) ** b - 1, 1.0, 10)[0])
         for bend in (0.8, 1.0, 1.3)
@@ -113,7 +113,7 @@ def test_what_is_nearly_linear_takes_half_the_trials():
 
 
 @given(FIRST, STEPS, st.randoms(use_true_random=False))
-def test_steps_sought_on_any_curve_end(first, trials, random):
+def test_the_step_search_ends_on_any_curve(first, trials, random):
     sought, tried = ShortestStep(first, trials, random.choice([-1.0, 0.0, 1.0])), []
     while (step := sought.next()) is not None:
         assert math.isfinite(step) and step > 0 and step not in tried
@@ -129,7 +129,7 @@ CANDIDATES = st.lists(
 
 
 @given(CANDIDATES)
-def test_best_forgets_most_then_keeps_most_then_is_first(candidates):
+def test_best_is_by_forgetting_then_utility_then_order(candidates):
     chosen = best(candidates)
     least = min(accuracy for accuracy, _ in candidates)
     most = max(utility for accuracy, utility in candidates if accuracy == least)

@@ -60,7 +60,7 @@ def test_products_of_half_whitened_gradients_are_those_of_directions(shape, axis
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((5, 12), 1), ((12, 5), 0)])
-def test_no_other_change_gains_more_for_what_it_disturbs(shape, axis):
+def test_no_other_change_gains_more_per_disturbance(shape, axis):
     gradient, x, covariance = random_layer(shape, 12, axis)
     metric = RetainMetric(covariance, axis, DAMPING)
 
@@ -104,7 +104,7 @@ CHANNELS = [
 
 
 @pytest.mark.parametrize("layer", CHANNELS, ids=str)
-def test_no_other_change_of_channels_gains_more_for_what_it_disturbs(layer):
+def test_no_other_change_of_channels_gains_more_per_disturbance(layer):
     layer = layer.double().eval()
     generator = torch.Generator().manual_seed(0)
     retained, forgotten = (

@@ -86,7 +86,7 @@ def test_a_record_that_lacks_any_field_is_stale(record, data):
         decode(type(record), value)
 
 
-def test_the_types_come_back_too():
+def test_types_survive_a_round_trip():
     ranking = Ranking("n", "f", "r", method.Alignment.ABS, (FALLBACK,), (SCORE,), "0.1.0")
     back = decode(Ranking, through_json(ranking))
     assert isinstance(back.scores, tuple)
@@ -136,7 +136,7 @@ def test_digest_does_not_depend_on_the_order_of_keys(value, random):
     assert digest(dict(items)) == digest(value)
 
 
-def test_digest_tells_contents_apart():
+def test_different_contents_have_different_digests():
     values = [{"a": 1}, {"a": 1.5}, {"a": "1"}, {"a": None}, {"b": 1}, ["a", 1], {"a": [1]}]
     assert len({digest(value) for value in values}) == len(values)
     assert len(digest({})) == 24

@@ -26,7 +26,7 @@ def test_the_interval_is_the_one_that_tables_have(count, total, interval):
 
 
 @given(st.integers(1, 60), st.data())
-def test_what_was_seen_has_the_tails_probability_at_the_intervals_ends(total, data):
+def test_intervals_end_where_the_tails_have_the_stated_probability(total, data):
     count = data.draw(st.integers(0, total))
     low, high = (end / 100 for end in Share(count, total).interval)
 
@@ -41,7 +41,7 @@ def test_what_was_seen_has_the_tails_probability_at_the_intervals_ends(total, da
 
 
 @pytest.mark.parametrize("total", [1, 16, 33, 50_000])
-def test_nothing_seen_has_a_bound_in_closed_form(total):
+def test_the_bound_for_zero_hits_has_a_closed_form(total):
     bound = Share(0, total).upper_bound
     assert 0 <= bound - 100 * (1 - 0.05 ** (1 / total)) < 0.1
 
@@ -51,7 +51,7 @@ def test_many_images_have_the_interval_of_a_normal_distribution():
     assert (low, high) == pytest.approx((75 - 0.3796, 75 + 0.3796), abs=5e-3)
 
 
-def test_a_share_is_told_in_words():
+def test_a_share_is_described_in_words():
     assert Share(0, 16).in_words("test images") == ("0 of 16 test images (95% upper bound: 17.1%)")
     assert Share(3, 16).in_words("images") == ("3 of 16 images (18.8%; 95% interval 4.0 to 45.6%)")
     assert Share(0, 0).in_words("images") == "0 of 0 images"
@@ -91,7 +91,7 @@ def test_a_differences_interval_holds_it_as_often_as_it_says(first, second):
         assert held > (0.95 if abs(true) <= 80 else 0.92)
 
 
-def test_a_difference_is_that_of_two_accuracies():
+def test_a_difference_is_between_two_accuracies():
     found = difference(of(27, 30), of(18, 30))
     assert found.points == pytest.approx(30)
     assert 0 < found.low < 30 < found.high < 60

@@ -188,7 +188,7 @@ def test_a_run_rewrites_the_evidence_if_its_inputs_change(job, shared_world):
     assert texts(job / "filed") == before
 
 
-def test_files_of_others_are_not_replaced(job, shared_world):
+def test_foreign_files_are_not_replaced(job, shared_world):
     recipe, place = recipe_of(shared_world), {"names": ["blue"], "out": job / "filed"}
     with pytest.raises(InputError, match="exists already"):
         write(job, recipe, **place)

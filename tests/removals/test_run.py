@@ -248,7 +248,7 @@ def test_copies_of_targets_have_the_edits_of_requests_that_name_them(job, shared
     assert job("blue", "red", outputs=outputs).done == ()
 
 
-def test_a_lora_is_of_all_requests_and_of_text_layers(shared_world, tmp_path):
+def test_a_lora_has_all_requests_and_text_layers_only(shared_world, tmp_path):
     def run(*names, layer="transformer.resblocks.1.mlp.c_proj.weight", **changes):
         out = Outputs(lora=tmp_path / "out" / "colours.safetensors")
         options = replace(SEARCH, layers=[layer] if layer else [], steps=6)
@@ -313,7 +313,7 @@ def test_damaged_or_changed_outputs_are_written_again(job, finished):
     assert stages(job("blue", "red"))[0] == (StageKind.RANKING, "red")
 
 
-def test_rows_dropped_by_hand_stay_out(job, tmp_path):
+def test_manually_dropped_rows_stay_out(job, tmp_path):
     manifest = read_manifest(job.store, "blue")
     block = Catalog(job.store)
     assert block.get(Artifact.SET, "blue") == manifest
@@ -485,7 +485,7 @@ def test_weights_that_cannot_be_loaded_stop_a_run_at_the_start(shared_world, tmp
         running.run(recipe, store=str(tmp_path / "store"))
 
 
-def test_files_of_others_are_not_replaced(shared_world, tmp_path):
+def test_foreign_files_are_not_replaced(shared_world, tmp_path):
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "notes.txt").write_text("mine")
     recipe = recipe_of(shared_world, tmp_path, "blue")
@@ -536,7 +536,7 @@ def written(shared_world: World, tmp_path):
     return write
 
 
-def test_the_command_is_a_gate_and_the_ledger_is_listed(written, tmp_path):
+def test_the_command_checks_bounds_and_lists_the_ledger(written, tmp_path):
     store = tmp_path / "store"
     planned = inside("run", written(), "--plan", "--json", store=store)
     assert planned.exit_code == 0, planned.stderr

@@ -74,7 +74,7 @@ def alone(store, undrawn):
         return html(store)
 
 
-def test_names_stay_text_and_nothing_comes_from_outside(alone):
+def test_names_stay_text_and_no_resource_is_external(alone):
     outline = Outline(alone)
     tags = {tag for tag, _ in outline.elements}
     assert not tags & {"script", "link", "iframe", "object", "embed", "form", "b", "i" * 2}

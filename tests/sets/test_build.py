@@ -136,7 +136,7 @@ def test_patterns_exclusions_and_limits(store, pairs):
     assert manifest.retain.refused == {"about the concept": 21, "excluded": 2}
 
 
-def test_seeds_decide_the_draw(tmp_path, pairs):
+def test_seeds_determine_the_sample(tmp_path, pairs):
     def prints(seed, name):
         manifest = run(Store(str(tmp_path / name)), pairs, seed=seed, max_forget=10)
         return manifest.forget.fingerprint, manifest.retain.fingerprint
@@ -229,9 +229,7 @@ def test_broken_and_duplicate_rows_are_replaced_and_counted(store, tmp_path):
 
 @pytest.mark.parametrize("window", [1, 7, 256])
 @pytest.mark.parametrize("screening", [Screening(), Screening(near_duplicates=0)])
-def test_rows_read_a_window_at_a_time_make_the_set_that_rows_held_make(
-    tmp_path, monkeypatch, window, screening
-):
+def test_reading_rows_in_windows_gives_the_same_set(tmp_path, monkeypatch, window, screening):
     def tar(first):
         members = []
         for i in range(first, first + 40):
@@ -263,7 +261,7 @@ def test_rows_read_a_window_at_a_time_make_the_set_that_rows_held_make(
     assert (screening.near_duplicates == 0) == ("near-duplicate" in read.retain.refused)
 
 
-def test_the_webs_mess_has_a_fate_for_everything(store, tmp_path):
+def test_every_kind_of_bad_row_is_counted_or_used(store, tmp_path):
     whole = encoded(1, kind="JPEG")
     bomb = bytearray(encoded(2))
     bomb[16:24] = struct.pack(">II", 60_000, 60_000)
@@ -361,7 +359,7 @@ def test_an_error_for_an_empty_forget_set_counts_the_rows(store, pairs):
     assert not store.exists("sets/dog.json")
 
 
-def test_a_forget_set_of_broken_images_is_empty_too(store, tmp_path):
+def test_a_forget_set_of_broken_images_counts_as_empty(store, tmp_path):
     rows = [{"key": "x", "image": b"junk", "caption": "a dog"}, sample(1, "a cat")]
     source = write_parquet(tmp_path / "a.parquet", rows)
     with pytest.raises(InputError, match="the forget set has no usable rows: 1 not an image"):
@@ -375,7 +373,7 @@ def test_nothing_to_retain_is_an_error(store, tmp_path):
     assert "--retain-source" in caught.value.hint
 
 
-def test_evaluation_rows_without_a_class_are_refused_and_the_rest_kept(store, pairs, tmp_path):
+def test_evaluation_rows_without_a_class_are_dropped(store, pairs, tmp_path):
     rows = [sample(1, None, label="dog"), sample(2, None, label="Cat")]
     rows += [sample(3, None, label="horse"), sample(4, None, label=None)]
     rows += [{"key": "x", "image": b"junk", "caption": None, "label": "dog"}]
@@ -409,9 +407,7 @@ def test_other_templates_make_another_evaluation_set(store, pairs, labelled):
     assert one.evals["a"].fingerprint != two.evals["a"].fingerprint
 
 
-def test_the_forget_evaluation_is_the_first_that_shows_the_concept(
-    store, pairs, labelled, tmp_path
-):
+def test_the_forget_evaluation_is_the_first_set_with_the_concept(store, pairs, labelled, tmp_path):
     folder = write_folder(tmp_path / "f", {"horse/1.png": encoded(1), "Dog/1.png": encoded(2)})
     evals = {"z": f"{labelled}?label=cat", "y": folder, "a": labelled}
     manifest = run(store, pairs, evals=evals)
@@ -441,7 +437,7 @@ def test_a_forget_evaluation_without_the_concept_is_refused(store, pairs, labell
         )
 
 
-def test_numbers_are_no_names_of_classes(store, pairs, tmp_path):
+def test_numbers_are_not_class_names(store, pairs, tmp_path):
     rows = [sample(200 + i, None, label=i % 3) for i in range(6)]
     numbered = write_parquet(tmp_path / "numbered.parquet", rows)
     with pytest.raises(InputError, match=r"evaluation set n are numbers \(0, 1, 2\)") as caught:
@@ -560,7 +556,7 @@ def test_weights_that_grad_would_refuse_are_refused_before_anything_is_decoded(
 
 
 @pytest.mark.parametrize("failing_image", [0, 25, 55])
-def test_a_killed_build_leaves_no_manifest_and_can_be_done_again(
+def test_a_killed_build_leaves_no_manifest_and_can_be_repeated(
     store, pairs, labelled, monkeypatch, failing_image
 ):
     class Killed(BaseException):
@@ -620,7 +616,7 @@ def test_truncated_shards_are_counted_and_the_rest_is_used(store, tmp_path):
     assert manifest.retain.rows == 10
 
 
-def test_block_attributes_say_how_it_was_made(store, pairs, labelled):
+def test_block_attributes_have_the_recipe(store, pairs, labelled):
     manifest = run(store, pairs, evals={"animals": labelled})
     for ref, role in ((manifest.forget, "forget"), (manifest.evals["animals"], "eval")):
         attributes = json.loads(Path(store.where(ref.path), "zarr.json").read_text())["attributes"]

@@ -111,7 +111,7 @@ def test_dropping_no_row_or_all_rows_is_an_error(world, tmp_path):
     assert read_keys(str(tmp_path / "keys")) == ["a b", "c"]
 
 
-def test_a_set_is_built_again_as_it_was_with_rows_dropped(world):
+def test_a_rebuilt_set_drops_the_same_rows(world):
     assert all(replay(world.store, world.name).same.values())
     drop_from_set(world.store, world.name, open_block(world).keys[:3], part="forget")
     before = world.manifest
@@ -128,7 +128,7 @@ def test_a_manifest_contains_its_request(shared_world):
     assert request.collect is None
 
 
-def test_a_manifest_that_does_not_say_how_is_stale(world):
+def test_a_manifest_without_its_request_is_stale(world):
     world.store.write_record(Artifact.SET.path(world.name), replace(world.manifest, request={}))
     with pytest.raises(StaleError, match="does not contain its request"):
         replay(world.store, world.name)

@@ -90,7 +90,7 @@ def test_samples_of_many_names_with_their_origins(store, tars):
         assert data == encoded(number, kind="JPEG")
 
 
-def test_rows_to_retain_come_from_as_few_shards_as_suffice(store, tars, alone, monkeypatch):
+def test_retain_rows_come_from_as_few_shards_as_possible(store, tars, alone, monkeypatch):
     monkeypatch.setattr(shard_collection, "retain_candidates", lambda request: 15)
     record = collect(store, ask(tars, retain_samples=5)).record
     assert record.retain.rows == 20

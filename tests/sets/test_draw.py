@@ -11,7 +11,7 @@ def candidate(seed: int, index: int) -> Candidate:
 
 
 @given(st.permutations(range(30)), st.integers(1, 40), st.integers(0, 9))
-def test_the_draw_is_the_head_of_the_seeded_order_in_any_order_of_arrival(order, size, seed):
+def test_the_sample_does_not_depend_on_the_order_of_arrival(order, size, seed):
     draw = SeededSample(size)
     for index in order:
         draw.offer(candidate(seed, index))
@@ -20,7 +20,7 @@ def test_the_draw_is_the_head_of_the_seeded_order_in_any_order_of_arrival(order,
     assert draw.offered == 30
 
 
-def test_no_size_keeps_everything():
+def test_without_a_size_every_row_is_sampled():
     draw = SeededSample(None)
     for index in range(50):
         draw.offer(candidate(0, index))
@@ -38,7 +38,7 @@ def test_seeds_give_different_and_even_draws():
     assert all(70 < hits[index] < 170 for index in range(10))
 
 
-def test_priority_takes_names_that_are_no_text():
+def test_priority_accepts_names_that_are_not_utf8():
     assert priority(1, "bad\udcff") != priority(2, "bad\udcff")
 
 

@@ -9,7 +9,7 @@ from slsgu_cli.store.store import Store
 
 # Memory for all of 20 images of 36 bytes, for 7 of them, and for none.
 @pytest.mark.parametrize("memory", [1 << 20, 4 * 7 * 36, 0])
-def test_images_come_back_by_number_and_the_file_goes(memory, tmp_path, monkeypatch):
+def test_images_are_returned_by_number_and_the_file_is_removed(memory, tmp_path, monkeypatch):
     monkeypatch.setattr(slsgu_cli.sets.image_buffer, "spare", lambda device: memory)
     images = np.random.default_rng(0).integers(0, 256, (20, 3, 4, 3), dtype=np.uint8)
     store = Store(str(tmp_path / "store"))

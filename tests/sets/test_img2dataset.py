@@ -81,7 +81,7 @@ def test_downloads_and_failures_are_counted_by_concept(store, metadata, monkeypa
     assert options["output_folder"].endswith("/parts")
 
 
-def test_shards_that_were_done_are_not_fetched_again(store, metadata, monkeypatch, tmp_path):
+def test_finished_shards_are_not_fetched_again(store, metadata, monkeypatch, tmp_path):
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("FAKE_DIES", "2")
     monkeypatch.setattr(download_module, "MOST_RUNS", 1)

@@ -37,7 +37,7 @@ FULL = BuildRequest(
 
 
 @pytest.mark.parametrize("request_", [PLAIN, FULL], ids=["defaults", "everything"])
-def test_the_command_line_asks_for_the_same(request_, monkeypatch):
+def test_the_command_line_makes_the_same_request(request_, monkeypatch):
     asked = []
 
     def remember(store, request):
@@ -73,7 +73,7 @@ def collected(*concepts):
     return with_collection(request, concepts, source)
 
 
-def test_sets_from_metadata_are_asked_for_by_it_and_others_by_their_manifest():
+def test_sets_from_metadata_are_requested_by_it_and_others_by_their_manifest():
     assert build_command(collected()) == [
         "slsgu",
         "build-sets",

@@ -35,7 +35,7 @@ def test_copies_hash_alike_and_other_pictures_do_not(seed):
     assert bits(image, picture(seed + 1)) > 10
 
 
-def test_each_picture_is_kept_once(world):
+def test_each_picture_is_stored_once(world):
     plain = world.build(name="plain")
     screened = world.build(name="once", screening=Screening(near_duplicates=0))
     hashes = [
@@ -47,7 +47,7 @@ def test_each_picture_is_kept_once(world):
         assert screened.forget.refused["near-duplicate"] == len(hashes) - len(set(hashes))
 
 
-def test_pairs_are_kept_whose_own_cosine_is_high_enough(world):
+def test_pairs_below_the_cosine_threshold_are_dropped(world):
     import open_clip
     import torch
 

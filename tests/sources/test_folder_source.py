@@ -87,7 +87,7 @@ def test_identity_follows_images_and_captions(tmp_path):
     assert len({str(value) for value in (first, second, source.identity())}) == 3
 
 
-def test_an_image_that_vanished_is_none(tmp_path):
+def test_an_image_that_vanished_is_counted_as_missing(tmp_path):
     write_folder(tmp_path, {"1.png": b"1", "2.png": b"2"})
     source = FolderSource(str(tmp_path), Columns(), {})
     images = source.images(dict.fromkeys([0, 1]))

@@ -42,7 +42,7 @@ NAMES = st.sampled_from(["cat", "cats", "a cat", "c++", "特斯", "特斯拉", "
 
 
 @given(st.lists(NAMES, min_size=2, max_size=5), st.lists(st.tuples(GLUE, NAMES), max_size=4))
-def test_many_names_match_where_one_of_them_does(names, parts):
+def test_many_names_match_if_one_of_them_does(names, parts):
     caption = "".join(glue + text for glue, text in parts)
     assert matcher(names)(caption) == any(matcher([name])(caption) for name in names)
 
@@ -69,7 +69,7 @@ def test_many_names_match_where_one_of_them_does(names, parts):
         ("राम", "राम का घर", "रामायण"),
     ],
 )
-def test_names_with_odd_edges(pattern, yes, no):
+def test_names_with_odd_edges_match(pattern, yes, no):
     test = matcher([pattern])
     assert test(yes)
     assert not test(no)
@@ -77,7 +77,7 @@ def test_names_with_odd_edges(pattern, yes, no):
 
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs", "Mn", "Mc"]), max_size=12))
-def test_folding_is_done_once_and_for_all(text):
+def test_folding_twice_changes_nothing(text):
     # Entities aside: resolving them may make new ones.
     text = text.replace("&", "")
     assert folded(folded(text)) == folded(text)

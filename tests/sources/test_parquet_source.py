@@ -102,7 +102,7 @@ def test_parquet_without_images_is_refused(tmp_path):
     assert rows(path)[0].caption is None
 
 
-def test_damaged_files_are_refused_wherever_it_shows(tmp_path):
+def test_damaged_files_are_refused_at_every_stage(tmp_path):
     path = tmp_path / "a.parquet"
     write_parquet(path, [sample(i, "c" * 50) for i in range(200)], group=50)
     data = path.read_bytes()

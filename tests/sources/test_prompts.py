@@ -49,7 +49,7 @@ def test_a_file_of_names():
         class_indices(classes, {"zebra"})
 
 
-def test_digits_that_are_names_are_names_and_not_indices():
+def test_digits_in_names_are_not_taken_for_indices():
     classes = parse_classes("9\n8\n", "digits")
     assert class_indices(classes, {"8", "9"})[1] == {"8": 1, "9": 0}
 

@@ -70,7 +70,7 @@ def test_a_folder_of_shards_is_its_shards(tmp_path):
     assert [row.caption for row in rows(str(tmp_path))] == ["one", "two"]
 
 
-def test_a_folder_of_parquet_files_is_these(tmp_path):
+def test_a_folder_of_parquet_files_is_its_files(tmp_path):
     write_parquet(tmp_path / "b.parquet", [sample(1, "b")])
     write_parquet(tmp_path / "a.parquet", [sample(2, "a")])
     assert [row.caption for row in rows(str(tmp_path))] == ["a", "b"]

@@ -30,7 +30,7 @@ def table(folder, text, name="t.csv", images=("a.png", "b.png")):
     return folder / name
 
 
-def test_rows_that_are_none_are_counted(tmp_path):
+def test_malformed_rows_are_counted(tmp_path):
     text = 'path,caption\na.png,"one, with a comma"\na.png,one, with a comma\n\nb.png,two\nc.png\n'
     text += f"b.png,{'x' * 70000}\n" + f'b.png,"{"x" * 140000}"\n' + 'b.png,"two\nlines"\n'
     rows, trouble, _ = read(table(tmp_path, text))
@@ -120,7 +120,7 @@ def test_malformed_tables_are_errors(tmp_path, name, text, message):
         read(table(tmp_path, text, name), Columns())
 
 
-def test_images_may_lie_elsewhere_and_their_place_must_be_there(tmp_path):
+def test_images_may_be_in_another_folder_that_must_exist(tmp_path):
     path = table(tmp_path, "path,caption\na.png,one\n", images=())
     tar = write_tar(tmp_path / "far" / "i.tar", [("./a.png", b"2"), ("a.txt", b"")])
     write_folder(tmp_path / "far", {"a.png": b"3"})
@@ -168,7 +168,7 @@ def test_an_error_for_a_folder_without_images_names_its_sources(tmp_path):
     assert "hub/data/train-0.parquet" in caught.value.hint
 
 
-def test_saved_data_sets_are_read_as_they_were_saved(tmp_path):
+def test_saved_datasets_are_read_as_saved(tmp_path):
     write_folder(tmp_path, {"state.json": '{"_data_files": [{"filename": "../x.arrow"}]}'})
     with pytest.raises(InputError, match=r"has no \.\./x\.arrow, which state\.json lists"):
         read(tmp_path)

@@ -20,7 +20,7 @@ def rows(path, filters=None, **columns):
     return list(source(path, filters, **columns).rows(Counter()))
 
 
-def test_captions_and_labels_come_from_where_they_are(tmp_path):
+def test_captions_and_labels_are_found_in_their_fields(tmp_path):
     path = write_tar(
         tmp_path / "a.tar",
         [

@@ -17,7 +17,7 @@ def test_names_that_can_be_files(name):
 @pytest.mark.parametrize(
     "name", ["", " ", ".", "..", "../x", "a/b", "a\\b", "-x", ".hidden", "a\n", "a:b", "a*", "a\0"]
 )
-def test_names_that_could_lead_elsewhere_are_refused(name):
+def test_names_that_leave_the_store_are_refused(name):
     with pytest.raises(UsageError, match="cannot name a set"):
         sets.check_name(name)
     for kind in artifacts.TABLE:
@@ -25,13 +25,13 @@ def test_names_that_could_lead_elsewhere_are_refused(name):
             kind.path(name)
 
 
-def test_every_artifact_has_a_place_of_its_own():
+def test_every_artifact_has_its_own_place():
     places = [kind.path("x") for kind in artifacts.TABLE]
     places += [artifacts.plot_path("x", "a"), artifacts.plot_path("x", "b")]
     assert len(set(places)) == len(places)
 
 
-def test_the_table_names_what_its_records_have():
+def test_the_artifact_table_matches_the_fields_of_records():
     for row in artifacts.TABLE.values():
         for name in (*row.digests, *row.options, *row.rows):
             assert hasattr(row.record, name), name
@@ -39,7 +39,7 @@ def test_the_table_names_what_its_records_have():
         assert not row.needs or hasattr(row.record, "name")
 
 
-def test_what_is_missing_is_named_with_the_command_that_makes_it(world):
+def test_missing_artifacts_are_named_with_their_command(world):
     store, manifest, pointer = world.store, world.manifest, world.pointer
     with pytest.raises(MissingError, match="set nobody") as error:
         artifacts.read_manifest(store, "nobody")

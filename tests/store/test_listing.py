@@ -185,7 +185,7 @@ def test_everything_is_listed_once_in_order_with_its_size(store):
         assert entry.size == sum(file.stat().st_size for file in files) > 0
 
 
-def test_entries_say_what_they_were_made_from(store):
+def test_entries_list_their_inputs(store):
     made = {entry.path: entry.made_from for entry in entries(store)}
     assert made["sets/facebook.json"] == {"model": "local-dir:clip", "concept": "facebook"}
     assert made["data/d3.zarr"] == {"rows": "10", "for": "facebook (brands)"}

@@ -28,7 +28,7 @@ def test_a_lock_exists_for_as_long_as_the_block(store, tmp_path):
     assert not store.exists(FILE)
 
 
-def test_threads_hold_it_one_after_another(store):
+def test_threads_acquire_it_one_after_another(store):
     inside, most = [], []
 
     def work():

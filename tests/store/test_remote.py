@@ -55,7 +55,7 @@ def write_block(store, rows=3, path=BLOCK):
         writer.finish(None, {})
 
 
-def test_what_is_written_is_read(store):
+def test_a_written_artifact_is_read_back(store):
     arrays = {"x": np.arange(6, dtype=np.float32).reshape(2, 3)}
     store.write_bytes("plots/raw", b"\x00\x01")
     store.write_record("sets/a.json", SPEC)
@@ -78,7 +78,7 @@ def test_what_is_written_is_read(store):
         store.read_tensors("edits/b.safetensors")
 
 
-def test_what_another_process_wrote_is_seen_at_once(store, url):
+def test_writes_of_other_processes_are_seen_at_once(store, url):
     assert store.names("sets") == []
     assert not store.exists("sets/a.json")
     Store(url).write_bytes("sets/a.json", b"1")
@@ -181,7 +181,7 @@ def test_a_connection_that_always_breaks_is_an_error(s3, store):
     assert 5 <= len(s3.requests) - before <= 10
 
 
-def test_a_server_that_never_answered_is_given_up_at_once(s3, url, monkeypatch):
+def test_a_server_that_never_answered_is_not_retried(s3, url, monkeypatch):
     monkeypatch.setattr(remote, "READ", 0.2)
     before = len(s3.requests)
     s3.always = "hang"
@@ -198,14 +198,14 @@ def test_a_silent_server_is_reported_within_a_quarter_of_a_minute():
     assert config["retries"]["total_max_attempts"] == 1
 
 
-def test_nobody_listens(s3, url, monkeypatch):
+def test_without_a_sink_messages_are_dropped(s3, url, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     done = inside("ls", store=url)
     assert done.exit_code == 3
     assert f"cannot open the store {url}: Could not connect" in done.stderr
 
 
-def test_a_store_that_may_not_be_read(s3, url):
+def test_an_unreadable_store(s3, url):
     s3.faults = [403]
     done = inside("ls", store=url)
     assert done.exit_code == 3
@@ -213,7 +213,7 @@ def test_a_store_that_may_not_be_read(s3, url):
     assert "AWS_PROFILE" in done.stderr
 
 
-def test_a_store_that_may_not_be_written(s3, store):
+def test_an_unwritable_store(s3, store):
     s3.faults = [403]
     with pytest.raises(InputError, match=r"cannot write s3://.*: AccessDenied") as caught:
         store.require_writable("sets/a.json")
@@ -230,7 +230,7 @@ def test_no_credentials(s3, url, monkeypatch, tmp_path):
     assert f"error: there are no credentials for the store {url}" in done.stderr
 
 
-def test_a_mistyped_bucket_is_told_and_not_made(s3, shared_world):
+def test_a_mistyped_bucket_is_reported_and_not_created(s3, shared_world):
     done = inside(
         "build-sets",
         "blue",
@@ -257,7 +257,7 @@ def test_without_the_package(monkeypatch):
     assert "try: pip install 'slsgu[s3]'" in done.stderr
 
 
-def test_a_block_counts_once_all_of_it_has_come(s3, store):
+def test_a_block_counts_once_it_is_complete(s3, store):
     """A process that dies while it uploads leaves all but the last file."""
     write_block(store)
     s3.client.delete_object(Bucket=BUCKET, Key=f"{store.root}/{BLOCK}/zarr.json".partition("/")[2])
@@ -271,7 +271,7 @@ def test_a_block_counts_once_all_of_it_has_come(s3, store):
     assert DataBlock.at(store, BLOCK).rows == 3
 
 
-def test_what_is_left_of_a_block_can_be_cleared_away(s3, store, monkeypatch):
+def test_the_rest_of_a_block_can_be_removed(s3, store, monkeypatch):
     store.write_bytes(f"{BLOCK}/images/c/0", b"1")
     monkeypatch.setattr(check, "ABANDONED_SECONDS", -60.0)
     (finding,) = check.check(store, repair=True).findings
@@ -279,7 +279,7 @@ def test_what_is_left_of_a_block_can_be_cleared_away(s3, store, monkeypatch):
     assert not store.exists(BLOCK)
 
 
-def test_the_file_that_tells_of_a_block_comes_last(s3, store):
+def test_the_metadata_of_a_block_is_written_last(s3, store):
     before = len(s3.requests)
     write_block(store)
     written = [path for method, path in s3.requests[before:] if method == "PUT"]
@@ -322,7 +322,7 @@ def test_tensors_are_fetched_once(s3, store, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_the_cache_is_bounded_by_what_was_read_last(store, tmp_path, monkeypatch):
+def test_the_cache_keeps_what_was_read_last(store, tmp_path, monkeypatch):
     monkeypatch.setenv(cache.CACHE_SIZE, "3K")
     for name in "abc":
         store.write_tensors(f"edits/{name}.safetensors", {"x": np.zeros(100)}, SPEC)
@@ -346,7 +346,7 @@ def test_a_copy_that_was_changed_is_fetched_again(store, tmp_path):
     assert copy.read_bytes() != bytes(data)
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(store, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_skipped(store, monkeypatch):
     def refused(*_, **__):
         raise PermissionError
 
@@ -355,7 +355,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(store, monkeypatch):
     assert store.read_tensors("edits/a.safetensors")["x"].tolist() == [0.0] * 3
 
 
-def test_elsewhere_files_come_under_a_partial_name(tmp_path, monkeypatch):
+def test_other_file_systems_write_to_a_partial_name_first(tmp_path, monkeypatch):
     """On a server of files a reader would else see half of one."""
     monkeypatch.setattr(remote, "OBJECT_STORES", frozenset())
     store = Store(f"memory://{tmp_path.name}")

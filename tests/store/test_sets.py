@@ -48,7 +48,7 @@ def small_chunks(monkeypatch):
 
 @pytest.mark.parametrize("url", ["local", "memory://sets-test/store"])
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 30])
-def test_what_is_written_is_read(tmp_path, small_chunks, url, count):
+def test_a_written_artifact_is_read_back(tmp_path, small_chunks, url, count):
     store = Store(str(tmp_path / "store") if url == "local" else url)
     images = pixels(count)
     with warnings.catch_warnings():

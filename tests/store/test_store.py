@@ -72,7 +72,7 @@ def test_round_trip_of_bytes_records_and_tensors(any_store):
     assert any_store.names("nowhere") == []
 
 
-def test_a_rewrite_is_what_the_next_read_sees(any_store):
+def test_the_next_read_sees_a_rewrite(any_store):
     for number in (1.0, 2.0):
         any_store.write_tensors("edits/a.safetensors", {"x": np.array([number])}, SPEC)
         assert any_store.read_tensors("edits/a.safetensors")["x"].tolist() == [number]
@@ -247,7 +247,7 @@ def test_tensor_files_are_reproducible_to_the_byte_across_processes(store):
     assert len(contents) == 1
 
 
-def test_files_of_both_kinds_follow_the_umask(store):
+def test_records_and_tensors_follow_the_umask(store):
     old = os.umask(0o027)
     try:
         store.write_bytes("edits/a.json", b"{}")
@@ -302,13 +302,13 @@ def test_a_record_of_another_version_is_stale_and_says_where(store):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"nonsense"])
-def test_what_is_not_json_is_an_input_error(store, content):
+def test_invalid_json_is_an_input_error(store, content):
     store.write_bytes("sets/a.json", content)
     with pytest.raises(InputError, match=r"a\.json is not JSON"):
         store.read_record("sets/a.json", ModelSpec)
 
 
-def test_what_is_not_there_is_missing(any_store):
+def test_a_missing_file_raises_a_missing_error(any_store):
     for read in (
         lambda: any_store.read_bytes("edits/a"),
         lambda: any_store.read_record("edits/a", ModelSpec),
@@ -364,7 +364,7 @@ def test_remove_and_size(any_store):
     assert any_store.unfinished("edits") == []
 
 
-def test_where_names_a_full_path_or_url(tmp_path, monkeypatch):
+def test_where_returns_a_full_path_or_url(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Store("./mine").where("sets/a.json") == f"{tmp_path}/mine/sets/a.json"
     assert Store("memory://mine").where("sets/a.json").startswith("memory://")
@@ -423,7 +423,7 @@ def test_require_names_the_command_that_makes_it(store):
     require(store, "gradients/facebook.json", what="gradient", run="slsgu grad")
 
 
-def test_a_disk_that_is_full_is_told_whoever_wrote(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_for_every_writer(tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
     def full(*_):

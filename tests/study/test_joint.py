@@ -350,7 +350,7 @@ def test_names_that_make_no_joint_search_are_refused(several_world):
         find(several_world, "blue", "blue")
 
 
-def test_stages_of_many_are_few():
+def test_many_blocks_have_few_cached_stages():
     assert joint_module.growth(4) == [1, 2, 3, 4]
     assert joint_module.growth(11) == [1, 2, 5, 10, 11]
     assert joint_module.growth(100) == [1, 2, 5, 10, 20, 50, 100]
@@ -378,7 +378,7 @@ def test_eval_of_several_has_the_figures_of_the_search(searched):
         assert after.cosines[place, place] < before.cosines[place, place]
 
 
-def test_the_record_comes_back(searched):
+def test_the_record_survives_a_round_trip(searched):
     world, result = searched
     assert (
         world.store.read_record(Artifact.JOINT.path(joint_label(NAMES)), JointSearch)

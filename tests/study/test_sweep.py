@@ -123,7 +123,7 @@ def test_an_interrupted_sweep_resumes(few, store, counted, monkeypatch):
     assert counted["search"] == 3
 
 
-def test_a_sweep_that_is_asked_for_otherwise_is_made_again(few, store, counted):
+def test_a_sweep_with_other_options_is_repeated(few, store, counted):
     two = replace(few, classes=CLASSES[:2])
     sweep(store, two)
     assert counted["search"] == 2
@@ -169,7 +169,7 @@ def test_folds_have_retain_sets_without_their_own_classes(few, store, counted):
         sweep(store, replace(folded, folds=4))
 
 
-def test_what_cannot_be_swept_is_told(request_, store):
+def test_classes_that_cannot_be_swept_are_reported(request_, store):
     with pytest.raises(UsageError, match="no class"):
         sweep(store, replace(request_, classes=()))
     with pytest.raises(UsageError, match="cannot name a set"):

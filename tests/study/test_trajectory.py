@@ -109,7 +109,7 @@ def test_rises():
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=12))
-def test_a_rise_is_the_most_that_any_pair_rises_by(values):
+def test_a_rise_is_the_largest_over_all_pairs_of_steps(values):
     pairs = [b - a for i, a in enumerate(values) for b in values[i:]]
     rise = largest_rise(values, range(len(values)))
     assert rise.points == max(pairs)

@@ -101,7 +101,7 @@ def test_words_are_one_token_each_and_come_back_from_it(shared_world):
     assert (tokens[:, 2] == tokens.max()).all()
 
 
-def test_a_search_may_not_use_what_the_name_is_made_of(model, monkeypatch):
+def test_a_search_excludes_the_embeddings_of_the_name(model, monkeypatch):
     assert {"blue", "blues", "bluetooth"} <= set(token_words(model.resolved).values())
     free = set(model.free_words().values())
     assert not {word for word in free if "blue" in word or word in ("lue", "blu")}
@@ -145,7 +145,7 @@ def test_gradients_are_those_of_the_words_one_hot_codes(model, words):
     torch.testing.assert_close(gradient, at_places.sum(dim=0)[:, some], rtol=1e-3, atol=1e-6)
 
 
-def test_free_words_are_at_their_places_in_the_text(model, words):
+def test_free_tokens_are_at_their_places_in_the_text(model, words):
     texts = ["a photo of the {} blue.", "{} blue"]
     prompts = free_prompts(model, texts, 2, words)
     ids = prompts.draw(np.random.default_rng(3), 4)
@@ -183,7 +183,7 @@ def test_attacks_are_the_seeds_and_have_their_controls(model, attack):
     )
 
 
-def test_what_was_found_finds_as_much_when_the_class_is_called_that(model):
+def test_found_tokens_work_as_the_name_of_the_class(model):
     for attempt in prefix(model, FEW):
         word = "blue" if attempt.name == OWN else "thing"
         assert attempt.text.endswith(f" {word}")
@@ -197,13 +197,13 @@ def test_what_was_found_finds_as_much_when_the_class_is_called_that(model):
         assert attempt.forget == model.forget_accuracy(embeddings)
 
 
-def test_more_steps_find_no_worse(model, words):
+def test_more_steps_find_no_worse_edit(model, words):
     losses = [word_search(model, words).run(steps)[1] for steps in (0, 2, 6)]
     assert losses == sorted(losses, reverse=True)
     assert losses[2] < losses[0]
 
 
-def test_texts_approach_what_the_name_adds_in_the_original(shared_world, model, words):
+def test_texts_move_towards_the_names_own_direction(shared_world, model, words):
     target = meanings(model, {OWN: "blue"})[OWN]
     encode = {
         word: model.module.encode_text(
@@ -243,7 +243,7 @@ def of_coca(model):
 
 
 @pytest.mark.parametrize("changed", [lambda model: model, of_coca], ids=["clip", "coca"])
-def test_words_learnt_together_are_those_learnt_one_by_one(changed, model, words):
+def test_words_learned_together_equal_words_learned_one_by_one(changed, model, words):
     model = changed(model)
     prompts = free_prompts(model, model.templates, 1, words)
     images = images_of(model)[:12].view(3, 4, -1)
@@ -344,7 +344,7 @@ def test_a_tower_without_a_table_of_tokens_skips_checks_with_the_reason(world, m
         assert f"{check}: skipped: its text tower does not show" in done.stdout
 
 
-def test_the_command_shows_attacks_beside_their_controls(world):
+def test_the_command_shows_attacks_next_to_their_controls(world):
     search(world.store, world.name, options=SearchOptions(steps=4, layers=["visual.proj"]))
     options = (
         "--checks",
@@ -384,7 +384,7 @@ def test_the_command_shows_attacks_beside_their_controls(world):
     assert "reused 4 recorded findings" in other.stderr
 
 
-def test_what_brought_the_name_back_is_what_the_next_gradient_forgets_too(world):
+def test_the_next_gradient_includes_the_prefixes_that_brought_the_name_back(world):
     store, search_options = world.store, SearchOptions(steps=4, layers=["visual.proj"])
     refused = inside("grad", "blue", "--adversarial", store=store.root)
     assert refused.exit_code == MissingError.exit_code

@@ -10,19 +10,19 @@ def sample(seed, size, *, shift=0.0, scale=1.0):
     return np.random.default_rng(seed).normal(shift, scale, size)
 
 
-def test_one_distribution_is_told_apart_by_chance():
+def test_samples_of_one_distribution_are_separated_by_chance_only():
     found = attack(sample(0, 400), sample(1, 400))
     assert found.shape == (10,)
     assert found.mean() == pytest.approx(50, abs=5)
 
 
-def test_two_separate_distributions_are_told_apart_always():
+def test_disjoint_distributions_are_always_separated():
     found = attack(sample(0, 80), sample(1, 50, shift=20))
     assert found.min() == 100
     assert attack(sample(0, 80, shift=20), sample(1, 50)).min() == 100
 
 
-def test_half_of_a_shift_is_told():
+def test_two_shifted_distributions_are_separated_by_their_midpoint():
     # Two unit normals two apart are told apart by their midpoint in 84% of cases.
     assert attack(sample(0, 2000), sample(1, 2000, shift=2)).mean() == pytest.approx(84.1, abs=2)
 

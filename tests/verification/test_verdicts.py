@@ -153,7 +153,7 @@ def relearnt(own, new):
         ((0, 0, 0, 0, 95), (0, 0, 0, 0, 60), Verdict.BACK),
     ],
 )
-def test_relearning_is_held_against_learning_a_new_name(own, new, said):
+def test_relearning_is_compared_with_learning_a_new_name(own, new, said):
     assert relearnt(own, new).verdict is said
 
 
@@ -234,7 +234,7 @@ def test_the_strongest_is_the_furthest_beyond_its_control():
     ) in found.text
 
 
-def test_what_a_control_gets_as_well_brings_nothing_back():
+def test_an_attack_counts_only_beyond_its_control():
     # The line is of the last step, at which most is back, not of one at which nothing is.
     found = concluded(
         probed(Check.AUGMENT, flip=(90, 1)), relearning((0, 0, 0, 50, 62), (0, 0, 20, 58, 60))
@@ -263,7 +263,7 @@ def test_a_word_search_is_mentioned_after_a_stronger_attempt():
     assert "A word search" not in concluded((attempts(90, 0), attempts(90, 0))).text
 
 
-def test_a_single_image_is_no_return():
+def test_a_single_image_does_not_bring_a_concept_back():
     found = concluded(probed(Check.AUGMENT, flip=(90, 1)))
     assert found.strongest is None
     assert "beyond chance. Strongest: changed images (flip), 1 of 100 images (1.0%;" in found.text
@@ -294,7 +294,7 @@ def looks(was, now):
         (10, 10, "says nothing"),
     ],
 )
-def test_the_image_tower_is_judged_by_what_a_probe_found_before(was, now, said):
+def test_the_image_tower_is_compared_with_the_probe_before_the_edit(was, now, said):
     assert said in concluded(looks(was, now)).text
 
 
@@ -314,7 +314,7 @@ def index(identical, far, precision):
     return found(90.0, still), found(1.0, now)
 
 
-def test_an_index_stays_valid_or_must_be_rebuilt():
+def test_an_edit_says_whether_an_index_stays_valid():
     assert "an image index stays valid" in concluded(index(20, 0, 1.0)).text
     stale = concluded(index(0, 10, 90.0)).text
     assert "30% of image features moved by more than 0.01 (100% of its own)" in stale

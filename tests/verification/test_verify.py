@@ -123,7 +123,7 @@ def test_all_rows_are_measured_where_there_are_no_more(world):
         assert finding(result, Check.BASELINE, place).variants[0].utility == model.utility
 
 
-def test_other_templates_are_measured_as_if_they_were_the_sets(edited, verified):
+def test_other_templates_give_the_figures_of_a_set_with_them(edited, verified):
     reference = Reference(edited)
     block = reference.blocks["first"]
     expected = {}
@@ -189,7 +189,7 @@ def test_a_class_is_measured_on_all_its_images(edited, verified):
     assert [each.name for each in classes[: len(near)]] == [each.name for each in near]
 
 
-def test_an_edit_of_the_text_tower_leaves_every_image_feature_to_the_bit(world, tmp_path):
+def test_an_edit_of_the_text_tower_changes_no_bit_of_image_features(world, tmp_path):
     find(world, "transformer.resblocks.1.ln_1.weight")
     result = run(world, checks=[Check.PROBE, Check.RETRIEVAL])
     original, text = (finding(result, Check.RETRIEVAL, place).retrieval for place in range(2))
@@ -202,7 +202,7 @@ def test_an_edit_of_the_text_tower_leaves_every_image_feature_to_the_bit(world, 
     assert finding(result, Check.PROBE).classifiers == finding(result, Check.PROBE, 0).classifiers
 
 
-def test_an_edit_of_the_image_tower_moves_an_index_that_still_answers_to_the_name(verified):
+def test_an_edit_of_the_image_tower_changes_an_index_that_the_name_still_searches(verified):
     original, vision = (finding(verified, Check.RETRIEVAL, p).retrieval for p in range(2))
     assert [side.identical for side in original.shifts] == [8, 96]
     assert [side.identical for side in vision.shifts] == [0, 0]
@@ -326,7 +326,7 @@ def test_a_second_run_finds_everything_recorded(world, monkeypatch, verified):
     assert again.models == verified.models
 
 
-def test_a_run_that_was_cut_short_goes_on(world, monkeypatch, verified):
+def test_an_interrupted_run_resumes(world, monkeypatch, verified):
     world.store.remove(Artifact.VERIFICATION.path("blue"))
     right = augment.SPEC
 
@@ -344,7 +344,7 @@ def test_a_run_that_was_cut_short_goes_on(world, monkeypatch, verified):
         assert finding(result, check) == finding(verified, check)
 
 
-def test_other_settings_are_measured_anew_and_only_where_they_matter(world):
+def test_other_settings_are_measured_again_only_if_they_matter(world):
     result = run(world, checks=[Check.AUGMENT, Check.TYPOS], aliases=("navy",))
     assert result.reused == 4
     assert "alias: navy" in variants(result, Check.TYPOS)
@@ -360,7 +360,7 @@ def test_another_edit_of_the_set_has_figures_of_its_own(world, verified):
     assert len(result.record.subjects) == 3
 
 
-def test_an_edit_with_the_same_header_and_another_change_is_another(world, verified):
+def test_edits_with_equal_headers_and_different_changes_differ(world, verified):
     edit = load_edit(world.store, "blue")
     other = replace(edit, load=lambda name: edit.load(name) * (0 if name == "delta" else 1))
     write_edit(world.store, other)
@@ -370,7 +370,7 @@ def test_an_edit_with_the_same_header_and_another_change_is_another(world, verif
     assert finding(result, Check.BASELINE).variants == finding(result, Check.BASELINE, 0).variants
 
 
-def test_several_edits_stand_side_by_side(world, tmp_path):
+def test_several_edits_are_shown_side_by_side(world, tmp_path):
     copy = tmp_path / "first.safetensors"
     shutil.copy(world.store.where(Artifact.EDIT.path("blue")), copy)
     find(world, "transformer.resblocks.1.ln_1.weight")
@@ -379,7 +379,7 @@ def test_several_edits_stand_side_by_side(world, tmp_path):
     assert result.reused == 4
 
 
-def test_files_of_one_stem_are_told_apart_by_their_paths(world, tmp_path):
+def test_files_with_equal_stems_are_distinguished_by_their_paths(world, tmp_path):
     paths = [tmp_path / folder / "first.safetensors" for folder in ("a", "b")]
     for path in paths:
         path.parent.mkdir()
@@ -416,7 +416,7 @@ def test_a_set_without_an_edit_says_what_to_run(world):
     assert "slsgu search blue" in error.value.hint
 
 
-def test_the_list_knows_when_a_verification_is_of_other_things(world):
+def test_the_list_marks_verifications_of_other_inputs_as_stale(world):
     def state():
         found = {entry.kind: entry for entry in entries(world.store)}[Artifact.VERIFICATION]
         return found.state, found.reason
@@ -430,7 +430,7 @@ def test_the_list_knows_when_a_verification_is_of_other_things(world):
     assert state() == (Standing.STALE, "its retain rows have been rebuilt since")
 
 
-def test_a_concept_that_is_no_class_is_verified_too(world):
+def test_a_concept_outside_the_classes_is_verified_too(world):
     world.build(evals={"second": world.sources["second"]}, templates={})
     world.grade()
     find(world)
