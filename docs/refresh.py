@@ -1,34 +1,32 @@
-"""Run the commands of documents and put what they print in place of what stands there.
+"""Run the commands in documents and replace their output there.
 
     python docs/refresh.py README.md docs/guide       # a page; all pages of a folder
     python docs/refresh.py docs/guide/search.md       # one page of a folder
-    python docs/refresh.py docs/guide/search.md#rank  # the section `## rank` of one
+    python docs/refresh.py docs/guide/search.md#rank  # its section `## rank`
 
-Every ```console block is run, from the first to the last, in one new folder per argument
-in which `slsgu_cli` is the checkout's. Lines that begin with `$ ` are commands, lines with
-`> ` go on with them. A comment `<!-- through: FILTER -->` before a block passes its output
-through a shell command, to shorten it. `<!-- picture: FROM TO -->` copies a file of that
-folder to TO, beside the page. A command that fails ends the run, except in a block after
-`<!-- fails: CODE -->`.
+The ```console blocks of an argument run in order, in one new folder with a link to the checkout's
+`slsgu_cli`. Lines that begin with `$ ` are commands; lines with `> ` continue them. A comment
+`<!-- through: FILTER -->` before a block passes its output through a shell command, to shorten
+it. `<!-- picture: FROM TO -->` copies a file of that folder to TO, next to the page. A command
+that fails ends the run, except in a block after `<!-- fails: CODE -->`.
 
-The pages of a folder are run one after another in the order in which its README.md links to
-them, and share what they make. Before its heading a page may say:
+The pages of a folder run in the order of the links in its README.md and share their artifacts.
+Before its heading, a page may have:
 
-    <!-- after: PAGE ... -->   pages beside it whose commands go before. Where this page alone
-                               is refreshed, these are run first and stay as they are; so are
-                               the sections before the one that is asked for.
-    <!-- needs: NAME ... -->   what its commands take that a checkout has not. Where it is
-                               missing, the page is left out with a message, and so is every
-                               page after it.
+    <!-- after: PAGE ... -->   pages of its folder that it builds on. To refresh this page alone,
+                               they run first and stay unchanged; so do the sections before a
+                               single section.
+    <!-- needs: NAME ... -->   things that a checkout lacks. Without them, the page and the pages
+                               that build on it are skipped with a message.
 
 `needs` knows these names:
 
-- `SLSGU_TEST_MODELS`, an environment variable. It names a folder that holds `sd/`, a small
-  trained Stable Diffusion in the layout of diffusers, and `llava/`, a small LLaVA in that of
+- `SLSGU_TEST_MODELS`, an environment variable that names a folder with `sd/`, a small trained
+  Stable Diffusion in the layout of diffusers, and `llava/`, a small LLaVA in that of
   transformers, both built on the CLIP in `slsgu_cli/demo/clip`. They are too large for the
-  repository: train them, or get them from someone who has. They take `slsgu[targets]`.
-- `img2dataset`, the program: beside the Python that runs this, on the PATH, or where
-  `SLSGU_IMG2DATASET` says. `make test` puts it into `.venv-img2dataset/bin`.
+  repository, and need `slsgu[targets]`.
+- `img2dataset`, the program: next to the Python that runs this script, on the PATH, or as
+  `SLSGU_IMG2DATASET` says. `make test` installs it in `.venv-img2dataset/bin`.
 """
 
 import os
@@ -78,14 +76,14 @@ def refresh(path: Path, section: str = "") -> None:
 
 
 def reading_order(folder: Path) -> list[Path]:
-    """Return the pages of a folder: its README.md, then those it links to, as it names them."""
+    """Return the pages of a folder: its README.md, then the pages that it links to, in order."""
     index = folder / "README.md"
     names = [name for name in LINK.findall(index.read_text()) if (folder / name).is_file()]
     return list(dict.fromkeys([index, *(folder / name for name in names)]))
 
 
 def pages_before(page: Path) -> list[Path]:
-    """Return the pages whose commands go before those of `page`, and before theirs, in order."""
+    """Return the pages whose commands run before those of `page`, in order."""
     pages: list[Path] = []
     for name in declared(page, "after"):
         earlier = page.parent / name
@@ -94,13 +92,13 @@ def pages_before(page: Path) -> list[Path]:
 
 
 def missing(page: Path) -> list[str]:
-    """Return what `page`, or a page before it, needs and this machine has not."""
+    """Return what `page`, or a page before it, needs and this machine lacks."""
     needs = [need for each in [*pages_before(page), page] for need in declared(each, "needs")]
     return [need for need in dict.fromkeys(needs) if not _is_there(need)]
 
 
 def declared(page: Path, key: str) -> list[str]:
-    """Return the words that a comment before the page's heading gives to `key`."""
+    """Return the words that a comment before the page's heading gives for `key`."""
     before_heading = page.read_text().partition("# ")[0]
     return [
         word
@@ -127,7 +125,7 @@ def _told(need: str) -> str:
 
 
 def _run_page(page: Path, folder: Path, *, rewritten: bool, last: str) -> None:
-    """Run the page's sections, up to `last` if one is named and then rewrite that one alone."""
+    """Run the page's sections; with `last`, up to that one, and rewrite only that one."""
     sections = _sections(page)
     for index, name in enumerate(_names(sections)):
         section = BLOCK.sub(lambda block: _run_block(block, folder), sections[index])
@@ -145,7 +143,7 @@ def _sections(page: Path) -> list[str]:
 
 
 def _names(sections: Sequence[str]) -> list[str]:
-    """Return what links to sections call them: their headings, in lower case, with hyphens."""
+    """Return the anchors of sections: their headings in lower case with hyphens."""
     headings = [section.partition("\n")[0].lstrip("#").strip().lower() for section in sections]
     return [re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings]
 
@@ -190,7 +188,7 @@ def _commands(body: str) -> list[str]:
 
 
 def _run(command: str, folder: Path) -> tuple[int, str]:
-    """Return exit code and output of a command whose terminal is plain, with 80 columns."""
+    """Return exit code and output of a command on a plain terminal of 80 columns."""
     terminal, end = pty.openpty()
     environment = os.environ | {"TERM": "dumb", "PATH": _search_path(), "PYTHONPATH": str(ROOT)}
     environment.pop("SLSGU_STORE", None)
@@ -210,7 +208,7 @@ def _run(command: str, folder: Path) -> tuple[int, str]:
     while True:
         try:
             chunk = os.read(terminal, 1 << 16)
-        except OSError:  # how a pseudo-terminal says that its other end is closed
+        except OSError:  # Linux reports a closed terminal this way
             break
         if not chunk:
             break

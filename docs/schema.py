@@ -1,13 +1,12 @@
-"""Write the JSON schemas of what `slsgu COMMAND --json` prints, and of recipes.
+"""Write the JSON schemas of the output of `slsgu COMMAND --json`, and of recipes.
 
     python docs/schema.py
 
 They are artifacts/documents.schema.json and artifacts/recipe.schema.json.
 
-Records are described by their types. Tables are listed here, each with its columns; a test
-holds the output of every command to the schema, and the file to what is written here. A
-command has one or several documents. A key that ends in `?` is there where there is
-something to tell.
+The types of records describe them. Tables are listed here with their columns. A test validates
+the output of every command with the schema, and compares the files with what this script writes.
+A command has one or several documents. A key that ends in `?` is optional.
 """
 
 import dataclasses
@@ -44,7 +43,7 @@ PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", Path: 
 
 
 def an_object(properties: Mapping[str, Schema]) -> Schema:
-    """Return the schema of an object with these keys and no others."""
+    """Return the schema of an object with exactly these keys."""
     names = [name.removesuffix("?") for name in properties]
     return {
         "type": "object",
@@ -60,7 +59,7 @@ def a_list(items: Schema) -> Schema:
 
 
 def table(*columns: str, **lists: Sequence[str]) -> Schema:
-    """Return the schema of rows of cells; `lists` are columns that hold rows by `name`."""
+    """Return the schema of rows of cells; `lists` are columns that contain rows, by `name`."""
     cells = dict.fromkeys(columns, CELL)
     inner = {name: table("name", *more) for name, more in lists.items()}
     return a_list(an_object({**cells, **inner}))
@@ -70,7 +69,7 @@ PATHS = a_list({"type": "string"})
 
 
 def documents() -> dict[str, list[dict[str, Any]]]:
-    """Return the documents of each command: what stands under each key."""
+    """Return the documents of each command by their keys."""
     accuracy = table("figure", "original", "before", "edited", "change", "model")
     effect = table("figure", "judge", "original", "unlearned", "change", "of", "95% interval")
     gradients = table("role", "loss", "mean loss", "rows", "batches", "gradient", "made", "squares")
@@ -336,7 +335,7 @@ def _schemas(keys: Mapping[str, Any]) -> dict[str, Schema]:
 
 
 def _schema(what: Any) -> Schema:
-    """Return the schema of a record, of a list of records, or the schema that is given."""
+    """Return the schema of a record, of a list of records, or the given schema."""
     if isinstance(what, list):
         return a_list(record(what[0]))
     return record(what) if dataclasses.is_dataclass(what) else what
@@ -368,12 +367,12 @@ def _of_type(kind: Any) -> Schema:
         return record(kind)
     if isinstance(kind, type) and issubclass(kind, StrEnum):
         return {"enum": [str(each) for each in kind]}
-    # JSON has no NaN: a figure that is none is null.
+    # JSON has no NaN: such a figure is null.
     return {"type": [PLAIN[kind], "null"] if kind is float else PLAIN[kind]}
 
 
 def _map_of(kind: Any) -> Schema:
-    """Return the schema of a map: a list of what it has, each with its name."""
+    """Return the schema of a map as a list of its values, each with its name."""
     name = {"name": {"type": "string"}}
     if kind is Any:
         return a_list({"type": "object", "required": ["name"]})
@@ -387,7 +386,7 @@ def _map_of(kind: Any) -> Schema:
 
 
 def schema() -> Schema:
-    """Return the whole schema: of every command what it prints, with or without an error."""
+    """Return the whole schema: the output of every command, with or without an error."""
     error = an_object(
         {
             "message": {"type": "string"},
@@ -440,7 +439,7 @@ def _recipe_table(table: Table) -> Schema:
 
 
 def _recipe_value(place: OptionField) -> Schema:
-    """Return the schema of a key: what its option takes, in the types of TOML."""
+    """Return the schema of a key: the values of its option, in the types of TOML."""
     said, kind = place.option, place.metavar
     (item,) = typing.get_args(place.kind)[:1] or (place.kind,)
     one: Schema = {"type": "string"}
@@ -461,7 +460,7 @@ def _recipe_value(place: OptionField) -> Schema:
 
 
 def texts() -> dict[Path, str]:
-    """Return the files as they should be."""
+    """Return the content of both files."""
     whole = {FILE: schema(), RECIPE: recipe_schema()}
     return {
         path: json.dumps(each, indent=1, ensure_ascii=False) + "\n" for path, each in whole.items()

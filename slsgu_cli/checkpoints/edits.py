@@ -200,7 +200,7 @@ def warn_of_other_encoders(edits: Sequence[Edit]) -> None:
     headers = [dataclasses.replace(edit.header, rank=None) for edit in edits]
     present = {header.name: digest(header) for header in headers}
     for edit in edits:
-        others = edit.header.target.beside if edit.header.target else {}
+        others = edit.header.target.applied if edit.header.target else {}
         missing = [name for name, made in sorted(others.items()) if present.get(name) != made]
         if missing:
             progress.warn(

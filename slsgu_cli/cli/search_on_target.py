@@ -69,9 +69,9 @@ def show_target_search(console: Console, store: "Store", result: "TargetSearchRe
     for by in figures.by_judge:
         judge = f"by {by.judge}, " if figures.further else ""
         console.note(f"{judge}{trials.name} is recognised in {by.after.concept.in_words(things)}")
-    if figures.beside:
+    if figures.applied:
         console.note(
-            f"all figures, also of the original, are with {', '.join(figures.beside)} applied"
+            f"all figures, also of the original, are with {', '.join(figures.applied)} applied"
         )
     console.paths("edit", [store.where(Artifact.EDIT.path(result.edit))])
     if result.reused:

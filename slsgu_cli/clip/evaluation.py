@@ -189,14 +189,14 @@ class SharedEvaluation(_Measured):
             group.prompts.release()
 
     def of(
-        self, manifest: SetManifest, *, beside: Sequence[SetManifest] = (), resumed: bool = False
+        self, manifest: SetManifest, *, earlier: Sequence[SetManifest] = (), resumed: bool = False
     ) -> Evaluation:
-        """Return the evaluation of one concept; concepts of `beside` do not count as utility.
+        """Return the evaluation of one concept; concepts of `earlier` sets do not count.
 
         With `resumed`, cache the activations that edits resume from for the concept's images.
         Raises InputError.
         """
-        forget, utility = self.forget[manifest.name], self.utility([manifest, *beside])
+        forget, utility = self.forget[manifest.name], self.utility([manifest, *earlier])
         stages, size = self._resumed
         if resumed and stages and size:
             forget = replace(forget, images=replace(forget.images))

@@ -234,7 +234,7 @@ def _architecture(name: str) -> tuple[str, dict[str, Any]]:
             _require_towers(parse_json(Path(name).read_bytes()))
             open_clip.add_model_config(name)
         except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{name} is no architecture of open_clip: {error}") from error
+            raise InputError(f"{name} is not an open_clip architecture: {error}") from error
         name = Path(name).stem
     with quiet():
         config = open_clip.get_model_config(name.replace("/", "-"))

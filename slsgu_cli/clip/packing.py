@@ -21,7 +21,7 @@ LEAST_ALIKE = 8
 IN_CACHE = 2048
 
 
-def by_beginning(tokens: Tensor, size: int) -> list[Tensor]:
+def by_prefix(tokens: Tensor, size: int) -> list[Tensor]:
     """Return row indices in groups of at most `size`, in the order of their tokens (N, L)."""
     order = np.lexsort(tokens.cpu().numpy().T[::-1])
     return list(torch.split(torch.from_numpy(order).to(tokens.device), size))
@@ -48,21 +48,21 @@ class PackedText(SplitTower):
 
     def __init__(self, tower: OpenClipText, tokens: Tensor) -> None:
         self.tower, self.blocks, self.depth = tower, tower.blocks, tower.depth
-        self._stretches: list[Stretch] = []
+        self._segments: list[Segment] = []
         words, lengths = tokens.cpu().numpy(), tower.lengths(tokens).cpu().numpy()
         # The prompt and the token position of each state.
         rows, places, ends = [], [], []
         at = 0
-        for group, shared in _beginnings(words, lengths):
-            beginning = range(at, at + shared)
+        for group, shared in _prefix_groups(words, lengths):
+            prefix = range(at, at + shared)
             if shared:
-                self._stretches.append(Stretch(at, 1, shared, None))
+                self._segments.append(Segment(at, 1, shared, None))
                 rows.append(np.repeat(group[:1], shared))
                 places.append(np.arange(shared))
                 at += shared
             for length in np.unique(lengths[group]):
                 alike, rest = group[lengths[group] == length], int(length) - shared
-                self._stretches.append(Stretch(at, len(alike), rest, beginning))
+                self._segments.append(Segment(at, len(alike), rest, prefix))
                 rows.append(np.repeat(alike, rest))
                 places.append(np.tile(np.arange(shared, length), len(alike)))
                 ends.append(alike)
@@ -90,14 +90,14 @@ class PackedText(SplitTower):
         if index % 2:
             size = IN_CACHE if x.device.type == "cpu" else max(len(x), 1)
             return torch.cat([mlp_half(block, part) for part in torch.split(x, size)])
-        return stretched_attention(block, x, self._stretches, ends=index == self.depth - 2)
+        return packed_attention(block, x, self._segments, ends=index == self.depth - 2)
 
     def head(self, x: Tensor, inputs: Tensor) -> Tensor:
         """Normalise and project, in the order of the prompts."""
         return self.tower.head(x[self._order], inputs)
 
 
-def _beginnings(words: Ints, lengths: Ints) -> list[tuple[Ints, int]]:
+def _prefix_groups(words: Ints, lengths: Ints) -> list[tuple[Ints, int]]:
     """Return groups of prompts, each with the number of tokens in its shared prefix.
 
     Every prompt has at least one token after the prefix.
@@ -118,51 +118,51 @@ def _beginnings(words: Ints, lengths: Ints) -> list[tuple[Ints, int]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class Segment:
     """Consecutive packed states from `start` on: `length` positions of each of `rows` prompts.
 
-    `beginning` are the positions of their shared prefix; None if this is a prefix itself.
+    `prefix` are the positions of their shared prefix; None if this is a prefix itself.
     """
 
     start: int
     rows: int
     length: int
-    beginning: range | None
+    prefix: range | None
 
     def of(self, states: Tensor) -> Tensor:
         """Return the states at its positions, (rows, length, ...)."""
         part = states[self.start : self.start + self.rows * self.length]
         return part.view(self.rows, self.length, *states.shape[1:])
 
-    def with_beginning(self, states: Tensor) -> Tensor:
+    def with_prefix(self, states: Tensor) -> Tensor:
         """Return the states of the prompts, prefix included."""
         rest = self.of(states)
-        if not self.beginning:
+        if not self.prefix:
             return rest
-        before = states[self.beginning.start : self.beginning.stop]
+        before = states[self.prefix.start : self.prefix.stop]
         return torch.cat([before.expand(self.rows, *before.shape), rest], dim=1)
 
 
-def stretched_attention(
-    block: Any, x: Tensor, stretches: Sequence[Stretch], *, ends: bool = False
+def packed_attention(
+    block: Any, x: Tensor, segments: Sequence[Segment], *, ends: bool = False
 ) -> Tensor:
     """Run the causal attention of an open_clip residual block over packed states.
 
-    With `ends`, return only the last position of each prompt, stretch by stretch, and none
+    With `ends`, return only the last position of each prompt, segment by segment, and none
     of the prefixes.
     """
     attention, width = block.attn, x.shape[1]
     projected = linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
     states = projected.view(len(x), 3, attention.num_heads, width // attention.num_heads)
     mixed, leaving = [], []
-    for stretch in stretches:
-        if ends and stretch.beginning is None:
+    for segment in segments:
+        if ends and segment.prefix is None:
             continue
-        query = stretch.of(states[:, 0])
-        keys, values = stretch.with_beginning(states[:, 1:]).unbind(2)
+        query = segment.of(states[:, 0])
+        keys, values = segment.with_prefix(states[:, 1:]).unbind(2)
         if ends:
             query = query[:, -1:]
-            leaving.append(stretch.of(x)[:, -1])
+            leaving.append(segment.of(x)[:, -1])
         length = query.shape[1]
         before = keys.shape[1] - length
         after = F.scaled_dot_product_attention(

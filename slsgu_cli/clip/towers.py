@@ -297,7 +297,7 @@ class StagedVision(_Staged):
 class HuggingFaceText(_Staged):
     """A text tower of transformers in open_clip's adapter, whose attention masks padding.
 
-    That is the encoder of a BERT, RoBERTa, XLM-R, mT5 or M2M100 (NLLB), which `KINDS` tells apart.
+    The encoder is a BERT, RoBERTa, XLM-R, mT5 or M2M100 (NLLB): one of `KINDS`.
     """
 
     # For each encoder: the module with its blocks, and the module after them.

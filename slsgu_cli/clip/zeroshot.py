@@ -20,7 +20,7 @@ from slsgu_cli.clip.batches import (
 )
 from slsgu_cli.clip.finite import Ints, require_finite
 from slsgu_cli.clip.metrics import class_means, margins
-from slsgu_cli.clip.packing import by_beginning, packed
+from slsgu_cli.clip.packing import by_prefix, packed
 from slsgu_cli.clip.towers import EMBED, SplitTower
 from slsgu_cli.prefetch import prefetch
 from slsgu_cli.store.blocks import DataBlock, JoinedRows
@@ -69,7 +69,7 @@ class PromptSide:
         device = self.tokens.device
         size = PROMPTS_PER_FORWARD[device.type]
         size = max(1, min(size, -(-len(self.tokens) // processes.world_size())))
-        alike = by_beginning(self.tokens, size)
+        alike = by_prefix(self.tokens, size)
         towers = [packed(self.tower, self.tokens[rows]) for rows in alike]
         self._groups = [
             _Prompts(rows, tower, self.tokens[rows])

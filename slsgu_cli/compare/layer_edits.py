@@ -218,7 +218,7 @@ class LayerEdits:
             times.store, times.manifest, pointer, [layer], device=times.device
         )
         if not covariances.has(layer):
-            raise InputError(f"{layer}: its tower does not show the inputs of the layer")
+            raise InputError(f"the inputs of {layer} cannot be captured")
         return covariances.inputs(layer).matrix
 
     @_once
@@ -271,7 +271,7 @@ class LayerEdits:
         model, device = self.baselines.model, self.baselines.times.device
         tower, call, block = text_tower(model), LastCall(model, layer), self.baselines.block(role)
         if not isinstance(tower, OpenClipText):
-            raise InputError("the text tower of this model does not show where its texts end")
+            raise InputError("the text tower of this model does not tell where its texts end")
         tokens = to_tokens(block.tokens[chosen_rows(block.rows)], "cpu")
         for rows in by_length(tower, tokens, TEXTS_PER_FORWARD[torch.device(device).type]):
             short = tower.trim(tokens[rows]).to(device)
@@ -307,5 +307,5 @@ def closed_form_of(method: Method) -> ClosedForm:
     """Return the declaration of a closed form."""
     spec = baseline(method)
     if not isinstance(spec, ClosedForm):
-        raise TypeError(f"{method} is no closed form")
+        raise TypeError(f"{method} is not a closed form")
     return spec

@@ -187,7 +187,7 @@ def _requested_edits(store: Store, request: ApplyRequest) -> list[Edit]:
     A set without an edit is searched, and a file may hold several edits.
     """
     if request.step is not None and not math.isfinite(request.step):
-        raise UsageError(f"--step {request.step} is no step size")
+        raise UsageError(f"--step {request.step} is not a step size")
     search_options = SearchOptions(
         direction=request.direction,
         damping=request.damping,

@@ -107,7 +107,7 @@ class LayerSearch(StepSearch[Trial]):
         sparing, least = NO_UTILITY, NO_UTILITY
         raced = [key for key in may_win if self.evaluators[key[0]].tower is Tower.VISION]
         risk = RISK / len(raced) if raced and not self.options.exact else 0.0
-        # The utility may be that of a text layer's step, which is no rival in a race.
+        # The utility may be that of a text layer's step, which cannot be a rival in a race.
         rival, rival_utility = None, NO_UTILITY
         for key in sorted(path, key=self._cost):
             evaluator, trial = self.evaluators[key[0]], self.trials[key]

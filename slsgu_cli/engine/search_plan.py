@@ -85,7 +85,7 @@ class SearchPlan:
 
         With `resumed`, it can measure many edits.
         """
-        return shared.of(self.manifest, beside=self.earlier_sets, resumed=resumed)
+        return shared.of(self.manifest, earlier=self.earlier_sets, resumed=resumed)
 
     def evaluators(self, store: Store, evaluation: Evaluation) -> Iterator[Evaluator]:
         """Yield an evaluator for each layer and each of its directions.

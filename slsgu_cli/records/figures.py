@@ -311,7 +311,7 @@ class TargetFigures:
     """The effect of an edit on the target that it was searched on.
 
     `judge` decided in the search and gives `before` and `after`; `further` are figures by other
-    judges. With `is_test`, these images or answers did not select layer or step. `beside` has the
+    judges. With `is_test`, these images or answers did not select layer or step. `applied` has the
     digests of the applied edits of other text encoders.
     """
 
@@ -322,7 +322,7 @@ class TargetFigures:
     judge: str
     is_test: bool = False
     further: tuple[JudgeFigures, ...] = ()
-    beside: dict[str, str] = field(default_factory=dict)
+    applied: dict[str, str] = field(default_factory=dict)
 
     @property
     def by_judge(self) -> tuple[JudgeFigures, ...]:

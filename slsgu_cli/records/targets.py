@@ -219,7 +219,7 @@ class TargetTrials:
     `importance` ranks the layers of the target along the direction of the search; for a LLaVA,
     it is their expected effect. `asked` is a digest of the prompts and seeds, or of the images
     and questions, of the trials; `reports` cover other ones. `seconds` includes loading.
-    `beside` has the digests of the applied edits of other text encoders.
+    `applied` has the digests of the applied edits of other text encoders.
     """
 
     name: str
@@ -241,7 +241,7 @@ class TargetTrials:
     version: str
     asked: str = ""
     reports: tuple[TargetReport, ...] = ()
-    beside: dict[str, str] = field(default_factory=dict)
+    applied: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -349,11 +349,11 @@ class TargetSearchOptions:
     that reaches it, or less where others would lose more than `max_loss`, even if the goal
     is missed as a result. The first of `judges` (default: the set's CLIP) decides in the search;
     every judge gives figures. `gradient_of` is CLIP's loss or, for a LLaVA, its own. The edits
-    `beside` belong to other text encoders and stay applied during the search.
+    in `applied` belong to other text encoders and stay in place during the search.
     """
 
     target: Path = TARGET_FOLDER(without="CLIP itself")
-    beside: Sequence[str] = option(
+    applied: Sequence[str] = option(
         (),
         "--with",
         help="Edit of another text encoder, which stays applied.",

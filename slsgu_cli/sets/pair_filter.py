@@ -97,7 +97,7 @@ def perceptual_hash(pixels: Pixels) -> int:
     grey = Image.fromarray(pixels).convert("L").resize((GRID, GRID), Image.Resampling.BOX)
     cosine = _cosine_basis()
     low = (cosine @ np.asarray(grey, dtype=np.float64) @ cosine.T).ravel()
-    # The mean brightness is no property of the picture.
+    # The mean brightness does not count.
     low[0] = np.median(low[1:])
     bits = low > np.median(low[1:])
     return int.from_bytes(np.packbits(bits).tobytes(), "big")

@@ -1,1 +1,1 @@
-"""What is kept, where, and whether it still stands."""
+"""Artifacts: where they are, and whether they are up to date."""

@@ -280,7 +280,7 @@ TABLE: dict[Artifact, Row] = {
         "targets.TargetTrials",
         digests=TARGET,
         needs=Artifact.POINTER,
-        options=(*TARGET_OPTIONS, "gradient_of", "direction", "beside"),
+        options=(*TARGET_OPTIONS, "gradient_of", "direction", "applied"),
         rows=("before", "trials", "seconds", "reports"),
         inputs=("target", "direction", "judge"),
     ),

@@ -100,7 +100,7 @@ class TargetPlan:
                     f"{options.target} answers in words, so --judge does not apply",
                     hint="leave --judge out",
                 )
-            if options.beside:
+            if options.applied:
                 raise UsageError(
                     f"{options.target} has one CLIP, and --with takes edits of other text encoders",
                     hint="leave --with out",
@@ -339,7 +339,7 @@ class TargetSearch(StepSearch[TargetTrial]):
             judge=first,
             is_test=subject.is_test,
             further=tuple(JudgeFigures(name, before[name], after[name]) for name in further),
-            beside=subject.beside,
+            applied=subject.applied,
         )
 
     def write_edit(self, plan: TargetPlan, chosen: TargetTrial, figures: TargetFigures) -> None:
@@ -420,7 +420,7 @@ def _resume(store: Store, plan: TargetPlan, moves: Sequence[TargetMove]) -> Targ
         seconds=0.0,
         version=slsgu_cli.__version__,
         asked=plan.subject.searched.digest,
-        beside=plan.subject.beside,
+        applied=plan.subject.applied,
     )
     edit = target_edit(manifest.name, options.target)
     record = resume(store, Artifact.TARGET_TRIALS, edit, fresh)

@@ -45,7 +45,7 @@ class TargetSubject:
 
     Trials use the `searched` prompts or questions, and test figures use `to_test`. With
     `is_test`, the two share no prompt or image. The first of the `judges` decides. The edits
-    `beside`, by digest, are in place in other encoders.
+    in `applied`, by digest, are in place in other encoders.
     """
 
     encoder: LiveEncoder
@@ -53,7 +53,7 @@ class TargetSubject:
     to_test: Any
     judges: tuple[str, ...]
     is_test: bool = True
-    beside: dict[str, str] = field(default_factory=dict)
+    applied: dict[str, str] = field(default_factory=dict)
 
     def hits(self, items: Sequence[Any]) -> Iterator[Sequence[bool]]:
         """Yield batch by batch whether outputs for prompts or questions show the right class."""
@@ -102,7 +102,7 @@ class PipelineSubject(TargetSubject):
         applied. Raises InputError if there is none, and UsageError if several need a choice.
         """
         name = fitting_encoder(read_target(options.target), shapes, options.encoder).name
-        edits = [edit for each in options.beside for edit in load_edits(store, each)]
+        edits = [edit for each in options.applied for edit in load_edits(store, each)]
         edits += earlier_edits(store, edits)
         pipe = Pipeline.load(options.target, device=options.device)
         pipe.warn_of_readers([name, *pipe.put(edits, searched=name)])
@@ -117,7 +117,7 @@ class PipelineSubject(TargetSubject):
             to_test=replace(searched, budget=options.test_budget, split=Split.TEST),
             captions=[retain.captions[row] for row in chosen_rows(retain.rows)],
             judges=tuple(map(str, judges)),
-            beside=edit_digests(edits),
+            applied=edit_digests(edits),
         )
 
     def hits(self, items: Sequence[ImageJob]) -> Iterator[list[bool]]:

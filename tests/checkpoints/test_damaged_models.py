@@ -48,7 +48,7 @@ def test_a_damaged_model_gives_its_result_or_one_refusal(models, seed):
 @pytest.mark.parametrize(
     ("layout", "file", "content", "message"),
     [
-        ("pt", "tiny.json", "5", "is no architecture of open_clip: it has no embed_dim"),
+        ("pt", "tiny.json", "5", "is not an open_clip architecture: it has no embed_dim"),
         ("pt", "tiny.json", '{"embed_dim": 8, "vision_cfg": 5, "text_cfg": {}}', "vision_cfg"),
         ("llava", "config.json", '{"model_type": "llava", "vision_feature_layer": {}}', "vision l"),
     ],

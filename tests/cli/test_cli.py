@@ -355,7 +355,7 @@ def test_debug_shows_the_traceback_and_the_exit_code_stays(store):
             2,
             "--damping is for the whi",
         ),
-        (["apply", "blue", "--step", "nan", "--out", "x"], 2, "--step nan is no step size"),
+        (["apply", "blue", "--step", "nan", "--out", "x"], 2, "--step nan is not a step size"),
         (["grad", "blue", "--memory-budget", "much"], 2, "'much' is not a size"),
         (["grad", "blue", "--batch-size", "1"], 2, "--batch-size 1 is out of range"),
         (["grad", "blue", "-m", "local-dir:nosuch"], 3, "model folder: there is no such folder"),

@@ -102,11 +102,11 @@ def both(tiny_pipeline, world):
     return folder, edits
 
 
-def target_options(folder, *beside, **options):
+def target_options(folder, *applied, **options):
     few = Budget(concept=3, others=3, diffusion=DiffusionOptions(steps=1))
     return TargetSearchOptions(
         target=folder,
-        beside=beside,
+        applied=applied,
         layers=[LAYER],
         steps=2,
         direction=Direction.GRADIENT,
@@ -124,7 +124,7 @@ def test_a_search_of_one_encoder_has_the_edit_of_the_other_in_place(
     options = target_options(folder, "text_encoder_2", goal=0.0)
     found = search_target(world.store, "blue", options=options)
     known = edit_digests([load_edit(world.store, "text_encoder_2")])
-    assert found.trials.beside == found.figures.beside == known
+    assert found.trials.applied == found.figures.applied == known
     # The same pictures, by a pipeline that has both edits in memory, and one that has neither.
     plan = TargetPlan.load(world.store, "blue", target_options(folder))
     pipe, edit = plan.subject.pipe, load_edit(world.store, found.edit)
@@ -137,7 +137,7 @@ def test_a_search_of_one_encoder_has_the_edit_of_the_other_in_place(
     again = search_target(world.store, "blue", options=options)
     assert again.reused == len(again.trials.trials) == len(found.trials.trials)
     assert search_target(world.store, "blue", options=target_options(folder, goal=0.0)).reused == 0
-    assert any("their inputs differ (beside)" in text for text in listener.heard)
+    assert any("their inputs differ (applied)" in text for text in listener.heard)
 
 
 def test_images_are_generated_with_the_edits_in_place(both, world):
