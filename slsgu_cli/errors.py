@@ -124,6 +124,9 @@ def once(outcomes: dict[K, T | SlsguError], key: K, ask: Callable[[], T]) -> T:
     return outcome
 
 
+# The names of errors of numpy and PyTorch, which are not imported here.
+SINGULAR = ("LinAlgError", "_LinAlgError")
+
 # The names of errors of httpx, requests, aiohttp and botocore.
 OF_THE_NETWORK = ("HTTPError", "RequestException", "ClientError", "BotoCoreError")
 
@@ -169,6 +172,12 @@ def unexpected(error: BaseException) -> SlsguError:
             f"cannot use {what}: {reason}" if what else f"the operating system refused: {reason}"
         )
         return InputError(message, hint=_hint(error))
+    if type(error).__name__ in SINGULAR:
+        return InputError(
+            "a linear system cannot be solved, perhaps because an artifact is damaged: "
+            f"{first_lines(error)}",
+            hint="a larger --damping; `slsgu check` finds damaged artifacts",
+        )
     text = f"unexpected {type(error).__name__}: {first_lines(error)}"
     return SlsguError(text, hint="add --debug to see where, and report it")
 

@@ -289,7 +289,7 @@ def test_a_stopped_pass_resumes_from_its_saved_sums(world, saving, monkeypatch, 
     stopped(world, monkeypatch, 5)
     shown = [e for e in entries(world.store) if e.kind is Artifact.UNFINISHED]
     assert [entry.name for entry in shown] == [retain]
-    assert shown[0].summary() == f"mini-batches 3 of 4, for {retain}"
+    assert shown[0].summary() == f"done 3, batches 4, gradient {retain}"
     assert compute(world).computed == ("retain",)
     assert any("resumes after 3 of its 4 mini-batches" in text for text in listener.heard)
     assert Artifact.SUMS.names(world.store) == []

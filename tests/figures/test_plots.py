@@ -123,9 +123,9 @@ def test_pareto_names_the_front_of_its_tower_and_crosses_the_rest(drawn):
     width, height = size(pareto_plot(SCORES, tower=Tower.VISION, title="facebook"))
     assert width > height > 400
     (figure,) = drawn
-    assert legend(figure) == ["proj", "11.attn.out_proj", "2 other layers"]
+    assert legend(figure) == ["visual.proj", "visual.11.attn.out_proj", "2 other layers"]
     points = {c.get_label(): c.get_offsets().tolist() for c in figure.axes[0].collections}
-    assert points["proj"] == [[0.01, 0.1]]
+    assert points["visual.proj"] == [[0.01, 0.1]]
     assert sorted(points["2 other layers"]) == [[0.1, 0.01], [0.2, 0.02]]
     assert (figure.axes[0].get_xscale(), figure.axes[0].get_yscale()) == ("log", "log")
 
@@ -146,7 +146,7 @@ def test_pareto_draws_zeros(drawn):
     pareto_plot(zeros, tower=Tower.VISION, title="zeros")
     axes = drawn[0].axes[0]
     points = {c.get_label(): c.get_offsets().tolist() for c in axes.collections}
-    assert points["a"] == [[0.0, 0.5]]
+    assert points["visual.a"] == [[0.0, 0.5]]
     assert [0.3, 0.0] in points["3 other layers"]
     assert (axes.get_xscale(), axes.get_yscale()) == ("symlog", "symlog")
     assert_readable(drawn[0])
@@ -157,7 +157,7 @@ def test_pareto_keeps_the_sign_of_signed_alignments(drawn):
     pareto_plot(signed, tower=Tower.VISION, title="signed")
     axes = drawn[0].axes[0]
     points = {c.get_label(): c.get_offsets().tolist() for c in axes.collections}
-    assert points["a"] == [[-0.03, 0.5]]
+    assert points["visual.a"] == [[-0.03, 0.5]]
     assert axes.get_xscale() == "symlog"
     assert axes.get_xlim()[0] < -0.03
     assert_readable(drawn[0])
