@@ -195,7 +195,7 @@ def show_harm(console: Console, report: Report) -> None:
         Column("images", "rows"),
         Column("original", "before", shown=percent),
         Column("edited", "after", shown=percent),
-        Column("change", lambda loss: -loss.lost, shown=SIGNED),
+        Column("change", lambda loss: 0.0 - loss.lost, shown=SIGNED),
     )
     for key, losses, title in (
         ("harmed", report.harmed, "most harmed classes"),

@@ -184,7 +184,7 @@ def _losses(console: Console, original: VerifiedModel, others: Sequence[Verified
         Column("rows", "now.rows"),
         Column("original TA@1", "now.before", shown=roughly, label="TA@1\noriginal"),
         Column("TA@1", "now.after", shown=roughly, label="TA@1\nnow"),
-        Column("change", lambda row: -row.now.lost, shown="{:+.1f}".format),
+        Column("change", lambda row: 0.0 - row.now.lost, shown="{:+.1f}".format),
     ]
     title = f"losses of other classes; those that lost most have at least {LEAST_ROWS} images"
     if rows:

@@ -96,7 +96,7 @@ def _losses(edit: EditHeader) -> list[Table]:
                     count(loss.rows),
                     percent(loss.before),
                     percent(loss.after),
-                    change(-loss.lost),
+                    change(0.0 - loss.lost),
                 )
                 for loss in losses
             ],
