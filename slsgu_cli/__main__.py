@@ -32,7 +32,9 @@ def main() -> None:
     try:
         app(prog_name="slsgu")
     except OSError as error:
-        # Commands report this themselves; `--help` and `--version` do not.
+        # Commands report this themselves; `--help` and `--version` do not. Python would flush the
+        # rest at exit, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(f"error: cannot write the output: {error.strerror}")
     finally:
         # At exit, Python would spend a second collecting the objects of PyTorch and open_clip.

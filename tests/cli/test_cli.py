@@ -301,7 +301,7 @@ def test_results_that_cannot_be_written_are_an_error(store):
         assert done.returncode == 3
         assert done.stderr.startswith("error: cannot write the results: No space left")
         for option in ("--help", "--version"):
-            done = slsgu(option, stdout=full)
+            done = slsgu(option, stdout=full, env={"PYTHONUNBUFFERED": ""})
             assert (done.returncode, "Traceback" in done.stderr) == (1, False)
         silent = slsgu("rank", "nosuch", "--store", store, stderr=full)
         assert silent.returncode == 3

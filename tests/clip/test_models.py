@@ -496,7 +496,7 @@ def test_an_invalid_configuration_is_refused(folder, text):
 @pytest.mark.parametrize("text", ["5", "nothing", "[" * 10**5])
 def test_an_invalid_architecture_file_is_refused(tmp_path, source, text):
     (tmp_path / "odd.json").write_text(text)
-    with pytest.raises(InputError, match=r"odd\.json is no architecture"):
+    with pytest.raises(InputError, match=r"odd\.json is not an open_clip architecture"):
         resolve(ModelSpec(str(tmp_path / "odd.json"), str(source / WEIGHTS)))
 
 
