@@ -32,13 +32,21 @@ def main() -> None:
     try:
         app(prog_name="slsgu")
     except OSError as error:
-        # Commands report this themselves; `--help` and `--version` do not. Python would flush the
-        # rest at exit, and fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Commands report this themselves; `--help` and `--version` do not.
         sys.exit(f"error: cannot write the output: {error.strerror}")
     finally:
+        _flush()
         # At exit, Python would spend a second collecting the objects of PyTorch and open_clip.
         gc.freeze()
+
+
+def _flush() -> None:
+    """Flush the outputs; discard what cannot be written, so that Python keeps the exit code."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _ending(code: ExitCode) -> Any:

@@ -303,7 +303,9 @@ def test_results_that_cannot_be_written_are_an_error(store):
         for option in ("--help", "--version"):
             done = slsgu(option, stdout=full, env={"PYTHONUNBUFFERED": ""})
             assert (done.returncode, "Traceback" in done.stderr) == (1, False)
-        silent = slsgu("rank", "nosuch", "--store", store, stderr=full)
+        silent = slsgu(
+            "rank", "nosuch", "--store", store, stderr=full, env={"PYTHONUNBUFFERED": ""}
+        )
         assert silent.returncode == 3
 
 
