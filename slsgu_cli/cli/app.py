@@ -27,7 +27,8 @@ from slsgu_cli.cli.console import Console
 from slsgu_cli.cli.usage import ParsedOptions
 from slsgu_cli.errors import Ended, ExitCode, SlsguError, UsageError, ended_by
 from slsgu_cli.records.codec import without_none
-from slsgu_cli.records.option_fields import CommonOptions, Option, OptionField, option_fields
+from slsgu_cli.records.common_options import CommonOptions
+from slsgu_cli.records.option_fields import Option, OptionField, option_fields
 from slsgu_cli.text import near
 
 if TYPE_CHECKING:

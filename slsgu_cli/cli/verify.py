@@ -65,23 +65,23 @@ def _sentence(
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
-    """A figure of the original model and of another one."""
+class _Row:
+    """A row of a table on a `model`: a value, and the original's or another `reference`."""
 
     model: str
-    was: Any
-    now: Any
+    reference: Any
+    value: Any
 
 
 def _verdicts(
     console: Console, verdicts: "Sequence[tuple[VerifiedModel, VerdictRow]]", *, several: bool
 ) -> None:
     shown = [
-        _Pair(subject.label, None, row)
+        _Row(subject.label, None, row)
         for subject, row in verdicts
         if not (console.brief and row.detail)
     ]
-    sets = sorted({name for pair in shown for name in pair.now.utility_after or {}})
+    sets = sorted({name for pair in shown for name in pair.value.utility_after or {}})
     utility = [
         Column(
             f"{model}TA@1 {name}",
@@ -93,40 +93,40 @@ def _verdicts(
         for model, side in (("original ", "utility_before"), ("", "utility_after"))
     ]
     columns = [
-        Column("check", "now.check"),
-        Column("variant", "now.variant"),
+        Column("check", "value.check"),
+        Column("variant", "value.variant"),
         Column("model", on_terminal=several),
-        Column("original FA@1", "now.before.top1", shown=roughly, label="FA@1\noriginal"),
-        Column("FA@1", "now.after.top1", shown=roughly, label="FA@1\nnow"),
-        Column("original FA@5", "now.before.top5", on_terminal=False),
-        Column("FA@5", "now.after.top5", shown=roughly, label="FA@5\nnow"),
+        Column("original FA@1", "value.before.top1", shown=roughly, label="FA@1\noriginal"),
+        Column("FA@1", "value.after.top1", shown=roughly, label="FA@1\nnow"),
+        Column("original FA@5", "value.before.top5", on_terminal=False),
+        Column("FA@5", "value.after.top5", shown=roughly, label="FA@5\nnow"),
         Column(
             "control FA@1",
-            lambda pair: _top1(pair.now.control),
+            lambda pair: _top1(pair.value.control),
             shown=roughly,
             label="FA@1\ncontrol",
         ),
         *utility,
-        Column("TA change", "now.utility_change", shown="{:+.1f}".format, label="TA@1\nchange"),
-        Column("verdict", "now.verdict"),
+        Column("TA change", "value.utility_change", shown="{:+.1f}".format, label="TA@1\nchange"),
+        Column("verdict", "value.verdict"),
         Column(
-            "original control", lambda pair: _top1(pair.now.original_control), on_terminal=False
+            "original control", lambda pair: _top1(pair.value.original_control), on_terminal=False
         ),
         Column("added", partial(_added, "points"), on_terminal=False),
         Column("added from", partial(_added, "low"), on_terminal=False),
         Column("added to", partial(_added, "high"), on_terminal=False),
-        Column("note", "now.note", on_terminal=False),
+        Column("note", "value.note", on_terminal=False),
     ]
     title = "does it stay forgotten? FA on the concept, TA on everything else"
     console.table("verification", columns, shown, title=title)
 
 
-def _utility(side: str, name: str, pair: _Pair) -> float | None:
-    return _top1((getattr(pair.now, side) or {}).get(name))
+def _utility(side: str, name: str, pair: _Row) -> float | None:
+    return _top1((getattr(pair.value, side) or {}).get(name))
 
 
-def _added(end: str, pair: _Pair) -> float | None:
-    return getattr(pair.now.added, end, None)
+def _added(end: str, pair: _Row) -> float | None:
+    return getattr(pair.value.added, end, None)
 
 
 def _top1(accuracy: Accuracy | None) -> float | None:
@@ -174,17 +174,17 @@ def _losses(console: Console, original: VerifiedModel, others: Sequence[Verified
         known = losses(original, subject)
         kinds = [("nearest name", each[:most]) for each in nearest_names(known).values()]
         kinds.append(("lost most", most_harmed(known)[:most]))
-        rows += [_Pair(subject.label, what, loss) for what, each in kinds for loss in each]
+        rows += [_Row(subject.label, what, loss) for what, each in kinds for loss in each]
     columns = [
-        Column("what", "was"),
-        Column("set", "now.evaluation"),
-        Column("class", "now.name"),
+        Column("what", "reference"),
+        Column("set", "value.evaluation"),
+        Column("class", "value.name"),
         Column("model", on_terminal=len(others) > 1),
-        Column("cosine", "now.cosine", shown="{:.2f}".format),
-        Column("rows", "now.rows"),
-        Column("original TA@1", "now.before", shown=roughly, label="TA@1\noriginal"),
-        Column("TA@1", "now.after", shown=roughly, label="TA@1\nnow"),
-        Column("change", lambda row: 0.0 - row.now.lost, shown="{:+.1f}".format),
+        Column("cosine", "value.cosine", shown="{:.2f}".format),
+        Column("rows", "value.rows"),
+        Column("original TA@1", "value.before", shown=roughly, label="TA@1\noriginal"),
+        Column("TA@1", "value.after", shown=roughly, label="TA@1\nnow"),
+        Column("change", lambda row: 0.0 - row.value.lost, shown="{:+.1f}".format),
     ]
     title = f"losses of other classes; those that lost most have at least {LEAST_ROWS} images"
     if rows:
@@ -197,18 +197,20 @@ def _classifiers(
     """Print how well classifiers on image features find the concept."""
     from slsgu_cli.verification.checks.probe import score_pairs
 
-    pairs = [_Pair(each.label, *pair) for each in others for pair in score_pairs(original, each)]
+    pairs = [_Row(each.label, *pair) for each in others for pair in score_pairs(original, each)]
     columns = [
-        Column("classifier", "now.classifier"),
-        Column("looks for", "now.subject"),
+        Column("classifier", "value.classifier"),
+        Column("looks for", "value.subject"),
         Column("model", on_terminal=len(others) > 1),
-        Column("images", "now.images"),
-        Column("original accuracy", "was.accuracy", shown=roughly, label="accuracy\noriginal"),
-        Column("accuracy", "now.accuracy", shown=roughly, label="\nnow"),
-        Column("original recall", "was.recall", shown=roughly, label="recall\noriginal"),
-        Column("recall", "now.recall", shown=roughly, label="\nnow"),
-        Column("rows", "now.rows", on_terminal=False),
-        Column("others", "now.others", on_terminal=False),
+        Column("images", "value.images"),
+        Column(
+            "original accuracy", "reference.accuracy", shown=roughly, label="accuracy\noriginal"
+        ),
+        Column("accuracy", "value.accuracy", shown=roughly, label="\nnow"),
+        Column("original recall", "reference.recall", shown=roughly, label="recall\noriginal"),
+        Column("recall", "value.recall", shown=roughly, label="\nnow"),
+        Column("rows", "value.rows", on_terminal=False),
+        Column("others", "value.others", on_terminal=False),
     ]
     title = "classifiers on image features; recall at 1% false positives"
     if pairs:
@@ -224,38 +226,38 @@ def _retrieved(console: Console, original: VerifiedModel, others: Sequence[Verif
         return
     model = Column("model", on_terminal=len(others) > 1)
     queries = [
-        _Pair(label, *pair)
+        _Row(label, *pair)
         for label, (before, after) in found
         for pair in zip(before.queries, after.queries, strict=True)
     ]
     columns = [
-        Column("query", "now.query"),
-        Column("index", "now.index"),
+        Column("query", "value.query"),
+        Column("index", "value.index"),
         model,
-        Column("original mAP", "was.precision", shown=roughly, label="mAP\noriginal"),
-        Column("mAP", "now.precision", shown=roughly, label="\nnow"),
-        Column("original recall@1", "was.recall1", shown=roughly, label="R@1\noriginal"),
-        Column("recall@1", "now.recall1", shown=roughly, label="\nnow"),
-        Column("recall@5", "now.recall5", on_terminal=False),
-        Column("recall@10", "now.recall10", shown=roughly, label="R@10\nnow"),
-        Column("queries", "now.queries", on_terminal=False),
-        Column("gallery", "now.gallery", on_terminal=False),
+        Column("original mAP", "reference.precision", shown=roughly, label="mAP\noriginal"),
+        Column("mAP", "value.precision", shown=roughly, label="\nnow"),
+        Column("original recall@1", "reference.recall1", shown=roughly, label="R@1\noriginal"),
+        Column("recall@1", "value.recall1", shown=roughly, label="\nnow"),
+        Column("recall@5", "value.recall5", on_terminal=False),
+        Column("recall@10", "value.recall10", shown=roughly, label="R@10\nnow"),
+        Column("queries", "value.queries", on_terminal=False),
+        Column("gallery", "value.gallery", on_terminal=False),
     ]
     console.table("retrieval", columns, queries, title="retrieval of its images among all others")
-    shifts = [_Pair(label, None, each) for label, (_, after) in found for each in after.shifts]
+    shifts = [_Row(label, None, each) for label, (_, after) in found for each in after.shifts]
     columns = [
-        Column("features of", "now.images"),
+        Column("features of", "value.images"),
         model,
-        Column("rows", "now.rows"),
-        Column("identical", lambda row: 100 * row.now.identical / row.now.rows, shown=roughly),
+        Column("rows", "value.rows"),
+        Column("identical", lambda row: 100 * row.value.identical / row.value.rows, shown=roughly),
         Column(
             "moved",
-            lambda row: 100 * row.now.far / row.now.rows,
+            lambda row: 100 * row.value.far / row.value.rows,
             shown=roughly,
             label="moved by\n> 0.01",
         ),
-        Column("mean", "now.mean", shown="{:.4f}".format, label="mean\nmove"),
-        Column("largest", "now.largest", shown="{:.4f}".format, label="largest\nmove"),
+        Column("mean", "value.mean", shown="{:.4f}".format, label="mean\nmove"),
+        Column("largest", "value.largest", shown="{:.4f}".format, label="largest\nmove"),
     ]
     console.table("index", columns, shifts, title="how far an image index moved, as 1 - cosine")
 
@@ -267,22 +269,22 @@ def _membership(console: Console, original: VerifiedModel, others: Sequence[Veri
     if before is None:
         return
     pairs = [
-        _Pair(subject.label, *pair)
+        _Row(subject.label, *pair)
         for subject in others
         if (after := subject.finding(Check.MEMBERSHIP))
         for pair in zip(before.membership, after.membership, strict=True)
     ]
     columns = [
-        Column("figure", "now.figure"),
-        Column("against", "now.against"),
+        Column("figure", "value.figure"),
+        Column("against", "value.against"),
         Column("model", on_terminal=len(others) > 1),
-        Column("original mean", "was.mean", shown=roughly, label="mean\noriginal"),
-        Column("original sd", "was.deviation", shown="{:.1f}".format, label="\nsd"),
-        Column("mean", "now.mean", shown=roughly, label="\nmean"),
-        Column("sd", "now.deviation", shown="{:.1f}".format, label="\nsd"),
-        Column("members", "now.members", on_terminal=False),
-        Column("others", "now.others", on_terminal=False),
-        Column("verdict", lambda pair: exposure(pair.was, pair.now)),
+        Column("original mean", "reference.mean", shown=roughly, label="mean\noriginal"),
+        Column("original sd", "reference.deviation", shown="{:.1f}".format, label="\nsd"),
+        Column("mean", "value.mean", shown=roughly, label="\nmean"),
+        Column("sd", "value.deviation", shown="{:.1f}".format, label="\nsd"),
+        Column("members", "value.members", on_terminal=False),
+        Column("others", "value.others", on_terminal=False),
+        Column("verdict", lambda pair: exposure(pair.reference, pair.value)),
     ]
     title = "membership inference: accuracy of separating the forget set from other pairs"
     console.table("membership", columns, pairs, title=title)
@@ -291,20 +293,20 @@ def _membership(console: Console, original: VerifiedModel, others: Sequence[Veri
 def _attempts(console: Console, subjects: Sequence[VerifiedModel]) -> None:
     """Print the texts that attacks found or learnt; in a brief table, only the best of each."""
     attempts = [
-        _Pair(subject.label, finding, attempt)
+        _Row(subject.label, finding, attempt)
         for subject in subjects
         for finding in subject.findings
         for attempt in finding.attempts
         if not console.brief or attempt == finding.best(attempt.name)
     ]
     columns = (
-        Column("check", "was.check"),
+        Column("check", "reference.check"),
         "model",
-        Column("looked for", "now.name"),
-        Column("text", "now.text"),
-        Column("loss", "now.loss", on_terminal=False),
-        Column("FA@1", "now.forget.top1", shown=roughly),
-        Column("FA@5", "now.forget.top5", shown=roughly),
+        Column("looked for", "value.name"),
+        Column("text", "value.text"),
+        Column("loss", "value.loss", on_terminal=False),
+        Column("FA@1", "value.forget.top1", shown=roughly),
+        Column("FA@5", "value.forget.top5", shown=roughly),
     )
     if attempts:
         title = "texts found in place of the name, and their accuracy"

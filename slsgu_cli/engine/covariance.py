@@ -51,7 +51,7 @@ class Covariance:
 
 
 class InputCovariances(AppliedLayers):
-    """Add up the second moments of the inputs of some layers while active.
+    """Sum x x^T over the inputs x of some layers while active.
 
     Only positions of texts where `valid` (rows, length) holds are counted. Each rank adds up its
     own rows; `collect` sums over all ranks and leaves the sum on rank 0.

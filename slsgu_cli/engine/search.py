@@ -137,11 +137,14 @@ def _search_plans(
         shared = share_evaluation(store, plans)
     loading = perf_counter() - start
     opened = cache(partial(report_evaluation, store, plans, shared))
+
+    def reported(layer: str) -> SharedEvaluation:
+        # With one plan, its edit resumes from cached activations of the test rows.
+        return opened((layer,)) if len(plans) == 1 else opened()
+
     for plan in plans:
         start = perf_counter() - loading
         with no_grad(), arithmetic(plan.options.precision):
-            # With one plan, its edit resumes from cached activations of the test rows.
-            reported = (lambda layer: opened((layer,))) if len(plans) == 1 else lambda _: opened()
             result = _search_set(store, plan, records, shared, reported, start)
         return_memory()
         yield result

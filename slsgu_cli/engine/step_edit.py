@@ -1,4 +1,4 @@
-"""The edit that a step of a layer amounts to."""
+"""The edit made of a step of a layer."""
 
 from dataclasses import replace
 from typing import Any
@@ -45,14 +45,6 @@ def step_edit(
         gradient=pointer.forget,
         direction=direction,
         retain_data=pointer.retain_data if direction.needs_inputs else None,
-        criterion=None,
-        margin=None,
-        forgotten=None,
-        baseline_forget=None,
-        baseline_utility=None,
-        forget=None,
-        utility=None,
-        joint=None,
         version=slsgu_cli.__version__,
         layout=resolve(pointer.model).scheme,
     )

@@ -153,7 +153,7 @@ class GradientPointer:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerCovariance:
-    """The second moment C of one layer's inputs, which is a tensor of the file.
+    """The input covariance C of one layer, whose matrix is a tensor of the file.
 
     `axis` is the weight's axis of inputs, `count` the inputs that C is the mean over,
     `output` the mean squared output of the layer on them, tr(W C W^T).
@@ -354,6 +354,7 @@ class EditHeader:
     the layer's name and shape are open_clip's in any case. `harmed`, `nearest` and `base_edits`
     are those of the edit's `Report`; its figures are with the edits of `base_edits` in place.
     `rank` is that of an edit read from a LoRA, whose figures are of the edit before it was cut.
+    What was not measured is None.
     """
 
     name: str
@@ -368,16 +369,16 @@ class EditHeader:
     gradient: str
     direction: DirectionSpec
     retain_data: str | None
-    criterion: Criterion | None
-    margin: float | None
-    forgotten: bool | None
-    baseline_forget: Accuracy | None
-    baseline_utility: dict[str, Accuracy] | None
-    forget: Accuracy | None
-    utility: dict[str, Accuracy] | None
-    joint: JointRef | None
     version: str
     layout: str = "open_clip"
+    criterion: Criterion | None = None
+    margin: float | None = None
+    forgotten: bool | None = None
+    baseline_forget: Accuracy | None = None
+    baseline_utility: dict[str, Accuracy] | None = None
+    forget: Accuracy | None = None
+    utility: dict[str, Accuracy] | None = None
+    joint: JointRef | None = None
     target: TargetFigures | None = None
     harmed: tuple[ClassLoss, ...] = ()
     nearest: tuple[ClassLoss, ...] = ()

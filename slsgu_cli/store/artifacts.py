@@ -146,6 +146,8 @@ SEARCHED = {"retain_data": REWHITENED, **MEASURED, **STOOD_ON}
 SWEPT = {"gradient": GRADIENT_OF, "retain": GRADIENT_OF}
 EDITED = {"gradient": FORGET_GRADIENT, "retain_data": REWHITENED, **STOOD_ON}
 TARGET = {"forget": FORGET_GRADIENT}
+# The inputs of a gradient pass.
+PASS = ("loss", "rows", "batch_size", "precision")
 TARGET_OPTIONS = ("target_fingerprint", *ROWS, "evals", "judge", "budget", "asked")
 SHOWN = {"edits": EDIT_OF}
 
@@ -183,7 +185,7 @@ TABLE: dict[Artifact, Row] = {
         "method.GradientHeader",
         suffix=TENSORS,
         made_with=Artifact.POINTER,
-        inputs=("loss", "rows", "batch_size", "precision"),
+        inputs=PASS,
     ),
     Artifact.COVARIANCE: Row(
         "covariances",
@@ -204,7 +206,7 @@ TABLE: dict[Artifact, Row] = {
         "method.SquaresHeader",
         suffix=TENSORS,
         made_with=Artifact.POINTER,
-        inputs=("loss", "rows", "batch_size", "precision"),
+        inputs=PASS,
     ),
     Artifact.SUMS: Row(
         "sums", "method.SumsHeader", suffix=TENSORS, inputs=("done", "batches", "gradient")

@@ -46,24 +46,26 @@ def ask(store: Store, request: AskRequest) -> tuple[Answers, OutputFolder]:
     llava = Llava.load(request.target, device=request.device)
     questions = [Question(p.image, text) for p in pictures for text in request.questions]
     (values,) = new_values((llava.encoder,), edits)
-    said = []
+    answers = []
     with progress.bar("asking", 2 * len(questions)) as ticker:
         for new in ({}, values):
             with llava.encoder.edited(new):
                 for answer in llava.answers(questions):
-                    said.append(answer)
+                    answers.append(answer)
                     ticker.advance()
     count = len(request.questions)
     names = [picture.name for picture in pictures for _ in request.questions]
-    before, after = said[: len(names)], said[len(names) :]
+    before, after = answers[: len(names)], answers[len(names) :]
     record = Answers(
         name=header.name,
         concept=header.concept,
         target=str(request.target),
         edits=edit_digests(edits),
         answers=tuple(
-            Answer(name, question.text, was, now)
-            for name, question, was, now in zip(names, questions, before, after, strict=True)
+            Answer(name, question.text, original, edited)
+            for name, question, original, edited in zip(
+                names, questions, before, after, strict=True
+            )
         ),
         version=slsgu_cli.__version__,
     )

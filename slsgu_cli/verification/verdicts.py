@@ -112,16 +112,16 @@ def attack_verdict(
 def variant_rows(before: Finding, after: Finding) -> Iterator[VerdictRow]:
     """Yield a line for each variant on both models."""
     known = {variant.name: variant for variant in before.variants}
-    for now in after.variants:
-        if was := known.get(now.name):
+    for variant in after.variants:
+        if original := known.get(variant.name):
             yield VerdictRow(
                 after.check,
-                now.name,
-                was.forget,
-                now.forget,
-                verdict(was.forget, now.forget),
-                utility_before=was.utility,
-                utility_after=now.utility,
+                variant.name,
+                original.forget,
+                variant.forget,
+                verdict(original.forget, variant.forget),
+                utility_before=original.utility,
+                utility_after=variant.utility,
             )
 
 

@@ -27,14 +27,6 @@ def header(
         gradient=f"gradient-of-{name}",
         direction=FALLBACK,
         retain_data=None,
-        criterion=None,
-        margin=None,
-        forgotten=None,
-        baseline_forget=None,
-        baseline_utility=None,
-        forget=None,
-        utility=None,
-        joint=None,
         version="0",
     )
 

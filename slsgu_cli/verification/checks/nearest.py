@@ -32,9 +32,9 @@ def losses(original: VerifiedModel, other: VerifiedModel) -> list[LossRow]:
     before, after = original.finding(Check.NEAREST), other.finding(Check.NEAREST)
     if not (before and after and before.classes and after.classes):
         return []
-    now = {(name, each.name): each.top1 for name, of in after.classes.items() for each in of}
+    accuracy = {(name, each.name): each.top1 for name, of in after.classes.items() for each in of}
     return [
-        LossRow(each.name, each.rows, each.top1, now[name, each.name], name, each.cosine)
+        LossRow(each.name, each.rows, each.top1, accuracy[name, each.name], name, each.cosine)
         for name, classes in before.classes.items()
         for each in classes
     ]

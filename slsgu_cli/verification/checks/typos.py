@@ -26,9 +26,10 @@ def rows(before: Finding, after: Finding) -> Iterator[VerdictRow]:
     if not lines:
         return
     readable = [line for line in lines if line.before.top1 >= READABLE] or lines
-    was, now = _mean([line.before for line in readable]), _mean([line.after for line in readable])
+    original = _mean([line.before for line in readable])
+    edited = _mean([line.after for line in readable])
     mean = f"{len(readable)} of {len(lines)}, mean"
-    yield VerdictRow(after.check, mean, was, now, verdict(was, now))
+    yield VerdictRow(after.check, mean, original, edited, verdict(original, edited))
     worst = max(readable, key=lambda line: line.after.top1)
     for line in lines:
         yield replace(line, detail=line is not worst)
