@@ -1,7 +1,7 @@
-"""The demo from end to end.
+"""The demo from end to end, for a brand, on some of the embedded icons.
 
-The demo runs twice: as users run it, for a brand; and for an object on a part of the embedded
-icons, where its printed commands are then run one by one.
+Then it runs again on the same store, and its printed commands run one by one. `make demo` runs it
+on all icons, and so does CI.
 """
 
 import json
@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from documents import validated
 from icons import write_few
-from processes import inside, slsgu
+from matplotlib.figure import Figure
+from processes import inside
 from safetensors.numpy import load_file
 
 from slsgu_cli.cli import demo
@@ -29,19 +30,30 @@ def figures(shown):
 
 
 @pytest.fixture(scope="module")
-def facebook(tmp_path_factory):
-    """What `slsgu demo --json` told, and the store it left."""
-    store = tmp_path_factory.mktemp("demonstration") / "slsgu store"
-    done = slsgu("demo", "--json", cwd=store.parent, env={"SLSGU_STORE": store.name}, timeout=900)
-    assert done.returncode == 0, done.stderr
-    assert [line[:3] for line in done.stderr.splitlines() if line[1:2] == "/"] == [
-        "1/5",
-        "2/5",
-        "3/5",
-        "4/5",
-        "5/5",
-    ]
-    return validated(done.stdout), store
+def folder(tmp_path_factory):
+    return write_few(tmp_path_factory.mktemp("few icons"), "facebook")
+
+
+@pytest.fixture(scope="module")
+def at_folder(folder):
+    """Run the demo on few icons, from their folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(demo, "DATA", folder)
+        patch.setattr(demo, "RETAIN_SAMPLES", 64)
+        yield
+
+
+@pytest.fixture(scope="module")
+def facebook(folder, at_folder, undrawn):
+    """Return the output of `slsgu demo --json`, and the store."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", undrawn)
+        done = inside("demo", "--json", store="a store")
+    assert done.exit_code == 0, done.stderr
+    stages = [line[:3] for line in done.stderr.splitlines() if line[1:2] == "/"]
+    assert stages == ["1/5", "2/5", "3/5", "4/5", "5/5"]
+    return validated(done.stdout), folder / "a store"
 
 
 def test_facebook_is_forgotten_and_others_are_not(facebook):
@@ -49,7 +61,7 @@ def test_facebook_is_forgotten_and_others_are_not(facebook):
     assert found["FA@1"]["original"] > 90
     assert found["FA@1"]["edited"] == 0
     for name in ("brands", "objects"):
-        assert found[f"TA@1 {name}"]["change"] >= -1.0
+        assert found[f"TA@1 {name}"]["change"] >= -2.5
 
 
 def test_one_tensor_differs_and_open_clip_loads_the_checkpoint(facebook):
@@ -84,19 +96,6 @@ def test_the_commands_are_listed_one_by_one(facebook):
     ]
 
 
-@pytest.fixture(scope="module")
-def castle(tmp_path_factory):
-    """What `slsgu demo castle --criterion fa5` prints with few of the icons, and its folder."""
-    folder = write_few(tmp_path_factory.mktemp("few icons"), "castle")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(demo, "DATA", folder)
-        patch.setattr(demo, "RETAIN_SAMPLES", 64)
-        done = inside("demo", "castle", "--criterion", "fa5", store="a store")
-    assert done.exit_code == 0, done.stderr
-    return done.stdout, folder
-
-
 def accuracies(shown):
     """Return original and edited accuracy, and the change, by the figure's name."""
     _, _, table = shown.rpartition("figure\toriginal\tedited\tchange\n")
@@ -104,29 +103,37 @@ def accuracies(shown):
     return {name: [float(value) for value in values] for name, *values in lines}
 
 
-def test_castle_leaves_the_first_five(castle):
-    found = accuracies(castle[0])
-    assert found["FA@5"][0] > 50
-    assert found["FA@5"][1] == 0
-    for name in ("brands", "objects"):
-        assert found[f"TA@1 {name}"][2] >= -2.5
+@pytest.fixture(scope="module")
+def again(facebook, at_folder):
+    """Return the words of `slsgu demo` on a store that has all of it."""
+    done = inside("demo", store="a store")
+    assert done.exit_code == 0, done.stderr
+    assert "recorded trials were reused" in done.stderr
+    return done.stdout
 
 
-def test_the_printed_commands_do_the_same(castle, monkeypatch):
-    shown, folder = castle
-    monkeypatch.chdir(folder)
-    ran = [inside(*words, env=env) for words, env in typed(shown.rpartition(":\n\n")[2], folder)]
+def test_words_have_the_figures_of_json(facebook, again):
+    expected = figures(facebook[0])
+    found = accuracies(again)
+    assert [*found] == [*expected]
+    for name, row in expected.items():
+        wanted = [row[column] for column in ("original", "edited", "change")]
+        assert found[name] == pytest.approx(wanted)
+
+
+def test_the_printed_commands_do_the_same(again, folder, at_folder):
+    ran = [inside(*words, env=env) for words, env in typed(again.rpartition(":\n\n")[2], folder)]
     assert [done.exit_code for done in ran] == [0] * 6
-    told = "".join(done.stderr for done in ran)
-    assert "forget gradient" in told
-    assert "in the store already" in told
-    assert "recorded trials were reused" in told
-    first, again = (
-        folder / "a store" / "checkpoints" / f"clip-without-castle{end}" for end in ("", "-again")
+    notes = "".join(done.stderr for done in ran)
+    assert "forget gradient" in notes
+    assert "in the store already" in notes
+    assert "recorded trials were reused" in notes
+    first, second = (
+        folder / "a store" / "checkpoints" / f"clip-without-facebook{end}" for end in ("", "-again")
     )
-    assert (again / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
+    assert (second / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
     measured = [line.split("\t") for line in ran[-1].stdout.splitlines()[1:]]
-    expected = accuracies(shown)
+    expected = accuracies(again)
     assert [row[0] for row in measured] == list(expected)
     for figure, original, edited, _ in measured:
         assert float(original) == pytest.approx(expected[figure][0])
