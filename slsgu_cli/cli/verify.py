@@ -81,7 +81,7 @@ def _verdicts(
         for subject, row in verdicts
         if not (console.brief and row.detail)
     ]
-    sets = sorted({name for pair in shown for name in pair.value.utility_after or {}})
+    sets = sorted({name for row in shown for name in row.value.utility_after or {}})
     utility = [
         Column(
             f"{model}TA@1 {name}",
@@ -102,7 +102,7 @@ def _verdicts(
         Column("FA@5", "value.after.top5", shown=roughly, label="FA@5\nnow"),
         Column(
             "control FA@1",
-            lambda pair: _top1(pair.value.control),
+            lambda row: _top1(row.value.control),
             shown=roughly,
             label="FA@1\ncontrol",
         ),
@@ -110,7 +110,7 @@ def _verdicts(
         Column("TA change", "value.utility_change", shown="{:+.1f}".format, label="TA@1\nchange"),
         Column("verdict", "value.verdict"),
         Column(
-            "original control", lambda pair: _top1(pair.value.original_control), on_terminal=False
+            "original control", lambda row: _top1(row.value.original_control), on_terminal=False
         ),
         Column("added", partial(_added, "points"), on_terminal=False),
         Column("added from", partial(_added, "low"), on_terminal=False),
@@ -121,12 +121,12 @@ def _verdicts(
     console.table("verification", columns, shown, title=title)
 
 
-def _utility(side: str, name: str, pair: _Row) -> float | None:
-    return _top1((getattr(pair.value, side) or {}).get(name))
+def _utility(side: str, name: str, row: _Row) -> float | None:
+    return _top1((getattr(row.value, side) or {}).get(name))
 
 
-def _added(end: str, pair: _Row) -> float | None:
-    return getattr(pair.value.added, end, None)
+def _added(end: str, row: _Row) -> float | None:
+    return getattr(row.value.added, end, None)
 
 
 def _top1(accuracy: Accuracy | None) -> float | None:
@@ -197,7 +197,7 @@ def _classifiers(
     """Print how well classifiers on image features find the concept."""
     from slsgu_cli.verification.checks.probe import score_pairs
 
-    pairs = [_Row(each.label, *pair) for each in others for pair in score_pairs(original, each)]
+    rows = [_Row(each.label, *pair) for each in others for pair in score_pairs(original, each)]
     columns = [
         Column("classifier", "value.classifier"),
         Column("looks for", "value.subject"),
@@ -213,8 +213,8 @@ def _classifiers(
         Column("others", "value.others", on_terminal=False),
     ]
     title = "classifiers on image features; recall at 1% false positives"
-    if pairs:
-        console.table("classifiers", columns, pairs, title=title)
+    if rows:
+        console.table("classifiers", columns, rows, title=title)
 
 
 def _retrieved(console: Console, original: VerifiedModel, others: Sequence[VerifiedModel]) -> None:
@@ -268,7 +268,7 @@ def _membership(console: Console, original: VerifiedModel, others: Sequence[Veri
     before = original.finding(Check.MEMBERSHIP)
     if before is None:
         return
-    pairs = [
+    rows = [
         _Row(subject.label, *pair)
         for subject in others
         if (after := subject.finding(Check.MEMBERSHIP))
@@ -284,10 +284,10 @@ def _membership(console: Console, original: VerifiedModel, others: Sequence[Veri
         Column("sd", "value.deviation", shown="{:.1f}".format, label="\nsd"),
         Column("members", "value.members", on_terminal=False),
         Column("others", "value.others", on_terminal=False),
-        Column("verdict", lambda pair: exposure(pair.reference, pair.value)),
+        Column("verdict", lambda row: exposure(row.reference, row.value)),
     ]
     title = "membership inference: accuracy of separating the forget set from other pairs"
-    console.table("membership", columns, pairs, title=title)
+    console.table("membership", columns, rows, title=title)
 
 
 def _attempts(console: Console, subjects: Sequence[VerifiedModel]) -> None:

@@ -60,8 +60,10 @@ def test_facebook_is_forgotten_and_others_are_not(facebook):
     found = figures(facebook[0])
     assert found["FA@1"]["original"] > 90
     assert found["FA@1"]["edited"] == 0
+    assert found["FA@5"]["original"] > 50
+    assert found["FA@5"]["edited"] == 0
     for name in ("brands", "objects"):
-        assert found[f"TA@1 {name}"]["change"] >= -2.5
+        assert found[f"TA@1 {name}"]["change"] >= -1.0
 
 
 def test_one_tensor_differs_and_open_clip_loads_the_checkpoint(facebook):
@@ -105,8 +107,8 @@ def accuracies(shown):
 
 @pytest.fixture(scope="module")
 def again(facebook, at_folder):
-    """Return the words of `slsgu demo` on a store that has all of it."""
-    done = inside("demo", store="a store")
+    """Return the output of `slsgu demo` for people, on a store that has all of it."""
+    done = inside("demo", "facebook", "--criterion", "fa5", store="a store")
     assert done.exit_code == 0, done.stderr
     assert "recorded trials were reused" in done.stderr
     return done.stdout
