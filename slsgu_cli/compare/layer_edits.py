@@ -34,7 +34,7 @@ from slsgu_cli.compare.epochs import settle
 from slsgu_cli.compare.registry import ClosedForm, baseline
 from slsgu_cli.compare.runner import BaselineRunner, evaluations
 from slsgu_cli.engine.applied_layers import AppliedLayers, Use
-from slsgu_cli.engine.covariance import chosen_rows, exact_device, input_covariances
+from slsgu_cli.engine.covariance import chosen_rows, exact_device, layer_sums
 from slsgu_cli.engine.directions import layer_gradient
 from slsgu_cli.engine.effect import report
 from slsgu_cli.engine.evaluator import Evaluator
@@ -46,7 +46,7 @@ from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.method.directions.whitened import RetainMetric
 from slsgu_cli.method.scores import norm
 from slsgu_cli.records.comparison import ClipOutcome, Method
-from slsgu_cli.records.directions import DAMPING
+from slsgu_cli.records.directions import DAMPING, Statistic
 from slsgu_cli.records.method import (
     GradientHeader,
     GradientPointer,
@@ -58,6 +58,7 @@ from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
 
+INPUTS = (Statistic.INPUTS,)
 T = TypeVar("T")
 MLP_OUTPUT = re.compile(r"\.mlp\.(?:c_proj|fc2)\.weight$")
 
@@ -215,9 +216,9 @@ class LayerEdits:
     def _retain_covariance(self, layer: str) -> Tensor:
         times, pointer = self.baselines.times, self.baselines.pointer
         covariances = ensure_covariances(
-            times.store, times.manifest, pointer, [layer], device=times.device
+            times.store, times.manifest, pointer, [layer], needs=INPUTS, device=times.device
         )
-        if not covariances.has(layer):
+        if not covariances.has(layer, INPUTS):
             raise InputError(f"the inputs of {layer} cannot be captured")
         return covariances.inputs(layer).matrix
 
@@ -225,7 +226,8 @@ class LayerEdits:
     def forget_covariance(self, layer: str) -> Tensor:
         """Return the covariance of a layer's inputs over all tokens of the forget captions."""
         runner, times = self.baselines, self.baselines.times
-        covariances = input_covariances(
+        covariances = layer_sums(
+            Statistic.INPUTS,
             runner.model,
             [layer],
             runner.block("forget"),

@@ -51,15 +51,19 @@ ARGUMENTS: dict[Any, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """How a call applies a layer: a share of its entries, with inputs along an axis.
+    """How a call applies a layer: a share of its `entries`, with inputs along an axis.
 
     Each of the `groups` of a convolution has its own rows of the weight and its own inputs.
+    `channels` is the axis of the layer's outputs in those of the call; None where the call is one
+    of attention, whose outputs are those of its last projection.
     """
 
     layer: str
+    entries: int
     share: float
     axis: int
     groups: int
+    channels: int | None
 
 
 class AppliedLayers(TorchFunctionMode):
@@ -83,18 +87,21 @@ class AppliedLayers(TorchFunctionMode):
             return self._attend(named)
         outputs, weight = func(*args, **kwargs), named.get("weight")
         if func in LINEAR:
-            self._report(weight, lambda: named["input"], outputs, axis=1)
+            self._report(weight, lambda: named["input"], outputs, axis=1, channels=-1)
         elif func in MATMULS:
-            self._report(named.get("other"), lambda: named["input"], outputs, axis=0)
+            self._report(named.get("other"), lambda: named["input"], outputs, axis=0, channels=-1)
         elif func is F.conv2d:
             groups = named.get("groups", 1)
-            self._report(weight, partial(_windows, named), outputs, axis=1, groups=groups)
+            windows = partial(_windows, named)
+            self._report(weight, windows, outputs, axis=1, channels=1, groups=groups)
         elif func in NORMS or func in CHANNEL_NORMS:
-            self._report(weight, partial(_normed, func, named), outputs, axis=0)
+            channels = 1 if func in CHANNEL_NORMS else -1
+            self._report(weight, partial(_normed, func, named), outputs, axis=0, channels=channels)
         elif func in PRODUCTS:
             for scale, x in permutations([named["input"], named["other"]]):
                 if _scales(scale, x):
-                    self._report(scale, partial(x.movedim, _axis_of(scale), -1), outputs, axis=0)
+                    at = _axis_of(scale)
+                    self._report(scale, partial(x.movedim, at, -1), outputs, axis=0, channels=at)
         return outputs
 
     def applied(self, use: Use, inputs: Iterable[Tensor], outputs: Tensor) -> None:
@@ -112,11 +119,12 @@ class AppliedLayers(TorchFunctionMode):
         outputs: Any,
         *,
         axis: int,
+        channels: int | None,
         groups: int = 1,
     ) -> None:
         if isinstance(weight, Tensor) and _place(weight) in self._layers:
             name, size = self._layers[_place(weight)]
-            use = Use(name, weight.numel() / size, axis, groups)
+            use = Use(name, size, weight.numel() / size, axis, groups, channels)
             parts = inputs()
             self.applied(use, [parts] if isinstance(parts, Tensor) else parts, outputs)
 
@@ -138,7 +146,8 @@ class AppliedLayers(TorchFunctionMode):
             uses = list(zip(thirds, (query, key, value), strict=True))
         for weight, x in (*uses, (projection, mixed)):
             # Inputs of attention have positions before rows.
-            self._report(weight, partial(x.transpose, 0, -2), outputs, axis=1)
+            channels = -1 if weight is projection else None
+            self._report(weight, partial(x.transpose, 0, -2), outputs, axis=1, channels=channels)
         return outputs, weights
 
 

@@ -1,5 +1,9 @@
-"""The covariances of layers' inputs over a data block, split over ranks and resumable."""
+"""The statistics of layers over a data block, split over ranks and resumable.
 
+Those of inputs need a forward of the towers, and those of derivatives a backward too.
+"""
+
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -16,7 +20,9 @@ from slsgu_cli.clip.onednn import linear
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
 from slsgu_cli.engine.applied_layers import AppliedLayers, Use
 from slsgu_cli.engine.resumable import SavedSums
+from slsgu_cli.method.layer_statistics import projection, widens
 from slsgu_cli.prefetch import prefetch
+from slsgu_cli.records.directions import Statistic
 from slsgu_cli.records.method import Tower
 from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.store.blocks import DataBlock
@@ -24,8 +30,11 @@ from slsgu_cli.store.store import Arrays
 
 # Most retain rows that are used: at 50 tokens each, 16 inputs for each of 3,072 dimensions.
 MOST_ROWS = 1000
+# A backward costs more than a forward, and fewer rows do: docs/results/kfac.md.
+MOST_DERIVATIVE_ROWS = 250
 ROWS_PER_FORWARD = {"cpu": 128, "cuda": 1024, "mps": 256}
-
+# A backward keeps activations: it has so many times fewer rows.
+BACKWARD = 4
 
 # Columns in a block of a symmetric product on a CPU: 0.5 to 0.65 of the plain one's time.
 GRAM_BLOCK = 256
@@ -36,42 +45,57 @@ TOTAL, ABOUT = " total", " about"
 
 @dataclass(slots=True)
 class Covariance:
-    """The sum over one layer's inputs so far; `axis` is the weight's axis of inputs."""
+    """The sum over one layer so far; `axis` is the weight's axis of inputs."""
 
     axis: int
     total: Tensor
     count: float = 0.0
 
     def mean(self) -> Tensor:
-        """Return C (inputs, inputs), or its diagonal (inputs,) for a norm or scale; fp64.
+        """Return the matrix (n, n), or its diagonal (n,) for a norm or scale; fp64.
 
-        A grouped convolution has one C for each group: (groups, inputs, inputs).
+        A grouped convolution has one matrix of inputs for each group: (groups, inputs, inputs).
         """
         return self.total / self.count
 
 
-class InputCovariances(AppliedLayers):
-    """Sum x x^T over the inputs x of some layers while active.
+class LayerSums(AppliedLayers):
+    """Sums over the calls of some layers while active.
 
-    Only positions of texts where `valid` (rows, length) holds are counted. Each rank adds up its
-    own rows; `collect` sums over all ranks and leaves the sum on rank 0.
+    Each rank adds up its own rows; `collect` sums over all ranks and leaves the sum on rank 0.
     """
+
+    most_rows = MOST_ROWS
+
+    @classmethod
+    def rows_per_forward(cls, device: str) -> int:
+        """Return the rows that run together on a device."""
+        return ROWS_PER_FORWARD[torch.device(device).type]
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         super().__init__(model, layers)
         self.covariances: dict[str, Covariance] = {}
-        self.valid: Tensor | None = None
         self._vectors = {name for name in layers if model.get_parameter(name).ndim == 1}
         self._device = exact_device(str(next(model.parameters()).device))
 
-    def resume(self, arrays: Arrays) -> None:
-        """Resume from saved sums, with any number of ranks."""
-        if not processes.is_first():
-            return
-        for name in (name.removesuffix(TOTAL) for name in arrays if name.endswith(TOTAL)):
-            axis, count = arrays[name + ABOUT].tolist()
-            total = torch.from_numpy(arrays[name + TOTAL]).to(self._device)
-            self.covariances[name] = Covariance(int(axis), total, count)
+    @abstractmethod
+    def run(self, tower: SplitTower, values: Tensor, valid: Tensor | None, part: int) -> None:
+        """Add the calls of a tower for some inputs, the `part`th of the pass.
+
+        Only positions of texts where `valid` (rows, length) holds are counted.
+        """
+
+    def resume(self, saved: SavedSums, parts: int) -> int:
+        """Resume from saved sums, with any number of ranks; return how many `parts` they have."""
+        done, arrays = saved.read(parts)
+        if done:
+            progress.note(f"the covariances resume after {done} of their {parts} parts")
+        if processes.is_first():
+            for name in (name.removesuffix(TOTAL) for name in arrays if name.endswith(TOTAL)):
+                axis, count = arrays[name + ABOUT].tolist()
+                total = torch.from_numpy(arrays[name + TOTAL]).to(self._device)
+                self.covariances[name] = Covariance(int(axis), total, count)
+        return done
 
     def arrays(self) -> Arrays:
         """Return the sums over all ranks on rank 0, from which a later run resumes."""
@@ -98,14 +122,40 @@ class InputCovariances(AppliedLayers):
         if not processes.is_first():
             self.covariances.clear()
 
+    def _add(self, use: Use, x: Tensor, count: float) -> None:
+        """Add x^T x of the rows of a call, or its diagonal for a norm or scale."""
+        total = x.square().sum(dim=0) if use.layer in self._vectors else gram(x)
+        covariance = self._covariance(use.layer, use.axis, total.shape)
+        covariance.total.add_(total.to(self._device), alpha=use.share)
+        covariance.count += use.share * count
+
+    def _covariance(self, name: str, axis: int, shape: Sequence[int]) -> Covariance:
+        """Return the covariance of a layer, which is zero at first."""
+        if name not in self.covariances:
+            total = torch.zeros(shape, dtype=torch.float64, device=self._device)
+            self.covariances[name] = Covariance(axis, total)
+        return self.covariances[name]
+
+
+class InputCovariances(LayerSums):
+    """Sum x x^T over the inputs x of some layers while active."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        super().__init__(model, layers)
+        self.valid: Tensor | None = None
+
+    @torch.no_grad()
+    def run(self, tower: SplitTower, values: Tensor, valid: Tensor | None, part: int) -> None:
+        """Add the inputs of a forward."""
+        self.valid = valid
+        with self:
+            tower.features(values, values)
+
     def applied(self, use: Use, inputs: Iterable[Tensor], outputs: Tensor) -> None:
         """Add the inputs of a call, weighted by the share of the layer that it applies."""
         for part in inputs:
             x = self._counted(part, use.groups)
-            total = x.square().sum(dim=0) if use.layer in self._vectors else gram(x)
-            covariance = self._covariance(use.layer, use.axis, total.shape)
-            covariance.total.add_(total.to(self._device), alpha=use.share)
-            covariance.count += use.share * x.shape[-2]
+            self._add(use, x, x.shape[-2])
 
     def _counted(self, x: Tensor, groups: int) -> Tensor:
         """Return the counted inputs, (rows, inputs) or (groups, rows, inputs).
@@ -120,16 +170,59 @@ class InputCovariances(AppliedLayers):
             x = x[self.valid]
         return x.reshape(-1, x.shape[-1])
 
-    def _covariance(self, name: str, axis: int, shape: Sequence[int]) -> Covariance:
-        """Return the covariance of a layer, which is zero at first."""
-        if name not in self.covariances:
-            total = torch.zeros(shape, dtype=torch.float64, device=self._device)
-            self.covariances[name] = Covariance(axis, total)
-        return self.covariances[name]
+
+class OutputDerivatives(LayerSums):
+    """Sum g g^T over the derivatives g of projected features at the outputs of some layers.
+
+    The mean is over rows, of sums over positions. Layers that a call applies in part have none, nor
+    have those that widen.
+    """
+
+    most_rows = MOST_DERIVATIVE_ROWS
+
+    @classmethod
+    def rows_per_forward(cls, device: str) -> int:
+        """Return the rows of a backward, which has the outputs of all layers in memory."""
+        return ROWS_PER_FORWARD[torch.device(device).type] // BACKWARD
+
+    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        super().__init__(model, layers)
+        self._calls: list[tuple[Use, int, Tensor]] = []
+
+    @torch.enable_grad()
+    def run(self, tower: SplitTower, values: Tensor, valid: Tensor | None, part: int) -> None:
+        """Add the derivatives of a forward and a backward."""
+        with self:
+            features = tower.features(values, values)
+        self.backward(features, part)
+
+    def backward(self, features: Tensor, part: int) -> None:
+        """Add the derivatives of features (rows, width), projected on vectors drawn for a part."""
+        projected = (features * projection(features, seed=part)).sum()
+        outputs = [each for _, _, each in self._calls]
+        derivatives = torch.autograd.grad(projected, outputs, allow_unused=True)
+        for (use, channels, _), g in zip(self._calls, derivatives, strict=True):
+            if g is not None:
+                last = g.movedim(channels, -1).float()
+                self._add(use, last.reshape(-1, last.shape[-1]), len(features))
+        self._calls.clear()
+
+    def applied(self, use: Use, inputs: Iterable[Tensor], outputs: Tensor) -> None:
+        """Remember the outputs of a call."""
+        if use.share == 1 and use.channels is not None and outputs.requires_grad:
+            width = outputs.shape[use.channels]
+            if use.layer in self._vectors or not widens(width, use.entries, use.groups):
+                self._calls.append((use, use.channels, outputs))
 
 
-@torch.no_grad()
-def input_covariances(
+SUMS: dict[Statistic, type[LayerSums]] = {
+    Statistic.INPUTS: InputCovariances,
+    Statistic.DERIVATIVES: OutputDerivatives,
+}
+
+
+def layer_sums(
+    kind: Statistic,
     model: nn.Module,
     layers: Sequence[str],
     block: DataBlock,
@@ -138,53 +231,55 @@ def input_covariances(
     device: str,
     saved: SavedSums | None = None,
 ) -> dict[str, Covariance]:
-    """Return the covariances of `layers` over pairs of a block, by one forward of their towers.
+    """Return a statistic of `layers` over pairs of a block, by one pass of their towers.
 
-    At most MOST_ROWS rows of the block are used, at equal distances: first the texts in parts of
-    similar length, then the images. The result lacks layers whose inputs cannot be captured. With
+    At most `most_rows` rows of the block are used, at equal distances: first the texts in parts of
+    similar length, then the images. The result lacks layers that cannot be captured. With
     `saved` sums, resume from those of an earlier run, and write them from time to time. With
-    several ranks, only rank 0 has the covariances.
+    several ranks, only rank 0 has the result.
     """
+    sums = SUMS[kind](model, layers)
     text, vision = text_tower(model), vision_tower(model)
-    inputs = InputCovariances(model, layers)
-    rows, size = chosen_rows(block.rows), ROWS_PER_FORWARD[torch.device(device).type]
-    towers = {Layer.parse(layer).tower for layer in layers}
+    rows, size = chosen_rows(block.rows, kind), sums.rows_per_forward(device)
     parts: list[tuple[SplitTower, npt.NDArray[np.int64]]] = []
-    if Tower.TEXT in towers:
+    if has_tower(Tower.TEXT, layers):
         tokens = to_tokens(block.tokens[rows], "cpu")
         parts += [(text, rows[part.numpy()]) for part in by_length(text, tokens, size)]
-    if Tower.VISION in towers:
+    if has_tower(Tower.VISION, layers):
         parts += [(vision, rows[start:stop]) for start, stop in spans(len(rows), size)]
-    done = 0
-    if saved is not None:
-        done, arrays = saved.read(len(parts))
-        inputs.resume(arrays)
-    if done:
-        progress.note(f"the covariances resume after {done} of their {len(parts)} parts")
+    normalize = pixel_normalizer(spec, device)
 
-    def read(part: tuple[SplitTower, npt.NDArray[np.int64]]) -> tuple[SplitTower, Tensor]:
-        tower, chosen = part
+    def read(part: int) -> tuple[int, Tensor]:
+        tower, chosen = parts[part]
         if tower is vision:
-            return tower, staged(block.take(chosen), device)
-        return tower, text.trim(to_tokens(block.tokens[chosen], "cpu"))
+            return part, staged(block.take(chosen), device)
+        return part, text.trim(to_tokens(block.tokens[chosen], "cpu"))
 
-    normalize, ranks = pixel_normalizer(spec, device), processes.world_size()
+    def add(part: int, values: Tensor) -> None:
+        if parts[part][0] is vision:
+            sums.run(vision, normalize(values), None, part)
+        else:
+            sums.run(text, values.to(device), text.counted(values).to(device), part)
+
+    done = sums.resume(saved, len(parts)) if saved is not None else 0
+    ranks = processes.world_size()
     rounds = range(done, len(parts), ranks)
-    mine = prefetch(read, processes.split(parts[done:]), threads=2)
-    with progress.bar("retain inputs", len(rounds)) as ticker:
+    mine = prefetch(read, processes.split(range(done, len(parts))), threads=2)
+    with progress.bar(f"retain {kind}", len(rounds)) as ticker:
         # In the last round, some ranks may have no part.
-        for start, part in zip_longest(rounds, mine):
-            if part is not None:
-                tower, values = part
-                inputs.valid = None if tower is vision else text.counted(values).to(device)
-                values = normalize(values) if tower is vision else values.to(device)
-                with inputs:
-                    tower.features(values, values)
+        for start, each in zip_longest(rounds, mine):
+            if each is not None:
+                add(*each)
             if saved is not None and start != rounds[-1] and processes.agreed(saved.due):
-                saved.write(inputs.arrays(), done=start + ranks, batches=len(parts))
+                saved.write(sums.arrays(), done=start + ranks, batches=len(parts))
             ticker.advance()
-    inputs.collect()
-    return inputs.covariances
+    sums.collect()
+    return sums.covariances
+
+
+def has_tower(tower: Tower, layers: Iterable[str]) -> bool:
+    """Return whether some of the layers are of a tower."""
+    return any(Layer.parse(layer).tower is tower for layer in layers)
 
 
 def gram(x: Tensor) -> Tensor:
@@ -201,9 +296,9 @@ def gram(x: Tensor) -> Tensor:
     return product
 
 
-def chosen_rows(rows: int) -> npt.NDArray[np.int64]:
-    """Return the rows that covariances are computed on, of a block of `rows`."""
-    return spread(rows, MOST_ROWS)
+def chosen_rows(rows: int, kind: Statistic = Statistic.INPUTS) -> npt.NDArray[np.int64]:
+    """Return the rows that a statistic is computed on, of a block of `rows`."""
+    return spread(rows, SUMS[kind].most_rows)
 
 
 def spread(rows: int, most: int) -> npt.NDArray[np.int64]:

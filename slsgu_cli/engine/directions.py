@@ -8,7 +8,7 @@ import numpy as np
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.number_formats import Floats
 from slsgu_cli.errors import NotFiniteError
-from slsgu_cli.method.directions import Direction, InputCovariance, LayerStatistics
+from slsgu_cli.method.directions import Direction, LayerStatistics
 from slsgu_cli.method.scores import Vector
 from slsgu_cli.records.directions import DirectionSpec
 from slsgu_cli.records.method import GradientPointer
@@ -60,9 +60,9 @@ def forget_direction(
     pointer: GradientPointer,
     layer: str,
     direction: DirectionSpec,
-    inputs: InputCovariance | None,
+    statistics: LayerStatistics,
 ) -> Floats:
-    """Return the direction of a layer, fp32, from its forget gradient and input covariance."""
-    chosen, statistics = implementation(direction), LayerStatistics(weight_norm=1.0, inputs=inputs)
+    """Return the direction of a layer, fp32, from its forget gradient and its statistics."""
+    chosen = implementation(direction)
     gradient = operand(layer_gradient(store, pointer.forget, layer), chosen, statistics)
     return as_array(chosen.along(gradient, chosen.metric(statistics))).astype(np.float32)

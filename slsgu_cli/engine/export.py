@@ -42,6 +42,7 @@ from slsgu_cli.engine.search_plan import (
     require_alike,
     share_evaluation,
 )
+from slsgu_cli.engine.stored_covariances import Covariances
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.method import LoraHeader, LoraLayout
@@ -256,7 +257,9 @@ class _Measured:
         manifests = [read_manifest(store, name) for name in names]
         require_alike({manifest.name: evaluation_digest(manifest) for manifest in manifests})
         self.plans = [
-            SearchPlan(manifest, read_pointer(store, manifest), layers, options, (), None)
+            SearchPlan(
+                manifest, read_pointer(store, manifest), layers, options, (), Covariances(store)
+            )
             for manifest in manifests
         ]
         with torch.no_grad():

@@ -25,8 +25,7 @@ from slsgu_cli.engine.stored_covariances import (
     warn_of_fallback,
 )
 from slsgu_cli.errors import InputError, UsageError
-from slsgu_cli.method.directions import LayerStatistics
-from slsgu_cli.method.fronts import pareto_front
+from slsgu_cli.method.fronts import layers_to_try
 from slsgu_cli.method.scores import alignment, importance, norm
 from slsgu_cli.prefetch import prefetch
 from slsgu_cli.records.directions import FALLBACK, DirectionSpec
@@ -71,10 +70,15 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
         if encoder and (reason := encoder.why_not(layer)) is not None
     }
     layers = [layer for layer in candidates if layer not in unreached]
-    covariances = None
-    if options.direction.needs_inputs and layers:
-        covariances = ensure_covariances(store, manifest, pointer, layers, device=options.device)
-        warn_of_fallback(covariances, layers, how="ranked", out="--exclude leaves them out")
+    covariances = ensure_covariances(
+        store, manifest, pointer, layers, needs=options.direction.needs, device=options.device
+    )
+    warn_of_fallback(
+        covariances, layers, options.specs, how="ranked", out="--exclude leaves them out"
+    )
+    if unable := [layer for layer in layers if not covariances.able(layer, options.specs)]:
+        note_layers(f"{len(unable)} layers have no {options.direction} direction", unable)
+    layers = [layer for layer in layers if layer not in unable]
     by_layer = _scores(store, pointer, layers, weights, options, covariances)
     scores = [score for layer in layers for score in by_layer[layer]]
     if not scores:
@@ -98,7 +102,10 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
         scores=tuple(
             score
             for direction in dict.fromkeys((*options.specs, FALLBACK))
-            for score in _with_fronts([each for each in scores if each.direction == direction])
+            for score in _marked(
+                [each for each in scores if each.direction == direction],
+                implementation(direction).first,
+            )
         ),
         version=slsgu_cli.__version__,
         target=options.target,
@@ -116,7 +123,7 @@ def _scores(
     layers: Sequence[str],
     weights: dict[str, ParameterNorm],
     options: RankOptions,
-    covariances: Covariances | None,
+    covariances: Covariances,
 ) -> dict[str, list[LayerScore]]:
     """Return the scores of each layer along the directions that it has. Ranks share the work.
 
@@ -140,12 +147,10 @@ def _scores(
         forget_norm, retain_norm = map(norm, gradients)
         if not weight.norm or not forget_norm:
             continue
-        inputs = None
-        if covariances is not None and covariances.has(layer):
-            inputs = covariances.inputs(layer, values)
-        able = [each for each in options.specs if inputs is not None or not each.needs_inputs]
-        for direction in able or [FALLBACK]:
-            statistics = LayerStatistics(weight.norm, inputs if direction.needs_inputs else None)
+        for direction in covariances.able(layer, options.specs):
+            statistics = covariances.statistics(
+                layer, direction, weight_norm=weight.norm, weight=values
+            )
             chosen = implementation(direction)
             metric = chosen.metric(statistics)
             forget, retain = (
@@ -177,12 +182,15 @@ def _slice(model: ResolvedModel | None, layer: str) -> Floats | None:
     return model_layer(model, layer).astype(np.float32, copy=False)
 
 
-def _with_fronts(scores: Sequence[LayerScore]) -> list[LayerScore]:
-    """Mark each tower's Pareto front; sort by tower, then front first, then falling importance."""
+def _marked(scores: Sequence[LayerScore], first: int | None) -> list[LayerScore]:
+    """Mark the layers of each tower to try along one direction, as `layers_to_try`.
+
+    Sorted by tower, then marked layers first, then falling importance.
+    """
     marked: list[LayerScore] = []
     for tower in Tower:
         in_tower = [score for score in scores if score.tower is tower]
-        front = pareto_front([(score.importance, score.alignment) for score in in_tower])
+        front = layers_to_try([(score.importance, score.alignment) for score in in_tower], first)
         rows = [replace(score, front=on) for score, on in zip(in_tower, front, strict=True)]
         marked += sorted(rows, key=lambda row: (not row.front, -row.importance, row.layer))
     return marked

@@ -224,12 +224,12 @@ def require_forgotten(result: SearchResult) -> None:
 def _fresh_trials(plan: SearchPlan, evaluation: Evaluation) -> Trials:
     """Return a record of the inputs of a search, without trials."""
     manifest, pointer, options = plan.manifest, plan.pointer, plan.options
-    whitened = any(each.needs_inputs for each in plan.directions)
+    uses_retain = any(each.needs for each in plan.directions)
     return Trials(
         name=manifest.name,
         forget=pointer.forget,
         directions=tuple(each.kind for each in plan.directions),
-        retain_data=pointer.retain_data if whitened else None,
+        retain_data=pointer.retain_data if uses_retain else None,
         model_fingerprint=pointer.model_fingerprint,
         evals=manifest.evaluation_blocks(),
         precision=options.precision,

@@ -34,7 +34,7 @@ from slsgu_cli.engine.ranking import ranked_layers, search_directions
 from slsgu_cli.engine.stored_covariances import Covariances, ensure_covariances, warn_of_fallback
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.directions import FALLBACK, Direction, DirectionSpec
+from slsgu_cli.records.directions import Direction, DirectionSpec, needed
 from slsgu_cli.records.method import FeatureHeader, GradientPointer, Precision, Ranking
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import SetManifest, Split
@@ -65,7 +65,7 @@ class SearchPlan:
     layers: dict[str, float]
     options: SearchOptions
     directions: tuple[DirectionSpec, ...]
-    covariances: Covariances | None
+    covariances: Covariances
     earlier: tuple[Edit, ...] = ()
     earlier_sets: tuple[SetManifest, ...] = ()
 
@@ -94,10 +94,9 @@ class SearchPlan:
         """
         known, device = self.covariances, self.options.device
         for layer, weight_norm in self.layers.items():
-            inputs = known.inputs(layer) if known is not None and known.has(layer) else None
-            able = [each for each in self.directions if inputs or not each.needs_inputs]
-            for direction in able or [FALLBACK]:
-                along = forget_direction(store, self.pointer, layer, direction, inputs)
+            for direction in known.able(layer, self.directions):
+                statistics = known.statistics(layer, direction)
+                along = forget_direction(store, self.pointer, layer, direction, statistics)
                 yield Evaluator(
                     evaluation, layer, weight_norm, torch.tensor(along, device=device), direction
                 )
@@ -122,11 +121,17 @@ def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
     directions = search_directions(options, ranking)
     scores = ranked_layers(ranking, options)
     layers = {score.layer: score.weight_norm for score in scores}
-    covariances = None
-    if any(direction.needs_inputs for direction in directions):
-        names = list(layers)
-        covariances = ensure_covariances(store, manifest, pointer, names, device=options.device)
-        warn_of_fallback(covariances, names, how="searched", out="--layer names others")
+    covariances = ensure_covariances(
+        store,
+        manifest,
+        pointer,
+        list(layers),
+        needs=needed(each.kind for each in directions),
+        device=options.device,
+    )
+    warn_of_fallback(
+        covariances, list(layers), directions, how="searched", out="--layer names others"
+    )
     plan = SearchPlan(manifest, pointer, layers, options, directions, covariances)
     return _after_edits(store, plan) if options.after else plan
 

@@ -102,16 +102,18 @@ def direct_edit(
     manifest = read_manifest(store, name)
     pointer = read_pointer(store, manifest)
     layer = named_layer(store, pointer, layer).name
-    direction, inputs = options.specs[-1], None
-    if direction.needs_inputs:
-        covariances = ensure_covariances(store, manifest, pointer, [layer], device=options.device)
-        if not covariances.has(layer):
-            raise InputError(
-                f"{layer} cannot move along {direction}: its inputs cannot be captured",
-                hint=f"--direction {FALLBACK.kind}, or another layer",
-            )
-        inputs = covariances.inputs(layer)
-    along = forget_direction(store, pointer, layer, direction, inputs)
+    direction = options.specs[-1]
+    covariances = ensure_covariances(
+        store, manifest, pointer, [layer], needs=direction.needs, device=options.device
+    )
+    if not covariances.has(layer, direction.needs):
+        raise InputError(
+            f"{layer} cannot move along {direction}: its {' and '.join(direction.needs)} cannot be "
+            "captured",
+            hint=f"--direction {FALLBACK.kind}, or another layer",
+        )
+    statistics = covariances.statistics(layer, direction)
+    along = forget_direction(store, pointer, layer, direction, statistics)
     before = model_layer(resolve(pointer.model), layer)
     return step_edit(
         manifest,

@@ -44,7 +44,7 @@ def step_edit(
         digests=layer_digests(before),
         gradient=pointer.forget,
         direction=direction,
-        retain_data=pointer.retain_data if direction.needs_inputs else None,
+        retain_data=pointer.retain_data if direction.needs else None,
         version=slsgu_cli.__version__,
         layout=resolve(pointer.model).scheme,
     )

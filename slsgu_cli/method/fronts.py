@@ -20,3 +20,15 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
             front[index] = points[index][1] <= least_above
         least_above = min(least_above, *(points[index][1] for index in level))
     return front
+
+
+def layers_to_try(points: Sequence[tuple[float, float]], first: int | None) -> list[bool]:
+    """Return which layers a search tries, given their (importance, alignment).
+
+    These are the Pareto front, or the `first` most important layers of a direction with one scale
+    for all layers.
+    """
+    if first is None:
+        return pareto_front(points)
+    order = sorted(range(len(points)), key=lambda index: -points[index][0])
+    return [index in order[:first] for index in range(len(points))]

@@ -16,12 +16,12 @@ from typing import Any
 from torch import Tensor
 
 from slsgu_cli.errors import InputError
-from slsgu_cli.method.directions import Direction, InputCovariance, LayerStatistics
+from slsgu_cli.method.directions import Direction, LayerStatistics
 from slsgu_cli.method.directions.gradient import Gradient
 from slsgu_cli.method.edits import LayerEdit
-from slsgu_cli.method.fronts import pareto_front
+from slsgu_cli.method.fronts import layers_to_try
 from slsgu_cli.method.gradient import Pairs, mean_gradient
-from slsgu_cli.method.input_covariance import input_covariances
+from slsgu_cli.method.layer_statistics import layer_statistics
 from slsgu_cli.method.layers import TEXT, VISION, candidates, tower_of
 from slsgu_cli.method.losses import Loss, contrastive, cosine_forget, sigmoid
 from slsgu_cli.method.scores import Vector, alignment, importance, norm
@@ -57,19 +57,19 @@ def unlearn(
         names = [name for name in names if name in set(layers)]
     forget_gradient = mean_gradient(model, cosine_forget, forget)
     retain_gradient = mean_gradient(model, retain_loss(model), retain)
-    inputs: dict[str, InputCovariance] = {}
-    if any(direction.needs_inputs for direction in directions):
-        inputs = input_covariances(model, names, retain)
+    known: dict[str, LayerStatistics] = {}
+    if any(direction.needs for direction in directions):
+        known = layer_statistics(model, names, retain)
     original = evaluate(model)
 
     trials: list[LayerEdit] = []
     for direction in directions:
-        able = [name for name in names if name in inputs or not direction.needs_inputs]
+        able = [name for name in names if has_all(known.get(name), direction.needs)]
         for name in front_layers(
-            model, direction, able, inputs, forget_gradient, retain_gradient, signed=signed
+            model, direction, able, known, forget_gradient, retain_gradient, signed=signed
         ):
             weight = model.get_parameter(name).detach().clone()
-            metric = direction.metric(statistics(weight, inputs.get(name)))
+            metric = direction.metric(known.get(name) or plain_statistics(weight))
             along = direction.along(forget_gradient[name], metric).to(weight)
 
             unmeasured = LayerEdit(name, 0.0, along, weight)
@@ -96,25 +96,25 @@ def front_layers(
     model: Any,
     direction: Direction,
     names: Sequence[str],
-    inputs: dict[str, InputCovariance],
+    known: dict[str, LayerStatistics],
     forget: dict[str, Tensor],
     retain: dict[str, Tensor],
     *,
     signed: bool = False,
 ) -> list[str]:
-    """Return the layers on the Pareto front of each tower, the most important first (Alg. 2)."""
+    """Return the layers of each tower to try, the most important first (Alg. 2)."""
     fronts: list[str] = []
     for tower in (VISION, TEXT):
         scores: dict[str, tuple[float, float]] = {}
         for name in names:
-            layer = statistics(model.get_parameter(name).detach(), inputs.get(name))
+            layer = known.get(name) or plain_statistics(model.get_parameter(name).detach())
             if tower_of(name) != tower or not layer.weight_norm or not forget[name].any():
                 continue
             metric = direction.metric(layer)
             f, r = (array(metric.scaled(gradient[name])) for gradient in (forget, retain))
             scores[name] = importance(norm(f), metric.weight_norm()), alignment(f, r, signed=signed)
-        on_front = zip(scores, pareto_front(list(scores.values())), strict=True)
-        front = [name for name, on in on_front if on]
+        marks = layers_to_try(list(scores.values()), direction.first)
+        front = [name for name, on in zip(scores, marks, strict=True) if on]
         fronts += sorted(front, key=lambda name: (-scores[name][0], name))
     return fronts
 
@@ -130,9 +130,14 @@ def retain_loss(model: Any) -> Loss:
     return loss
 
 
-def statistics(weight: Tensor, inputs: InputCovariance | None) -> LayerStatistics:
-    """Return what directions may know of a layer."""
-    return LayerStatistics(norm(array(weight)), inputs)
+def has_all(layer: LayerStatistics | None, needs: Iterable[str]) -> bool:
+    """Return whether all statistics of a layer that a direction needs are known."""
+    return all(getattr(layer, name, None) is not None for name in needs)
+
+
+def plain_statistics(weight: Tensor) -> LayerStatistics:
+    """Return what directions know of a layer without the retain set."""
+    return LayerStatistics(norm(array(weight)))
 
 
 def array(values: Tensor) -> Vector:

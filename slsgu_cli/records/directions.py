@@ -1,6 +1,6 @@
 """The directions that a layer may move in: one entry each, and the record of a chosen one."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -10,11 +10,19 @@ from slsgu_cli.errors import UsageError
 DAMPING = 0.01
 
 
+class Statistic(StrEnum):
+    """What a direction may need to know of a layer on the retain set."""
+
+    INPUTS = "inputs"
+    DERIVATIVES = "derivatives"
+
+
 class Direction(StrEnum):
     """The directions to rank and search; `BOTH` stands for the default ones."""
 
     GRADIENT = "gradient"
     WHITENED = "whitened"
+    KFAC = "kfac"
     BOTH = "both"
 
     @property
@@ -24,9 +32,9 @@ class Direction(StrEnum):
         return usual if self is Direction.BOTH else (self,)
 
     @property
-    def needs_inputs(self) -> bool:
-        """Whether one of them needs the covariances of the layers' inputs."""
-        return any(REGISTRY[kind].needs_inputs for kind in self.each)
+    def needs(self) -> "tuple[Statistic, ...]":
+        """The statistics of layers that they need."""
+        return needed(self.each)
 
     def specs(self, damping: float | None = None) -> "tuple[DirectionSpec, ...]":
         """Return each direction with its parameters, or their defaults."""
@@ -52,14 +60,15 @@ class Entry:
     """The implementation and the properties of a direction.
 
     `implementation` is MODULE:CLASS, called with the parameters, whose defaults `parameters`
-    has. `words` names it in sentences. A direction that `needs_inputs` gets the input covariances
-    of layers; layers without them move along the gradient.
+    has. `words` names it in sentences. Layers without the statistics that it `needs` move along the
+    gradient if it `falls_back`, else not at all.
     """
 
     implementation: str
     words: str
     parameters: Mapping[str, float] = field(default_factory=dict)
-    needs_inputs: bool = False
+    needs: tuple[Statistic, ...] = ()
+    falls_back: bool = False
     by_default: bool = False
 
 
@@ -73,10 +82,23 @@ REGISTRY: dict[Direction, Entry] = {
         implementation="slsgu_cli.method.directions.whitened:Whitened",
         words="the whitened gradient",
         parameters={"damping": DAMPING},
-        needs_inputs=True,
+        needs=(Statistic.INPUTS,),
+        falls_back=True,
         by_default=True,
     ),
+    Direction.KFAC: Entry(
+        implementation="slsgu_cli.method.directions.kfac:Kfac",
+        words="the gradient preconditioned by both factors",
+        parameters={"damping": DAMPING},
+        needs=(Statistic.INPUTS, Statistic.DERIVATIVES),
+    ),
 }
+
+
+def needed(kinds: Iterable[Direction]) -> tuple[Statistic, ...]:
+    """Return the statistics of layers that some directions need, in order."""
+    needs = {each for kind in kinds for each in REGISTRY[kind].needs}
+    return tuple(each for each in Statistic if each in needs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +128,9 @@ class DirectionSpec:
         return REGISTRY[self.kind]
 
     @property
-    def needs_inputs(self) -> bool:
-        """Whether it needs the covariances of the layers' inputs."""
-        return self.entry.needs_inputs
+    def needs(self) -> tuple[Statistic, ...]:
+        """The statistics of a layer that it needs."""
+        return self.entry.needs
 
     @property
     def order(self) -> tuple[int, tuple[float, ...]]:

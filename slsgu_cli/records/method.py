@@ -3,7 +3,7 @@
 import dataclasses
 from enum import StrEnum
 
-from slsgu_cli.records.directions import Direction, DirectionSpec
+from slsgu_cli.records.directions import Direction, DirectionSpec, Statistic
 from slsgu_cli.records.figures import Accuracy, BaseEdits, ClassLoss, PassTime, TargetFigures
 from slsgu_cli.records.sets import ModelSpec, SetManifest, Split
 
@@ -153,23 +153,24 @@ class GradientPointer:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerCovariance:
-    """The input covariance C of one layer, whose matrix is a tensor of the file.
+    """A covariance of one layer, whose matrix is a tensor of the file.
 
-    `axis` is the weight's axis of inputs, `count` the inputs that C is the mean over,
-    `output` the mean squared output of the layer on them, tr(W C W^T).
+    `axis` is the weight's axis of inputs, `count` what the mean is over: inputs, or rows of
+    derivatives. `output` is the mean squared output of the layer on these inputs, tr(W C W^T).
     """
 
     axis: int
     count: float
-    output: float
+    output: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CovarianceHeader:
-    """The header of a file of input covariances of a model over retain rows.
+    """The header of a file of covariances of a model's layers over retain rows.
 
-    `uncaptured` lists the layers whose inputs could not be captured by that `revision` of the
-    code. Captions get `prefixes` where those of the forget gradient have them.
+    They are of the layers' inputs, or of the features' derivatives at their outputs: its
+    `statistic`. `uncaptured` lists the layers that could not be captured by that `revision` of
+    the code. Captions get `prefixes` where those of the forget gradient have them.
     """
 
     model: str
@@ -180,6 +181,7 @@ class CovarianceHeader:
     version: str
     prefixes: tuple[str, ...] = ()
     revision: int = 1
+    statistic: Statistic = Statistic.INPUTS
 
     def is_of(self, pointer: GradientPointer) -> bool:
         """Return whether the model, retain rows and prefixes are those of a set's gradients."""

@@ -377,7 +377,7 @@ def moves_of(
     ]
     keys = sorted({place.key for layer in reached for place in live.places(layer)})
     inputs = InputCovariances(live.module, keys)
-    if direction.needs_inputs:
+    if direction.needs:
         with torch.no_grad(), inputs:
             subject.run_retained()
     moves = []
@@ -391,7 +391,7 @@ def moves_of(
             axis = 1 - covariance.axis if live.places(layer)[0].transposed else covariance.axis
             mean = covariance.mean()
             known = InputCovariance(mean, axis, mean_square_output(weight, mean, axis))
-        spec = FALLBACK if direction.needs_inputs and known is None else direction
+        spec = FALLBACK if direction.needs and known is None else direction
         chosen = implementation(spec)
         metric = chosen.metric(LayerStatistics(float(weight.norm()), known))
         along = chosen.along(gradient, metric).float()

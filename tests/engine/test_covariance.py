@@ -14,8 +14,9 @@ from tower_models import CONFIGS, make
 from slsgu_cli.clip.towers import text_tower, vision_tower
 from slsgu_cli.engine import applied_layers
 from slsgu_cli.engine import covariance as covariance_module
-from slsgu_cli.engine.covariance import InputCovariances, input_covariances
+from slsgu_cli.engine.covariance import InputCovariances, layer_sums
 from slsgu_cli.method.layers import is_candidate
+from slsgu_cli.records.directions import Statistic
 from slsgu_cli.records.sets import InputSpec
 
 ROWS, SIZE = 7, tiny_clip.SIZE
@@ -53,7 +54,7 @@ def layers_of(model):
 
 
 def found_by(model, block):
-    return input_covariances(model, layers_of(model), block, spec=SPEC, device="cpu")
+    return layer_sums(Statistic.INPUTS, model, layers_of(model), block, spec=SPEC, device="cpu")
 
 
 class Plain(dict):
@@ -159,7 +160,7 @@ def test_the_rows_of_a_forward_do_not_change_covariances(model, block, monkeypat
 
 
 def test_large_blocks_are_sampled_at_equal_distances(model, block, monkeypatch):
-    monkeypatch.setattr(covariance_module, "MOST_ROWS", 4)
+    monkeypatch.setattr(InputCovariances, "most_rows", 4)
     rows = covariance_module.chosen_rows(ROWS)
     assert rows.tolist() == [0, 2, 4, 6]
     some = Block(4, block.tokens[rows], block.pixels[rows])
@@ -418,8 +419,8 @@ def test_only_positions_that_influence_text_features_count(built, block, tmp_pat
     influences = slopes.abs().sum(-1) > 0
     assert 0 < influences.sum() < influences.numel()
     texts = [name for name in layers_of(model) if name.startswith("text.")]
-    found = input_covariances(
-        model, texts, Block(ROWS, tokens, block.pixels), spec=SPEC, device="cpu"
+    found = layer_sums(
+        Statistic.INPUTS, model, texts, Block(ROWS, tokens, block.pixels), spec=SPEC, device="cpu"
     )
     assert set(found) == set(texts)
     x = states[0][influences].detach().double()

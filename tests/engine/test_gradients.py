@@ -24,7 +24,7 @@ from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.stored_covariances import find_covariances
 from slsgu_cli.errors import InputError, MissingError, StaleError
-from slsgu_cli.records.directions import Direction
+from slsgu_cli.records.directions import Direction, Statistic
 from slsgu_cli.records.method import GradientHeader, Precision, SquaresHeader, SumsHeader
 from slsgu_cli.records.options import PassOptions, RankOptions
 from slsgu_cli.records.sets import ModelSpec
@@ -443,4 +443,4 @@ def test_the_covariances_cover_prefixed_captions(world):
     matrix = covariances.inputs("text_projection").matrix.float()
     torch.testing.assert_close(matrix, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
     # Without prefixes, the covariances are different ones.
-    assert not find_covariances(world.store, compute(world).pointer).places
+    assert not find_covariances(world.store, compute(world).pointer).places[Statistic.INPUTS]

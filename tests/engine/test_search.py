@@ -26,7 +26,7 @@ from slsgu_cli.engine.search import require_forgotten, search
 from slsgu_cli.engine.set_edits import ensure_edit
 from slsgu_cli.engine.stored_covariances import find_covariances
 from slsgu_cli.errors import InputError, MissingError, NotForgottenError, StaleError, UsageError
-from slsgu_cli.records.directions import FALLBACK, Direction, DirectionSpec
+from slsgu_cli.records.directions import FALLBACK, Direction, DirectionSpec, Statistic
 from slsgu_cli.records.method import Criterion, Precision, Trials, UtilityMetric
 from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import ModelSpec
@@ -507,7 +507,7 @@ def damped(damping):
 def dense_direction(world, layer, gradient, damping):
     """Return the whitened direction by the definition, from the stored covariance."""
     covariances = find_covariances(world.store, world.pointer)
-    path, about = covariances.places[layer]
+    path, about = covariances.places[Statistic.INPUTS][layer]
     covariance = world.store.read_tensors(path, [layer])[layer].astype(float)
     if covariance.ndim == 1:
         return (gradient / (covariance + damping * covariance.mean())).astype(np.float32)
@@ -558,7 +558,7 @@ def test_the_direction_is_that_of_the_ranking(world):
     with pytest.raises(StaleError, match="ranked for the direction gradient, not whi") as error:
         find(world, steps=1, direction=Direction.WHITENED)
     assert "slsgu rank blue --direction whitened" in error.value.hint
-    with pytest.raises(UsageError, match="--damping is for the whitened direction"):
+    with pytest.raises(UsageError, match="--damping is for the whitened or kfac direction"):
         find(world, steps=1, damping=0.1)
     along = find(world, layers=SOME, steps=2)
     assert along.trials.directions == (Direction.GRADIENT,)
@@ -570,7 +570,7 @@ def test_covariances_of_other_retain_rows_are_not_used(world):
     assert len(world.store.names("covariances")) == 1
     world.build(retain_samples=40)
     world.grade()
-    assert not find_covariances(world.store, world.pointer).places
+    assert not find_covariances(world.store, world.pointer).places[Statistic.INPUTS]
     with pytest.raises(StaleError, match="made from other retain rows") as error:
         ensure_edit(world.store, "blue", options=SearchOptions())
     assert "slsgu search blue" in error.value.hint

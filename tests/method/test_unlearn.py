@@ -1,24 +1,26 @@
 """The whole method on a model and two lists of (images, texts) finds what the engine finds."""
 
-from functools import cache
+from functools import cache, partial
 
 import open_clip
 import pytest
 import tiny_clip
 import torch
+import torch.nn.functional as F
 from reference import Reference, labelled
 from worlds import plain_options
 
 import slsgu_cli
 from slsgu_cli.clip.towers import text_tower, vision_tower
-from slsgu_cli.engine.covariance import InputCovariances
+from slsgu_cli.engine.covariance import InputCovariances, OutputDerivatives
 from slsgu_cli.engine.search import search
 from slsgu_cli.errors import InputError, StaleError
+from slsgu_cli.method import layer_statistics as layer_statistics_module
 from slsgu_cli.method.directions.gradient import Gradient
 from slsgu_cli.method.directions.whitened import Whitened
 from slsgu_cli.method.evaluation import LabelledImages, ZeroShot
-from slsgu_cli.method.input_covariance import input_covariances
-from slsgu_cli.method.layers import candidates
+from slsgu_cli.method.layer_statistics import layer_statistics
+from slsgu_cli.method.layers import VISION, candidates, tower_of
 from slsgu_cli.method.unlearn import unlearn
 from slsgu_cli.store.blocks import DataBlock
 
@@ -139,27 +141,73 @@ def test_it_finds_the_layer_and_the_step_of_a_search_as_in_the_paper(world):
     }
 
 
-def test_input_covariances_are_those_of_the_engine(model):
+def test_statistics_are_those_of_the_engine(model):
     """But for the queries of a text's first token, which have one key and no influence."""
     _, retain, _ = data()
     names = candidates(name for name, _ in model.named_parameters())
-    plain, engine = input_covariances(model, names, retain), InputCovariances(model, names)
+    plain = layer_statistics(model, names, retain)
+    inputs, derivatives = InputCovariances(model, names), OutputDerivatives(model, names)
     vision, text = vision_tower(model), text_tower(model)
-    with torch.no_grad():
-        for images, texts in retain:
-            short = text.trim(texts)
-            for tower, values, valid in (
-                (vision, images, None),
-                (text, short, text.counted(short)),
-            ):
-                engine.valid = valid
-                with engine:
-                    tower.features(values, values)
-    assert set(plain) == set(engine.covariances) == set(names)
-    for name, inputs in plain.items():
-        expected, off = engine.covariances[name], 1e-6
+    for number, (images, texts) in enumerate(retain):
+        short = text.trim(texts)
+        for engine in (inputs, derivatives):
+            engine.run(vision, images, None, number)
+            engine.run(text, short, text.counted(short), number)
+    assert set(plain) == set(inputs.covariances) == set(names)
+    in_part = {name for name in names if name.endswith("resblocks.1.attn.in_proj_weight")}
+    with_factor = {name for name, layer in plain.items() if layer.derivatives is not None}
+    assert set(derivatives.covariances) == with_factor - in_part
+    for name, layer in plain.items():
+        expected, off = inputs.covariances[name], 1e-6
         if name in {f"transformer.resblocks.{block}.attn.in_proj_weight" for block in (0, 1)}:
             off = 0.1
-        difference = (inputs.matrix - expected.mean()).norm() / expected.mean().norm()
-        assert float(difference) < off, name
-        assert inputs.axis == expected.axis
+        assert relative(layer.inputs.matrix, expected.mean()) < off, name
+        assert layer.inputs.axis == expected.axis
+    for name, expected in derivatives.covariances.items():
+        assert relative(plain[name].derivatives, expected.mean()) < 1e-4, name
+
+
+def relative(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "visual.transformer.resblocks.0.mlp.c_proj.weight",
+        "visual.transformer.resblocks.1.ln_2.weight",
+        "transformer.resblocks.0.mlp.c_proj.weight",
+        "transformer.resblocks.1.ln_1.weight",
+    ],
+)
+def test_derivatives_are_those_of_the_features(model, layer, monkeypatch):
+    """Projected on each axis in turn, against a Jacobian of the features by autograd."""
+    _, retain, _ = data()
+    images, texts = (each[:5] for each in retain[0])
+    width = model.encode_text(texts).shape[1]
+    monkeypatch.setattr(
+        layer_statistics_module,
+        "projection",
+        lambda features, seed: torch.eye(width)[seed].expand_as(features),
+    )
+    found = layer_statistics(model, [layer], [(images, texts)] * width)[layer].derivatives * width
+    applied = model.get_submodule(layer.removesuffix(".weight"))
+    shapes = []
+    applied.register_forward_hook(lambda _, __, outputs: shapes.append(outputs.shape))
+    is_vision = tower_of(layer) == VISION
+    encode = partial(model.encode_image, images) if is_vision else partial(model.encode_text, texts)
+    encode()
+
+    def features(shift):
+        hook = applied.register_forward_hook(lambda _, __, outputs: outputs + shift)
+        try:
+            return F.normalize(encode(), dim=-1)
+        finally:
+            hook.remove()
+
+    jacobian = torch.autograd.functional.jacobian(features, torch.zeros(shapes[0])).double()
+    own = torch.stack([jacobian[row, :, row] for row in range(5)]).flatten(0, -2)
+    expected = own.T @ own / 5
+    if found.ndim == 1:
+        expected = expected.diagonal()
+    assert relative(found, expected) < 1e-4

@@ -7,8 +7,8 @@ from pathlib import Path
 from slsgu_cli import progress
 from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
-from slsgu_cli.engine.stored_covariances import REVISION
-from slsgu_cli.records.directions import Direction
+from slsgu_cli.engine.stored_covariances import REVISIONS
+from slsgu_cli.records.directions import Direction, Statistic
 from slsgu_cli.records.method import (
     CovarianceHeader,
     Criterion,
@@ -101,7 +101,7 @@ class World:
         rank(self.store, self.name, options=RankOptions(direction=Direction.GRADIENT))
 
 
-def lose_covariance(world, layer, revision=REVISION):
+def lose_covariance(world, layer, revision=REVISIONS[Statistic.INPUTS]):
     """Mark a layer's covariance as not capturable in a given revision of the code."""
     for path in map(Artifact.COVARIANCE.path, world.store.names("covariances", ".safetensors")):
         header = world.store.read_header(path, CovarianceHeader)

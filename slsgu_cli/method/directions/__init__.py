@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,10 +24,16 @@ class InputCovariance:
 
 @dataclass(frozen=True, slots=True)
 class LayerStatistics:
-    """What a direction may know of a layer; `inputs` only where the direction asks for them."""
+    """What a direction may know of a layer: its norm, and the statistics that it `needs`.
+
+    `derivatives` is B = E[g g^T] (outputs, outputs), or its diagonal for a norm or scale: g is the
+    derivative of a unit feature, projected on a random vector, with respect to the layer's outputs,
+    and the mean is over retained rows, of sums over positions.
+    """
 
     weight_norm: float
     inputs: InputCovariance | None = None
+    derivatives: "Tensor | None" = None
 
 
 class Metric(ABC):
@@ -49,10 +55,13 @@ class Metric(ABC):
 class Direction(ABC):
     """A direction: steepest ascent of the forget loss in a metric of its own.
 
-    One that `takes_arrays` works on numpy arrays as well, without PyTorch.
+    `needs` names the fields of LayerStatistics that its metric is made of. With `first`, a search
+    tries that many layers of each tower, by importance alone, without it the Pareto front. One that
+    `takes_arrays` works on numpy arrays as well, without PyTorch.
     """
 
-    needs_inputs = False
+    needs: ClassVar[tuple[str, ...]] = ()
+    first: ClassVar[int | None] = None
     takes_arrays = False
 
     @abstractmethod

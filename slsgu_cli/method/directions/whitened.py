@@ -5,6 +5,7 @@ disturb its outputs on retained inputs equally, D gains the most forget loss, to
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +45,11 @@ class RetainMetric(Metric):
         """What the damping adds to the diagonal: damping * tr(C) / d."""
         return self.damping * float(_diagonal(self.covariance).double().mean())
 
+    @property
+    def groups(self) -> int:
+        """The number of groups of a convolution; 1 for all other layers."""
+        return len(self.covariance) if self.covariance.ndim == 3 else 1
+
     def steepest(self, gradient: Tensor) -> Tensor:
         """Return D = G P^-1 in the shape of `gradient`."""
         flat = gradient.double()
@@ -73,7 +79,7 @@ class Whitened(Direction):
     """D = G P^-1; `damping` is a fraction of the mean eigenvalue of the covariance."""
 
     damping: float = 0.01
-    needs_inputs = True
+    needs: ClassVar = ("inputs",)
 
     def metric(self, layer: LayerStatistics) -> RetainMetric:
         """Return the metric of the layer's retained inputs. Raises InputError without them."""

@@ -1,11 +1,13 @@
-"""The covariance of what each layer is applied to on the retain set, C = E[x x^T].
+"""The statistics of each layer on the retain set: what it is applied to, and what it does.
 
-An input counts where it can influence the features: where the gradient of the features with
-respect to the layer's output is not zero. So padding behind the end of a text does not count.
+`inputs` is the covariance C = E[x x^T] of the layer's inputs. An input counts where it can
+influence the features, so padding behind the end of a text does not count. `derivatives` is
+B = E[g g^T] with the derivatives g of the features with respect to the layer's outputs. Layers
+that widen have none.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from slsgu_cli.method.directions import InputCovariance
+from slsgu_cli.method.directions import InputCovariance, LayerStatistics
 from slsgu_cli.method.directions.whitened import mean_square_output
 from slsgu_cli.method.gradient import Pairs
 
@@ -23,37 +25,68 @@ ATTENTION = F.multi_head_attention_forward
 ARGUMENTS = tuple(signature(ATTENTION).parameters)
 
 
-def input_covariances(
-    model: Any, layers: Sequence[str], pairs: Pairs
-) -> dict[str, InputCovariance]:
-    """Return the input covariances of layers over pairs of images and texts.
+def layer_statistics(
+    model: Any, layers: Sequence[str], pairs: Pairs, *, seed: int = 0
+) -> dict[str, LayerStatistics]:
+    """Return the statistics of layers over pairs of images and texts.
 
-    Layers that are applied by other functions than linear maps, convolutions of patches, layer
-    norms and attention have none.
+    The features of each pair are projected on a vector drawn by `seed`. Layers that are applied by
+    other functions than linear maps, convolutions of patches, layer norms and attention have no
+    statistics.
     """
     weights = {name: model.get_parameter(name) for name in layers}
-    seen = _Seen({weight.data_ptr(): name for name, weight in weights.items()}, {})
-    for images, texts in pairs:
+    seen = _Seen({weight.data_ptr(): name for name, weight in weights.items()})
+    rows = 0
+    for number, (images, texts) in enumerate(pairs):
         with _Capture(seen):
-            output = model.encode_image(images).sum() + model.encode_text(texts).sum()
-        torch.autograd.grad(output, list(weights.values()), allow_unused=True)
-    covariances = {}
-    for name, (total, count, axis) in seen.sums.items():
-        mean = total / count
-        output = mean_square_output(weights[name].detach(), mean, axis)
-        covariances[name] = InputCovariance(mean, axis, output)
-    return covariances
+            v = F.normalize(model.encode_image(images), dim=-1)
+            t = F.normalize(model.encode_text(texts), dim=-1)
+        drawn = projection(v, seed + number)
+        projected = (v * drawn).sum() + (t * drawn).sum()
+        torch.autograd.grad(projected, list(weights.values()), allow_unused=True)
+        rows += len(images)
+    statistics = {}
+    for name, (squares, count, axis) in seen.inputs.items():
+        weight, mean = weights[name].detach(), squares / count
+        inputs = InputCovariance(mean, axis, mean_square_output(weight, mean, axis))
+        squares = seen.derivatives[name]
+        has_factor = weight.ndim == 1 or not widens(len(squares), weight.numel())
+        derivatives = squares / rows if has_factor else None
+        statistics[name] = LayerStatistics(float(weight.double().norm()), inputs, derivatives)
+    return statistics
+
+
+def projection(features: Tensor, seed: int) -> Tensor:
+    """Return standard normal vectors of the shape of features (rows, width), drawn by `seed`.
+
+    The mean of (g . u)^2 over such vectors u is |g|^2.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(features.shape, generator=generator).to(features)
+
+
+def widens(outputs: int, entries: int, groups: int = 1) -> bool:
+    """Return whether a matrix has more outputs than inputs, as the first one of an MLP.
+
+    Its move passes a nonlinearity before it reaches the residual stream, so its first-order gain
+    is far too high, and the derivatives at its outputs would cost the most.
+    """
+    return outputs**2 > entries * groups
 
 
 @dataclass(slots=True)
 class _Seen:
-    """The layers by the address of their weights; their sums of x x^T, counts and axes."""
+    """The layers by the address of their weights.
+
+    `inputs` has their sums of x x^T, counts and axes of inputs, `derivatives` their sums of g g^T.
+    """
 
     names: dict[int, str]
-    sums: dict[str, tuple[Tensor, Tensor, int]]
+    inputs: dict[str, tuple[Tensor, Tensor, int]] = field(default_factory=dict)
+    derivatives: dict[str, Tensor] = field(default_factory=dict)
 
     def watch(self, weight: Any, inputs: Tensor, outputs: Tensor, axis: int) -> None:
-        """Add the inputs of a call once the gradient of its outputs is known.
+        """Add a call of a layer once the derivatives at its outputs are known.
 
         Inputs are (..., inputs), and outputs (..., outputs), or of patches (rows, outputs, ...).
         """
@@ -64,12 +97,15 @@ class _Seen:
             hook = partial(self._add, name, x, axis=axis, vector=vector)
             outputs.register_hook(hook)  # type: ignore[no-untyped-call]
 
-    def _add(self, name: str, x: Tensor, gradient: Tensor, *, axis: int, vector: bool) -> None:
-        by_input = gradient.flatten(2).mT if gradient.ndim == 4 else gradient
-        counts = (by_input.reshape(len(x), -1) != 0).double().mean(dim=1)
-        squares = (counts[:, None] * x * x).sum(dim=0) if vector else (counts[:, None] * x).T @ x
-        total, count, _ = self.sums.get(name, (0.0, 0.0, axis))
-        self.sums[name] = (total + squares, count + counts.sum(), axis)
+    def _add(self, name: str, x: Tensor, derivatives: Tensor, *, axis: int, vector: bool) -> None:
+        outputs_last = derivatives.flatten(2).mT if derivatives.ndim == 4 else derivatives
+        g = outputs_last.reshape(len(x), -1).double()
+        counts = (g != 0).double().mean(dim=1, keepdim=True)
+        total, count, _ = self.inputs.get(name, (0.0, 0.0, axis))
+        squares = (counts * x * x).sum(dim=0) if vector else (counts * x).T @ x
+        self.inputs[name] = (total + squares, count + counts.sum(), axis)
+        squares = (g * g).sum(dim=0) if vector else g.T @ g
+        self.derivatives[name] = self.derivatives.get(name, 0.0) + squares
 
 
 class _Capture(TorchFunctionMode):
