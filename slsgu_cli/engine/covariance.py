@@ -4,9 +4,10 @@ Those of inputs need a forward of the towers, and those of derivatives a backwar
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +34,6 @@ MOST_ROWS = 1000
 # A backward costs more than a forward, and fewer rows do: docs/results/kfac.md.
 MOST_DERIVATIVE_ROWS = 250
 ROWS_PER_FORWARD = {"cpu": 128, "cuda": 1024, "mps": 256}
-# A backward keeps activations: it has so many times fewer rows.
-BACKWARD = 4
 
 # Columns in a block of a symmetric product on a CPU: 0.5 to 0.65 of the plain one's time.
 GRAM_BLOCK = 256
@@ -65,24 +64,23 @@ class LayerSums(AppliedLayers):
     Each rank adds up its own rows; `collect` sums over all ranks and leaves the sum on rank 0.
     """
 
-    most_rows = MOST_ROWS
-
-    @classmethod
-    def rows_per_forward(cls, device: str) -> int:
-        """Return the rows that run together on a device."""
-        return ROWS_PER_FORWARD[torch.device(device).type]
+    most_rows: ClassVar = MOST_ROWS
+    # The memory of a row, as a multiple of a forward's.
+    memory: ClassVar = 1
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         super().__init__(model, layers)
         self.covariances: dict[str, Covariance] = {}
+        # Which positions (rows, length) of the texts of a call count; None: all.
+        self.valid: Tensor | None = None
         self._vectors = {name for name in layers if model.get_parameter(name).ndim == 1}
         self._device = exact_device(str(next(model.parameters()).device))
 
     @abstractmethod
-    def run(self, tower: SplitTower, values: Tensor, valid: Tensor | None, part: int) -> None:
-        """Add the calls of a tower for some inputs, the `part`th of the pass.
+    def add(self, read: Callable[[], Tensor], *, rows: int, part: int) -> None:
+        """Add the calls of `read`, which returns the features of some rows.
 
-        Only positions of texts where `valid` (rows, length) holds are counted.
+        `part` numbers the parts of a pass.
         """
 
     def resume(self, saved: SavedSums, parts: int) -> int:
@@ -140,16 +138,11 @@ class LayerSums(AppliedLayers):
 class InputCovariances(LayerSums):
     """Sum x x^T over the inputs x of some layers while active."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
-        super().__init__(model, layers)
-        self.valid: Tensor | None = None
-
     @torch.no_grad()
-    def run(self, tower: SplitTower, values: Tensor, valid: Tensor | None, part: int) -> None:
+    def add(self, read: Callable[[], Tensor], *, rows: int, part: int) -> None:
         """Add the inputs of a forward."""
-        self.valid = valid
         with self:
-            tower.features(values, values)
+            read()
 
     def applied(self, use: Use, inputs: Iterable[Tensor], outputs: Tensor) -> None:
         """Add the inputs of a call, weighted by the share of the layer that it applies."""
@@ -178,33 +171,25 @@ class OutputDerivatives(LayerSums):
     have those that widen.
     """
 
-    most_rows = MOST_DERIVATIVE_ROWS
-
-    @classmethod
-    def rows_per_forward(cls, device: str) -> int:
-        """Return the rows of a backward, which has the outputs of all layers in memory."""
-        return ROWS_PER_FORWARD[torch.device(device).type] // BACKWARD
+    most_rows: ClassVar = MOST_DERIVATIVE_ROWS
+    memory: ClassVar = 4
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         super().__init__(model, layers)
         self._calls: list[tuple[Use, int, Tensor]] = []
 
     @torch.enable_grad()
-    def run(self, tower: SplitTower, values: Tensor, valid: Tensor | None, part: int) -> None:
+    def add(self, read: Callable[[], Tensor], *, rows: int, part: int) -> None:
         """Add the derivatives of a forward and a backward."""
         with self:
-            features = tower.features(values, values)
-        self.backward(features, part)
-
-    def backward(self, features: Tensor, part: int) -> None:
-        """Add the derivatives of features (rows, width), projected on vectors drawn for a part."""
+            features = read().float()
         projected = (features * projection(features, seed=part)).sum()
         outputs = [each for _, _, each in self._calls]
         derivatives = torch.autograd.grad(projected, outputs, allow_unused=True)
         for (use, channels, _), g in zip(self._calls, derivatives, strict=True):
             if g is not None:
                 last = g.movedim(channels, -1).float()
-                self._add(use, last.reshape(-1, last.shape[-1]), len(features))
+                self._add(use, last.reshape(-1, last.shape[-1]), rows)
         self._calls.clear()
 
     def applied(self, use: Use, inputs: Iterable[Tensor], outputs: Tensor) -> None:
@@ -240,7 +225,8 @@ def layer_sums(
     """
     sums = SUMS[kind](model, layers)
     text, vision = text_tower(model), vision_tower(model)
-    rows, size = chosen_rows(block.rows, kind), sums.rows_per_forward(device)
+    rows = chosen_rows(block.rows, kind)
+    size = ROWS_PER_FORWARD[torch.device(device).type] // sums.memory
     parts: list[tuple[SplitTower, npt.NDArray[np.int64]]] = []
     if has_tower(Tower.TEXT, layers):
         tokens = to_tokens(block.tokens[rows], "cpu")
@@ -256,10 +242,10 @@ def layer_sums(
         return part, text.trim(to_tokens(block.tokens[chosen], "cpu"))
 
     def add(part: int, values: Tensor) -> None:
-        if parts[part][0] is vision:
-            sums.run(vision, normalize(values), None, part)
-        else:
-            sums.run(text, values.to(device), text.counted(values).to(device), part)
+        tower, chosen = parts[part]
+        sums.valid = None if tower is vision else text.counted(values).to(device)
+        x = normalize(values) if tower is vision else values.to(device)
+        sums.add(lambda: tower.features(x, x), rows=len(chosen), part=part)
 
     done = sums.resume(saved, len(parts)) if saved is not None else 0
     ranks = processes.world_size()

@@ -75,7 +75,7 @@ DAMPING_OPTION = partial(
     None,
     "--damping",
     min=1e-6,
-    help="Damping of the input covariance, as a fraction of its mean eigenvalue.",
+    help="Damping of the statistics of a direction, as a fraction of their mean eigenvalue.",
     panel=LAYERS,
 )
 BUDGET = partial(option, None, panel=SPEED, metavar="SIZE", read=bytes_of, without="free memory")
@@ -86,12 +86,19 @@ OVERWRITE = partial(
 )
 
 
+def _named_directions() -> str:
+    """Return the directions in words, each with its name."""
+    *others, last = (f"{entry.words} ({kind})" for kind, entry in REGISTRY.items())
+    return f"{', '.join(others)} or {last}"
+
+
 def direction_option(usual: Direction | None, words: str) -> Any:
     """Return the field of a direction. The help shows `words` as its default."""
     return option(
         usual,
         "--direction",
-        help=f"Steps follow {', '.join(entry.words for entry in REGISTRY.values())}, or both.",
+        help=f"Steps follow {_named_directions()}; both stands for "
+        f"{' and '.join(Direction.BOTH.each)}.",
         panel=LAYERS,
         without=words,
     )
@@ -294,8 +301,8 @@ class PassOptions:
 class RankOptions:
     """Options of `rank`: the layers to rank, the direction, and the measure of alignment.
 
-    `damping` (None: DAMPING) and `device` (where covariances are computed) apply only to the
-    whitened direction. With `qkv` split, query, key and value are ranked as separate layers. With
+    `damping` (None: DAMPING) and `device` (where statistics are computed) apply only to directions
+    that need these. With `qkv` split, query, key and value are ranked as separate layers. With
     `target`, a path or a kind of model, layers that cannot influence it are excluded.
     """
 
@@ -335,7 +342,7 @@ class RankOptions:
     device: str = DEVICE()
 
     def __post_init__(self) -> None:
-        """Refuse options that only the whitened direction has."""
+        """Refuse a damping that no direction has."""
         self.direction.check(self.damping)
 
     @property

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.directions import DAMPING, Direction, DirectionSpec
+from slsgu_cli.records.directions import DAMPING, REGISTRY, Direction, DirectionSpec
 from slsgu_cli.records.figures import Effect, JudgeFigures, Share
 from slsgu_cli.records.method import Qkv, Tower
 from slsgu_cli.records.option_fields import (
@@ -418,7 +418,7 @@ class TargetSearchOptions:
         if self.direction is Direction.BOTH:
             raise UsageError(
                 "a model built on CLIP is searched along one direction",
-                hint="--direction whitened or --direction gradient",
+                hint=f"--direction {' or '.join(REGISTRY)}",
             )
 
     @property

@@ -131,7 +131,7 @@ class Row:
 TENSORS = ".safetensors"
 ROLES = ("forget", "retain")
 FORGET_GRADIENT = "the forget gradient has been recomputed since"
-REWHITENED = "the retain set that whitened its direction has been rebuilt since"
+REWHITENED = "the retain set of its direction has been rebuilt since"
 WEIGHTS = "the model's weights have changed since"
 EVALUATION = "the evaluation set {} has been rebuilt since"
 GRADIENT_OF = "the forget gradient of {} has been recomputed since or is missing"

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,14 +17,14 @@ from slsgu_cli.checkpoints.target_layers import Shapes, fitting_encoder
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.clip.batches import spans
 from slsgu_cli.clip.evaluation import concept_is_split, concept_rows, serving_rows
-from slsgu_cli.engine.covariance import InputCovariances, chosen_rows, spread
+from slsgu_cli.engine.covariance import SUMS, LayerSums, chosen_rows, spread
 from slsgu_cli.engine.directions import implementation
 from slsgu_cli.errors import InputError
 from slsgu_cli.method.directions import InputCovariance, LayerStatistics
 from slsgu_cli.method.directions.whitened import mean_square_output
 from slsgu_cli.method.layers import is_candidate
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.directions import FALLBACK, DirectionSpec
+from slsgu_cli.records.directions import FALLBACK, DirectionSpec, Statistic
 from slsgu_cli.records.figures import Effect, Share, meets
 from slsgu_cli.records.method import Move
 from slsgu_cli.records.sets import ModelSpec, SetManifest, Split
@@ -35,6 +36,8 @@ from slsgu_cli.targets.answer_gradient import answer_gradient
 from slsgu_cli.targets.judge import class_in
 from slsgu_cli.targets.judged_prompts import JudgedPrompts
 from slsgu_cli.targets.models import ImageJob, LiveEncoder, Llava, Pipeline, Question
+
+T = TypeVar("T")
 
 ROWS = 32
 
@@ -132,19 +135,28 @@ class PipelineSubject(TargetSubject):
         )
         return self.to_test.effects(concept, others)
 
-    def run_retained(self) -> None:
-        """Run the text encoder over the retain set's captions, padded as the pipeline pads."""
+    def add_retained(self, sums: LayerSums) -> None:
+        """Add the text encoder's calls for the retain set's captions, padded as the pipeline pads.
+
+        Its features are the states of all positions.
+        """
         name = self.encoder.encoder.name
         tokenizer: Any = getattr(self.pipe.pipeline, name.replace("text_encoder", "tokenizer"))
-        for start, stop in spans(len(self.captions), ROWS):
+        captions = few(self.captions, sums.most_rows)
+        for start, stop in spans(len(captions), ROWS // sums.memory):
             ids = tokenizer(
-                list(self.captions[start:stop]),
+                captions[start:stop],
                 padding="max_length",
                 truncation=True,
                 max_length=tokenizer.model_max_length,
                 return_tensors="pt",
             ).input_ids
-            self.encoder.module(ids.to(self.pipe.device))
+            read = partial(self._states, ids.to(self.pipe.device))
+            sums.add(read, rows=stop - start, part=start)
+
+    def _states(self, ids: Tensor) -> Tensor:
+        states: Tensor = self.encoder.module(ids).last_hidden_state
+        return states
 
 
 @dataclass(slots=True)
@@ -253,15 +265,20 @@ class LlavaSubject(TargetSubject):
         concept, others = (self.count(q) for q in (self.to_test.of_concept, self.to_test.of_others))
         return {ANSWERS: Effect(concept, others)}
 
-    def run_retained(self) -> None:
-        """Run the vision tower over the retain set's images."""
-        for start, stop in spans(len(self.retained), ROWS):
-            self._features(self.retained[start:stop])
+    def add_retained(self, sums: LayerSums) -> None:
+        """Add the vision tower's calls for the retain set's images.
+
+        Its features are those that the language model reads.
+        """
+        images = few(self.retained, sums.most_rows)
+        for start, stop in spans(len(images), ROWS // sums.memory):
+            read = partial(self._joined_features, images[start:stop])
+            sums.add(read, rows=stop - start, part=start)
 
     def read(self) -> Tensor:
         """Return the projected features of a few of the retain set's images, flattened."""
-        few = [self.retained[row] for row in spread(len(self.retained), ROWS)]
-        return torch.cat([features.float().flatten() for features in self._features(few)])
+        with torch.no_grad():
+            return self._joined_features(few(self.retained, ROWS)).float().flatten()
 
     def forget_gradient(self, layers: Sequence[str]) -> dict[str, Tensor]:
         """Return the gradient of the negative log-odds of the concept's name in the answers.
@@ -281,7 +298,10 @@ class LlavaSubject(TargetSubject):
             )
         return answer_gradient(self.llava, self.encoder, pairs, self.name, layers)
 
-    @torch.no_grad()
+    def _joined_features(self, images: Sequence[Image.Image]) -> Tensor:
+        """Return the inputs of the language model for images, (positions of all, width)."""
+        return torch.cat(self._features(images))
+
     def _features(self, images: Sequence[Image.Image]) -> list[Tensor]:
         """Return the inputs of the language model for each image."""
         model = self.llava.model
@@ -297,6 +317,11 @@ class LlavaSubject(TargetSubject):
 
 
 Subject = PipelineSubject | LlavaSubject
+
+
+def few(items: Sequence[T], most: int) -> list[T]:
+    """Return at most `most` items, at equal distances."""
+    return [items[place] for place in spread(len(items), most)]
 
 
 def _images(block: DataBlock, rows: Any) -> list[Image.Image]:
@@ -363,8 +388,8 @@ def moves_of(
 ) -> list[TargetMove]:
     """Return a move for each layer that has a gradient and reaches the target, best first.
 
-    Input covariances are those of the target's retained inputs, all positions included. If the
-    direction needs inputs, layers without a covariance come last and follow their gradient.
+    Statistics are those of the target on its retained inputs, all positions included. If the
+    direction falls back, layers without them come last and follow their gradient.
     """
     live = subject.encoder
     reached = [
@@ -376,29 +401,42 @@ def moves_of(
         and gradient.count_nonzero()
     ]
     keys = sorted({place.key for layer in reached for place in live.places(layer)})
-    inputs = InputCovariances(live.module, keys)
-    if direction.needs:
-        with torch.no_grad(), inputs:
-            subject.run_retained()
+    sums = {kind: SUMS[kind](live.module, keys) for kind in direction.needs}
+    for each in sums.values():
+        subject.add_retained(each)
     moves = []
     for layer in reached:
         weight, gradient = live.value(layer).float(), gradients[layer].to(live.value(layer).device)
-        # Query, key and value have the same inputs, and so the same covariance.
-        covariance = inputs.covariances.get(live.places(layer)[0].key)
-        known = None
-        if covariance is not None:
-            # The axis of inputs of a layer in open_clip's shape.
-            axis = 1 - covariance.axis if live.places(layer)[0].transposed else covariance.axis
-            mean = covariance.mean()
-            known = InputCovariance(mean, axis, mean_square_output(weight, mean, axis))
-        spec = FALLBACK if direction.needs and known is None else direction
+        known = _statistics(live, layer, weight, sums)
+        spec = direction
+        if not all(getattr(known, name) is not None for name in direction.needs):
+            if not direction.entry.falls_back:
+                continue
+            spec = FALLBACK
         chosen = implementation(spec)
-        metric = chosen.metric(LayerStatistics(float(weight.norm()), known))
+        metric = chosen.metric(known)
         along = chosen.along(gradient, metric).float()
         size = metric.weight_norm()
         gain = float(metric.scaled(gradient).norm())
         moves.append(TargetMove(subject, layer, weight, along, gain / size if size else 0.0, spec))
     return sorted(moves, key=lambda move: (move.direction != direction, *_by_importance(move)))
+
+
+def _statistics(
+    live: LiveEncoder, layer: str, weight: Tensor, sums: Mapping[Statistic, LayerSums]
+) -> LayerStatistics:
+    """Return what is known of a layer, in open_clip's shape."""
+    places = live.places(layer)
+    # Query, key and value have the same inputs, and so the same covariance.
+    totals = {kind: each.covariances.get(places[0].key) for kind, each in sums.items()}
+    inputs = derivatives = None
+    if (covariance := totals.get(Statistic.INPUTS)) is not None:
+        axis = 1 - covariance.axis if places[0].transposed else covariance.axis
+        mean = covariance.mean()
+        inputs = InputCovariance(mean, axis, mean_square_output(weight, mean, axis))
+    if (total := totals.get(Statistic.DERIVATIVES)) is not None and len(places) == 1:
+        derivatives = total.mean()
+    return LayerStatistics(float(weight.norm()), inputs, derivatives)
 
 
 def _by_importance(move: TargetMove) -> tuple[float, str]:

@@ -6,10 +6,12 @@ from safetensors.numpy import load_file
 from worlds import lose_covariance
 
 from slsgu_cli.checkpoints.layers import Layer
+from slsgu_cli.engine.directions import forget_direction
 from slsgu_cli.engine.ranking import rank
+from slsgu_cli.engine.stored_covariances import find_covariances
 from slsgu_cli.errors import InputError, MissingError
 from slsgu_cli.method.layers import is_candidate
-from slsgu_cli.records.directions import FALLBACK, Direction
+from slsgu_cli.records.directions import FALLBACK, Direction, DirectionSpec
 from slsgu_cli.records.method import Alignment, GradientHeader, ParameterNorm, Tower
 from slsgu_cli.records.options import RankOptions
 from slsgu_cli.store.artifacts import Artifact, read_ranking
@@ -102,6 +104,31 @@ def test_include_exclude_and_tower_select_layers(options, fits, world):
     expected = {name for name in every if fits(name)}
     assert expected
     assert {score.layer for score in ranked(world, **options).scores} == expected
+
+
+def test_the_kfac_direction_ranks_what_does_not_widen_on_one_scale(world, listener):
+    kfac = DirectionSpec.of(Direction.KFAC)
+    ranking = ranked(world, Direction.KFAC)
+    forget, _ = gradients(world)
+    covariances = find_covariances(world.store, world.pointer)
+    wide = {name for name in forget if name.endswith(("c_fc.weight", "in_proj_weight"))}
+    assert {s.layer for s in ranking.scores} == set(filter(is_candidate, forget)) - wide
+    assert any(n.startswith(f"{len(wide)} layers have no kfac direction") for n in listener.heard)
+    for score in ranking.scores:
+        assert score.direction == kfac
+        along = forget_direction(
+            world.store,
+            world.pointer,
+            score.layer,
+            kfac,
+            covariances.statistics(score.layer, kfac),
+        )
+        gain = float((along.astype(float) * forget[score.layer]).sum()) ** 0.5
+        assert score.importance == pytest.approx(gain, rel=1e-4)
+    for tower in Tower:
+        scores = [score for score in ranking.scores if score.tower is tower]
+        assert [score.front for score in scores] == [True] * 6 + [False] * (len(scores) - 6)
+        assert scores == sorted(scores, key=lambda score: -score.importance)
 
 
 def test_a_ranking_without_layers_is_refused(world):

@@ -492,46 +492,58 @@ DAMPING = 0.03
 
 def whitened(world, **options):
     """Rank for the whitened direction, then search along it."""
-    rank(
-        world.store,
-        world.name,
-        options=RankOptions(direction=Direction.WHITENED, damping=DAMPING, device="cpu"),
-    )
+    return along(world, Direction.WHITENED, **options)
+
+
+def along(world, direction, **options):
+    """Rank for a direction, then search along it."""
+    ranking = RankOptions(direction=direction, damping=DAMPING, device="cpu")
+    rank(world.store, world.name, options=ranking)
     return find(world, **options)
 
 
-def damped(damping):
-    return DirectionSpec.of(Direction.WHITENED, damping=damping)
+def damped(damping, kind=Direction.WHITENED):
+    return DirectionSpec.of(kind, damping=damping)
 
 
-def dense_direction(world, layer, gradient, damping):
-    """Return the whitened direction by the definition, from the stored covariance."""
+def dense_direction(world, layer, gradient, damping, kind=Direction.WHITENED):
+    """Return a direction by the definition, from the stored statistics."""
     covariances = find_covariances(world.store, world.pointer)
-    path, about = covariances.places[Statistic.INPUTS][layer]
-    covariance = world.store.read_tensors(path, [layer])[layer].astype(float)
-    if covariance.ndim == 1:
-        return (gradient / (covariance + damping * covariance.mean())).astype(np.float32)
-    inverse = np.linalg.inv(
-        covariance + damping * covariance.trace() / len(covariance) * np.eye(len(covariance))
-    )
+
+    def stored(statistic):
+        path, about = covariances.places[statistic][layer]
+        matrix = world.store.read_tensors(path, [layer])[layer].astype(float)
+        floor = damping * np.mean(matrix if matrix.ndim == 1 else matrix.diagonal())
+        floor = floor if matrix.ndim == 1 else floor * np.eye(len(matrix))
+        return matrix + floor, about.axis
+
+    inputs, axis = stored(Statistic.INPUTS)
     rows = gradient.reshape(len(gradient), -1).astype(float)
-    found = rows @ inverse if about.axis == 1 else inverse @ rows
+    rows = rows.T if axis == 0 else rows
+    found = rows / inputs if inputs.ndim == 1 else rows @ np.linalg.inv(inputs)
+    if kind is Direction.KFAC:
+        outputs, _ = stored(Statistic.DERIVATIVES)
+        found = found / outputs if outputs.ndim == 1 else np.linalg.inv(outputs) @ found
+    found = found.T if axis == 0 else found
     return found.reshape(gradient.shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("budget", [None, 0])
-def test_a_whitened_search_is_the_plain_search_along_its_direction(budget, world):
-    result = whitened(world, steps=5, cache_budget=budget, full=True)
+@pytest.mark.parametrize(
+    ("kind", "budget"),
+    [(Direction.WHITENED, None), (Direction.WHITENED, 0), (Direction.KFAC, None)],
+)
+def test_a_search_along_a_direction_is_the_plain_search(kind, budget, world):
+    result = along(world, kind, steps=5, cache_budget=budget, full=True)
     reference = Reference(world)
     reference.gradient = {
-        layer: dense_direction(world, layer, reference.gradient[layer], DAMPING)
+        layer: dense_direction(world, layer, reference.gradient[layer], DAMPING, kind)
         for layer in front(world)
     }
     assert_same_search(result, reference.algorithm1(front(world), 5, Criterion.FA1), full=True)
-    assert {trial.direction for trial in result.trials.trials} == {damped(DAMPING)}
+    assert {trial.direction for trial in result.trials.trials} == {damped(DAMPING, kind)}
     edit = load_edit(world.store, "blue")
     header = edit.header
-    assert header.direction == damped(DAMPING)
+    assert header.direction == damped(DAMPING, kind)
     assert header.retain_data == world.manifest.retain.fingerprint
     expected = header.step * reference.gradient[header.layer]
     np.testing.assert_allclose(edit.delta(), expected, rtol=1e-4, atol=1e-6)

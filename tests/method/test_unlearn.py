@@ -150,9 +150,10 @@ def test_statistics_are_those_of_the_engine(model):
     vision, text = vision_tower(model), text_tower(model)
     for number, (images, texts) in enumerate(retain):
         short = text.trim(texts)
-        for engine in (inputs, derivatives):
-            engine.run(vision, images, None, number)
-            engine.run(text, short, text.counted(short), number)
+        for sums in (inputs, derivatives):
+            for tower, x, valid in ((vision, images, None), (text, short, text.counted(short))):
+                sums.valid = valid
+                sums.add(partial(tower.features, x, x), rows=len(x), part=number)
     assert set(plain) == set(inputs.covariances) == set(names)
     in_part = {name for name in names if name.endswith("resblocks.1.attn.in_proj_weight")}
     with_factor = {name for name, layer in plain.items() if layer.derivatives is not None}

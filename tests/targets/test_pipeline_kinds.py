@@ -25,7 +25,7 @@ from slsgu_cli.targets.models import ImageJob, Pipeline, new_values
 from slsgu_cli.targets.search import TargetPlan, search_target
 from slsgu_cli.targets.subjects import PipelineSubject, moves_of
 
-WHITENED = DirectionSpec.of(Direction.WHITENED, damping=0.01)
+WITH_STATISTICS = [DirectionSpec.of(Direction.WHITENED), DirectionSpec.of(Direction.KFAC)]
 
 LAYER = "transformer.resblocks.1.mlp.c_proj.weight"
 READ_TWICE = "edits go into text_encoder and text_encoder_2, and text_encoder_3 reads them"
@@ -73,8 +73,9 @@ def test_a_pipeline_that_generates_no_images_is_refused():
         list(loaded.generate([ImageJob("a blue circle", 1)], DiffusionOptions(steps=1)))
 
 
+@pytest.mark.parametrize("direction", WITH_STATISTICS, ids=str)
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
-def test_the_clip_of_sd3_and_flux_moves_along_its_whitened_gradient(kind, tiny_pipeline):
+def test_the_clip_of_sd3_and_flux_moves_along_its_direction(kind, direction, tiny_pipeline):
     pipe = opened(tiny_pipeline(kind))
     shapes = {LAYER: tuple(pipe.encoders[0].value(LAYER).shape)}
     encoder = fitting_encoder(read_target(tiny_pipeline(kind)), shapes, None)
@@ -88,8 +89,8 @@ def test_the_clip_of_sd3_and_flux_moves_along_its_whitened_gradient(kind, tiny_p
         captions=["a blue circle", "a red bar"],
     )
     gradient = {LAYER: torch.ones(shapes[LAYER])}
-    (move,) = moves_of(subject, gradient, direction=WHITENED)
-    assert move.direction == WHITENED and not torch.allclose(move.along, gradient[LAYER])
+    (move,) = moves_of(subject, gradient, direction=direction)
+    assert move.direction == direction and not torch.allclose(move.along, gradient[LAYER])
 
 
 @pytest.fixture

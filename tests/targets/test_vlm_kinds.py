@@ -27,12 +27,17 @@ from slsgu_cli.targets.models import Llava, Question, new_values
 from slsgu_cli.targets.search import TargetPlan
 from slsgu_cli.targets.subjects import LlavaSubject, moves_of
 
-WHITENED = DirectionSpec.of(Direction.WHITENED, damping=0.01)
+WHITENED, KFAC = map(DirectionSpec.of, (Direction.WHITENED, Direction.KFAC))
 
 LAYERS = {
     "llava_next": "visual.transformer.resblocks.0.attn.in_proj_weight",
     "llava_onevision": "visual.trunk.blocks.1.mlp.fc1.weight",
     "paligemma": "visual.trunk.blocks.0.attn.qkv.weight",
+}
+NARROW = {
+    "llava_next": "visual.transformer.resblocks.0.attn.out_proj.weight",
+    "llava_onevision": "visual.trunk.blocks.1.mlp.fc2.weight",
+    "paligemma": "visual.trunk.blocks.0.attn.proj.weight",
 }
 BLUE, RED = (Image.new("RGB", (32, 32), colour) for colour in ("blue", "red"))
 QUESTION = "What is shown in this image ?"
@@ -140,6 +145,15 @@ def test_the_gradient_of_the_target_lowers_the_odds_of_the_name(kind, folder):
     assert (losses[1] - losses[0]) / (2 * size) == pytest.approx(slope, rel=0.05)
     (move,) = moves_of(subject_of(llava), gradients, direction=WHITENED)
     assert move.direction == WHITENED and np.isfinite(move.importance)
+
+
+def test_only_layers_that_do_not_widen_move_along_both_factors(kind, folder):
+    llava = opened(folder)
+    wide, narrow = LAYERS[kind], NARROW[kind]
+    ones = {layer: torch.ones_like(llava.encoder.value(layer)) for layer in (wide, narrow)}
+    (move,) = moves_of(subject_of(llava), ones, direction=KFAC)
+    assert (move.layer, move.direction) == (narrow, KFAC)
+    assert move.along.shape == ones[narrow].shape and move.along.std() > 0
 
 
 def test_a_further_trained_tower_moves_along_the_targets_gradient(kind, folder):
