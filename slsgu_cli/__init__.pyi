@@ -19,6 +19,7 @@ from slsgu_cli.engine.search import search as search
 from slsgu_cli.engine.search import search_each as search_each
 from slsgu_cli.errors import SlsguError as SlsguError
 from slsgu_cli.method.directions.gradient import Gradient as Gradient
+from slsgu_cli.method.directions.kfac import Kfac as Kfac
 from slsgu_cli.method.directions.whitened import Whitened as Whitened
 from slsgu_cli.method.evaluation import LabelledImages as LabelledImages
 from slsgu_cli.method.evaluation import ZeroShot as ZeroShot

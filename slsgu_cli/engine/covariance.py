@@ -31,7 +31,7 @@ from slsgu_cli.store.store import Arrays
 
 # Most retain rows that are used: at 50 tokens each, 16 inputs for each of 3,072 dimensions.
 MOST_ROWS = 1000
-# A backward costs more than a forward, and fewer rows do: docs/results/kfac.md.
+# A backward costs more than a forward, and fewer rows do: docs/results/directions.md.
 MOST_DERIVATIVE_ROWS = 250
 ROWS_PER_FORWARD = {"cpu": 128, "cuda": 1024, "mps": 256}
 

@@ -106,9 +106,9 @@ def direct_edit(
     covariances = ensure_covariances(
         store, manifest, pointer, [layer], needs=direction.needs, device=options.device
     )
-    if not covariances.has(layer, direction.needs):
+    if missing := [kind for kind in direction.needs if not covariances.has(layer, [kind])]:
         raise InputError(
-            f"{layer} cannot move along {direction}: its {' and '.join(direction.needs)} cannot be "
+            f"{layer} has no {direction.kind} direction: its {' and '.join(missing)} cannot be "
             "captured",
             hint=f"--direction {FALLBACK.kind}, or another layer",
         )

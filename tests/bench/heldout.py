@@ -9,7 +9,7 @@ Concepts are drawn from the embedded model's classes with at least ten held-out 
 brands as objects. Each is built, graded and ranked as in the demo, then searched in several ways
 on the same gradients. Figures are of the test half of the held-out images, as edits record them.
 The ways are the defaults, other overshoots (`short`, `long`), plain TA@1 as utility (`count`), the
-paper's choice, and the fronts of one tower along one direction. With `--folds`, concepts are
+paper's choice, and the layers that a direction tries in one tower. With `--folds`, concepts are
 split as `sweep` splits classes: those of a fold share a retain set without any of them, its
 gradient and its covariances, and all share the features of the original model. Run it again on
 the same store to resume. At the end it prints the seconds per concept.
@@ -34,7 +34,7 @@ from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
 from slsgu_cli.errors import SlsguError
-from slsgu_cli.records.directions import Direction, DirectionSpec
+from slsgu_cli.records.directions import REGISTRY, DirectionSpec
 from slsgu_cli.records.method import EditHeader, Tower, UtilityMetric
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.studies import SweepRequest
@@ -50,7 +50,7 @@ WAYS = {
     "count": SearchOptions(utility=UtilityMetric.TA1),
     "paper": SearchOptions(paper=True),
 }
-TOWER_WAYS = {f"{tower}-{way}": (tower, way) for tower in Tower for way in Direction.BOTH.each}
+TOWER_WAYS = {f"{tower}-{way}": (tower, way) for tower in Tower for way in REGISTRY}
 ALL_WAYS = (*WAYS, *TOWER_WAYS)
 
 
@@ -126,6 +126,8 @@ def asked(store: Store, name: str, way: str) -> SearchOptions:
         return WAYS[way]
     tower, direction = TOWER_WAYS[way]
     ranking = read_ranking(store, read_pointer(store, read_manifest(store, name)))
+    if direction not in [each.kind for each in ranking.directions]:
+        ranking = rank(store, name, options=RankOptions(direction=direction))
     scores = ranking.by_direction()[DirectionSpec.of(direction)]
     layers = [score.layer for score in scores if score.front and score.tower is tower]
     return SearchOptions(layers=layers, direction=direction)

@@ -17,6 +17,7 @@ from slsgu_cli.engine.search import search
 from slsgu_cli.errors import InputError, StaleError
 from slsgu_cli.method import layer_statistics as layer_statistics_module
 from slsgu_cli.method.directions.gradient import Gradient
+from slsgu_cli.method.directions.kfac import Kfac
 from slsgu_cli.method.directions.whitened import Whitened
 from slsgu_cli.method.evaluation import LabelledImages, ZeroShot
 from slsgu_cli.method.layer_statistics import layer_statistics
@@ -58,7 +59,9 @@ def same(model, state):
     return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("directions", [(Gradient(),), (Whitened(),), (Gradient(), Whitened())])
+@pytest.mark.parametrize(
+    "directions", [(Gradient(),), (Whitened(),), (Kfac(),), (Gradient(), Whitened())]
+)
 def test_the_concept_is_forgotten_and_others_are_not(model, directions):
     forget, retain, evaluate = data()
     before = {name: value.clone() for name, value in model.state_dict().items()}
