@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import slsgu_cli
 from slsgu_cli import processes, progress
-from slsgu_cli.checkpoints.layers import LETTERS, Layer
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.checkpoints.number_formats import Floats
 from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.engine.gradients import load_graded, open_pairs
@@ -88,9 +88,8 @@ class Covariances:
     ) -> "LayerStatistics":
         """Return what a direction needs to know of a layer, on the device for solving.
 
-        A query, key or value slice has the inputs of the whole parameter, and its part of the
-        derivatives. `weight` has the values of such a slice, whose mean squared output is not
-        stored.
+        A query, key or value slice has the inputs of the whole parameter. `weight` has the values
+        of such a slice, whose mean squared output is not stored.
         """
         from slsgu_cli.method.directions import LayerStatistics
 
@@ -116,12 +115,7 @@ class Covariances:
 
     def derivatives(self, layer: str) -> "Tensor":
         """Return the second moment of the features' derivatives at the outputs of a layer."""
-        matrix, _ = self._read(layer, Statistic.DERIVATIVES)
-        if (part := Layer.parse(layer).part) is None:
-            return matrix
-        size = len(matrix) // len(LETTERS)
-        rows = slice(part * size, (part + 1) * size)
-        return matrix[rows, rows]
+        return self._read(layer, Statistic.DERIVATIVES)[0]
 
     def _read(self, layer: str, kind: Statistic) -> "tuple[Tensor, LayerCovariance]":
         """Return the matrix of a layer's parameter, and what is known of it."""
