@@ -214,17 +214,18 @@ def layer_sums(
     spec: InputSpec,
     device: str,
     saved: SavedSums | None = None,
+    most: int | None = None,
 ) -> dict[str, Covariance]:
     """Return a statistic of `layers` over pairs of a block, by one pass of their towers.
 
-    At most `most_rows` rows of the block are used, at equal distances: first the texts in parts of
-    similar length, then the images. The result lacks layers that cannot be captured. With
-    `saved` sums, resume from those of an earlier run, and write them from time to time. With
-    several ranks, only rank 0 has the result.
+    At most `most` rows of the block are used (default: as many as the statistic needs), at equal
+    distances: first the texts in parts of similar length, then the images. The result lacks layers
+    that cannot be captured. With `saved` sums, resume from those of an earlier run, and write them
+    from time to time. With several ranks, only rank 0 has the result.
     """
     sums = SUMS[kind](model, layers)
     text, vision = text_tower(model), vision_tower(model)
-    rows = chosen_rows(block.rows, kind)
+    rows = chosen_rows(block.rows, kind) if most is None else spread(block.rows, most)
     size = ROWS_PER_FORWARD[torch.device(device).type] // sums.memory
     parts: list[tuple[SplitTower, npt.NDArray[np.int64]]] = []
     if has_tower(Tower.TEXT, layers):

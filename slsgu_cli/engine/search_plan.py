@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from shlex import quote
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import slsgu_cli
 from slsgu_cli import processes, progress
@@ -27,6 +27,7 @@ from slsgu_cli.clip.memory import return_memory, spare
 from slsgu_cli.clip.models import ResolvedModel, resolve
 from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.engine.directions import forget_direction
+from slsgu_cli.engine.earlier_keys import earlier_keys, with_keys
 from slsgu_cli.engine.edited_model import add_edits
 from slsgu_cli.engine.evaluator import Evaluator
 from slsgu_cli.engine.gradients import load_graded
@@ -93,9 +94,12 @@ class SearchPlan:
         A layer that none of the directions can use moves along its gradient.
         """
         known, device = self.covariances, self.options.device
+        keys: dict[str, Tensor] = {}
+        if self.earlier_sets and any(each.needs for each in self.directions):
+            keys = earlier_keys(store, evaluation.model, self.earlier_sets, list(self.layers))
         for layer, weight_norm in self.layers.items():
             for direction in known.able(layer, self.directions):
-                statistics = known.statistics(layer, direction)
+                statistics = with_keys(layer, known.statistics(layer, direction), keys)
                 along = forget_direction(store, self.pointer, layer, direction, statistics)
                 yield Evaluator(
                     evaluation, layer, weight_norm, torch.tensor(along, device=device), direction

@@ -15,18 +15,26 @@ from safetensors.numpy import load_file, save_file
 from worlds import plain_options
 
 from slsgu_cli.checkpoints.edits import load_edit, write_edit
+from slsgu_cli.clip.batches import pixel_normalizer
 from slsgu_cli.engine.apply import apply
 from slsgu_cli.engine.choice import utility_of
+from slsgu_cli.engine.directions import layer_gradient
 from slsgu_cli.engine.effect import EarlierConcepts
 from slsgu_cli.engine.evaluate import evaluate
 from slsgu_cli.engine.evaluator import Evaluator
+from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search, search_each
 from slsgu_cli.engine.search_plan import read_plan, share_evaluation
 from slsgu_cli.errors import InputError, NotForgottenError, StaleError, UsageError
+from slsgu_cli.method.directions import LayerStatistics
+from slsgu_cli.method.directions.whitened import Whitened, mean_square_output
+from slsgu_cli.method.layer_statistics import layer_statistics
 from slsgu_cli.records.codec import digest
-from slsgu_cli.records.options import ApplyRequest, SearchOptions
+from slsgu_cli.records.directions import Direction
+from slsgu_cli.records.options import ApplyRequest, RankOptions, SearchOptions
 from slsgu_cli.records.verification import Check, VerifyRequest
-from slsgu_cli.store.artifacts import Artifact
+from slsgu_cli.store.artifacts import Artifact, read_manifest
+from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.catalog import entries
 from slsgu_cli.study.joint import joint_search
 from slsgu_cli.verification.verify import verify
@@ -188,6 +196,42 @@ def test_a_step_that_brings_an_earlier_concept_back_is_not_chosen(
     monkeypatch.setattr(EarlierConcepts, "returned", lambda *_: ["blue"])
     with pytest.raises(NotForgottenError, match="every step of red brings back"):
         search(world.store, "red", options=options)
+
+
+def test_the_metric_has_the_forget_rows_of_earlier_concepts(several_world, tmp_path):
+    layers = (SHARED, "transformer.resblocks.1.mlp.c_proj.weight")
+    world = several_world.copied(tmp_path / "store")
+    search(world.store, "blue", options=plain_options(steps=1, layers=(SHARED,)))
+    rank(world.store, "red", options=RankOptions(direction=Direction.WHITENED, include=layers))
+
+    def directions(*after):
+        plan = read_plan(world.store, "red", options=plain_options(layers=layers, after=after))
+        with torch.no_grad():
+            evaluation = plan.measured(share_evaluation(world.store, [plan]))
+            found = {each.layer: each for each in plan.evaluators(world.store, evaluation)}
+        return plan, evaluation.model, {name: each.along for name, each in found.items()}
+
+    _, _, alone = directions()
+    plan, model, together = directions("blue")
+    blue = read_manifest(world.store, "blue")
+    block = DataBlock.open(world.store, blue.forget)
+    images = pixel_normalizer(blue.input, "cpu")(torch.from_numpy(block.images(0, block.rows)))
+    tokens = torch.from_numpy(block.tokens).long()
+    forgotten = layer_statistics(model, layers, [(images, tokens)])
+    (direction,) = plan.directions
+    for layer in layers:
+        inputs, added = plan.covariances.inputs(layer), forgotten[layer].inputs.matrix
+        both = replace(inputs, matrix=inputs.matrix.double() + added)
+        gradient = torch.from_numpy(layer_gradient(world.store, plan.pointer.forget, layer))
+        metric = Whitened(**direction.parameters).metric(LayerStatistics(1.0, both))
+        expected = metric.steepest(gradient).float()
+        assert float((together[layer] - expected).norm() / expected.norm()) < 1e-4
+
+        def moved(along, gradient=gradient, added=added, axis=inputs.axis):
+            """Return how far a step that gains as much moves the outputs on blue."""
+            return mean_square_output(along, added, axis) ** 0.5 / float((along * gradient).sum())
+
+        assert moved(together[layer]) < 0.9 * moved(alone[layer])
 
 
 def test_undoing_an_earlier_edit_brings_its_concept_back(after):
