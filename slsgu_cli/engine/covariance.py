@@ -29,9 +29,8 @@ from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Arrays
 
 # Most retain rows that are used: at 50 tokens each, 16 inputs for each of 3,072 dimensions.
+# A quarter of them costs a kfac move twice as much on other classes.
 MOST_ROWS = 1000
-# A backward costs more than a forward, and fewer rows do: docs/results/directions.md.
-MOST_DERIVATIVE_ROWS = 250
 ROWS_PER_FORWARD = {"cpu": 128, "cuda": 1024, "mps": 256}
 
 # Columns in a block of a symmetric product on a CPU: 0.5 to 0.65 of the plain one's time.
@@ -63,7 +62,6 @@ class LayerSums(AppliedLayers):
     Each rank adds up its own rows; `collect` sums over all ranks and leaves the sum on rank 0.
     """
 
-    most_rows: ClassVar = MOST_ROWS
     # The memory of a row, as a multiple of a forward's.
     memory: ClassVar = 1
 
@@ -170,7 +168,6 @@ class OutputDerivatives(LayerSums):
     have those that widen.
     """
 
-    most_rows: ClassVar = MOST_DERIVATIVE_ROWS
     memory: ClassVar = 4
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
@@ -218,14 +215,14 @@ def layer_sums(
 ) -> dict[str, Covariance]:
     """Return a statistic of `layers` over pairs of a block, by one pass of their towers.
 
-    At most `most` rows of the block are used (default: as many as the statistic needs), at equal
-    distances: first the texts in parts of similar length, then the images. The result lacks layers
-    that cannot be captured. With `saved` sums, resume from those of an earlier run, and write them
-    from time to time. With several ranks, only rank 0 has the result.
+    At most `most` rows of the block are used (default: MOST_ROWS), at equal distances: first the
+    texts in parts of similar length, then the images. The result lacks layers that cannot be
+    captured. With `saved` sums, resume from those of an earlier run, and write them from time to
+    time. With several ranks, only rank 0 has the result.
     """
     sums = SUMS[kind](model, layers)
     text, vision = text_tower(model), vision_tower(model)
-    rows = chosen_rows(block.rows, kind) if most is None else spread(block.rows, most)
+    rows = spread(block.rows, MOST_ROWS if most is None else most)
     size = ROWS_PER_FORWARD[torch.device(device).type] // sums.memory
     parts: list[tuple[SplitTower, npt.NDArray[np.int64]]] = []
     if has_tower(Tower.TEXT, layers):
@@ -282,9 +279,9 @@ def gram(x: Tensor) -> Tensor:
     return product
 
 
-def chosen_rows(rows: int, kind: Statistic = Statistic.INPUTS) -> npt.NDArray[np.int64]:
-    """Return the rows that a statistic is computed on, of a block of `rows`."""
-    return spread(rows, SUMS[kind].most_rows)
+def chosen_rows(rows: int) -> npt.NDArray[np.int64]:
+    """Return the rows that statistics are computed on, of a block of `rows`."""
+    return spread(rows, MOST_ROWS)
 
 
 def spread(rows: int, most: int) -> npt.NDArray[np.int64]:

@@ -263,7 +263,7 @@ def _compute(
     header = CovarianceHeader(
         model=pointer.model_fingerprint,
         data=pointer.retain_data,
-        rows=len(chosen_rows(block.rows, kind)),
+        rows=len(chosen_rows(block.rows)),
         layers=about,
         uncaptured=tuple(layer for layer in layers if layer not in about),
         version=slsgu_cli.__version__,

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,8 +36,6 @@ from slsgu_cli.targets.answer_gradient import answer_gradient
 from slsgu_cli.targets.judge import class_in
 from slsgu_cli.targets.judged_prompts import JudgedPrompts
 from slsgu_cli.targets.models import ImageJob, LiveEncoder, Llava, Pipeline, Question
-
-T = TypeVar("T")
 
 ROWS = 32
 
@@ -142,10 +140,9 @@ class PipelineSubject(TargetSubject):
         """
         name = self.encoder.encoder.name
         tokenizer: Any = getattr(self.pipe.pipeline, name.replace("text_encoder", "tokenizer"))
-        captions = few(self.captions, sums.most_rows)
-        for start, stop in spans(len(captions), ROWS // sums.memory):
+        for start, stop in spans(len(self.captions), ROWS // sums.memory):
             ids = tokenizer(
-                captions[start:stop],
+                list(self.captions[start:stop]),
                 padding="max_length",
                 truncation=True,
                 max_length=tokenizer.model_max_length,
@@ -270,15 +267,15 @@ class LlavaSubject(TargetSubject):
 
         Its features are those that the language model reads.
         """
-        images = few(self.retained, sums.most_rows)
-        for start, stop in spans(len(images), ROWS // sums.memory):
-            read = partial(self._joined_features, images[start:stop])
+        for start, stop in spans(len(self.retained), ROWS // sums.memory):
+            read = partial(self._joined_features, self.retained[start:stop])
             sums.add(read, rows=stop - start, part=start)
 
     def read(self) -> Tensor:
         """Return the projected features of a few of the retain set's images, flattened."""
         with torch.no_grad():
-            return self._joined_features(few(self.retained, ROWS)).float().flatten()
+            few = [self.retained[row] for row in spread(len(self.retained), ROWS)]
+            return self._joined_features(few).float().flatten()
 
     def forget_gradient(self, layers: Sequence[str]) -> dict[str, Tensor]:
         """Return the gradient of the negative log-odds of the concept's name in the answers.
@@ -317,11 +314,6 @@ class LlavaSubject(TargetSubject):
 
 
 Subject = PipelineSubject | LlavaSubject
-
-
-def few(items: Sequence[T], most: int) -> list[T]:
-    """Return at most `most` items, at equal distances."""
-    return [items[place] for place in spread(len(items), most)]
 
 
 def _images(block: DataBlock, rows: Any) -> list[Image.Image]:

@@ -7,7 +7,8 @@
 77-token texts, at the best of several batch sizes; `sequential` is the same at batch 16.
 `slsgu` reads its rows from the store on disk. The fraction of the device's peak matrix rate
 (PyTorch's products or the towers', whichever are faster) counts the operations that each one
-executes; `slsgu` skips what follows the end of a text.
+executes; `slsgu` skips what follows the end of a text. At the end come the statistics that
+directions need of a retain row, relative to the time of its gradient.
 --profile prints where the pass of `slsgu` spends its time. --compile also times the pass with
 compiled half blocks, which `slsgu` does not use.
 """
@@ -17,6 +18,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -30,7 +32,10 @@ from slsgu_cli.clip.batches import pixel_normalizer, to_tokens
 from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import resolve
 from slsgu_cli.clip.tokenizers import input_spec
+from slsgu_cli.engine.covariance import MOST_ROWS, layer_sums
 from slsgu_cli.engine.gradient_pass import GradientPass, arithmetic
+from slsgu_cli.method.layers import candidates
+from slsgu_cli.records.directions import Statistic
 from slsgu_cli.records.method import Precision
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.store.blocks import DataBlock
@@ -205,6 +210,11 @@ def main() -> None:
         for name, (each, rate) in flop.items():
             figures[f"{name}, GFLOP a pair"] = round(each / 1e9, 1)
             figures[f"{name}, share of the products"] = round(each * rate / peak, 3)
+        layers = candidates(name for name, _ in model.named_parameters())
+        for kind in Statistic:
+            work = partial(layer_sums, kind, model, layers, block, spec=spec, device=args.device)
+            a_row = timed(work) / min(args.rows, MOST_ROWS)
+            figures[f"{kind} of a row / its gradient"] = round(a_row * max(rates), 2)
         if args.compile:
             towers.attention_half = torch.compile(towers.attention_half)
             towers.mlp_half = torch.compile(towers.mlp_half)

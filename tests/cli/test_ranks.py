@@ -117,6 +117,7 @@ def jobs(world, tmp_path):
     return world, [
         ["grad", "blue", "--batch-size", 7],
         ["grad", "blue", "--batch-size", 3, "--squares"],
+        ["rank", "blue", "--direction", "kfac"],
         ["rank", "blue"],
         search,
         uncached,
@@ -152,7 +153,7 @@ def test_several_processes_do_what_one_does(jobs, tmp_path):
     world, commands = jobs
     alone = world.copied(tmp_path / "alone")
     expected_codes = [inside(*words, store=alone.store.root).exit_code for words in commands]
-    assert expected_codes[:3] == [0, 0, 0]
+    assert expected_codes[:4] == [0, 0, 0, 0]
     for words, code in zip(commands, expected_codes, strict=True):
         # Four for one pass alone, which splits mini-batches.
         count = 4 if "--squares" in words else 2
@@ -165,8 +166,10 @@ def test_several_processes_do_what_one_does(jobs, tmp_path):
         assert kind.names(world.store) == kind.names(alone.store)
         for name in kind.names(alone.store):
             assert_near(world.store, alone.store, kind.path(name))
-    (covariances,) = Artifact.COVARIANCE.names(world.store)
-    assert_near(world.store, alone.store, Artifact.COVARIANCE.path(covariances))
+    statistics = Artifact.COVARIANCE.names(world.store)
+    assert len(statistics) == 2
+    for name in statistics:
+        assert_near(world.store, alone.store, Artifact.COVARIANCE.path(name))
     for kind, name in (
         (Artifact.RANKING, "blue"),
         (Artifact.TRIALS, "blue"),

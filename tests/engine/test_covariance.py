@@ -160,7 +160,7 @@ def test_the_rows_of_a_forward_do_not_change_covariances(model, block, monkeypat
 
 
 def test_large_blocks_are_sampled_at_equal_distances(model, block, monkeypatch):
-    monkeypatch.setattr(InputCovariances, "most_rows", 4)
+    monkeypatch.setattr(covariance_module, "MOST_ROWS", 4)
     rows = covariance_module.chosen_rows(ROWS)
     assert rows.tolist() == [0, 2, 4, 6]
     some = Block(4, block.tokens[rows], block.pixels[rows])
