@@ -21,6 +21,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import figures_undrawn
 import pytest
 from places import DEMO
 
@@ -120,20 +121,14 @@ def silence():
     progress.set_sink(before)
 
 
-def _undrawn(figure, file, *, format, **options):
-    width, height = figure.get_size_inches()
-    text = f"a figure of {width:g} x {height:g} inches that was not drawn"
-    file.write((f"<svg ><text>{text}</text></svg>" if format == "svg" else text).encode())
-
-
 @pytest.fixture(scope="session", autouse=True)
 def undrawn():
-    """Create figures without drawing them: drawing takes longer than a tiny model's search."""
+    """Create figures without drawing them."""
     from matplotlib.figure import Figure
 
     with pytest.MonkeyPatch.context() as patch:
         draw = Figure.savefig
-        patch.setattr(Figure, "savefig", _undrawn)
+        patch.setattr(Figure, "savefig", figures_undrawn.undrawn)
         yield draw
 
 

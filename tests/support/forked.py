@@ -2,8 +2,8 @@
 
 Importing PyTorch and open_clip takes seconds, which tests of signals, kills, locks and ranks
 can do without. `forked.py FD` imports the whole package once and then forks a process for each
-request that arrives on the socket FD. Tests of imports and of start-up use `slsgu` in
-processes.py.
+request that arrives on the socket FD. These processes do not draw their figures. Tests of imports
+and of start-up use `slsgu` in processes.py.
 """
 
 import contextlib
@@ -20,6 +20,8 @@ import sys
 import threading
 from importlib import import_module
 from pathlib import Path
+
+from figures_undrawn import undrawn
 
 # If set, a gradient pass saves its sums after every mini-batch.
 KEEP_ALWAYS = "KEEP_ALWAYS"
@@ -132,8 +134,11 @@ def hold(place, call, reached):
 
 def _serve(requests):
     """Fork a supervisor for each request."""
+    from matplotlib.figure import Figure
+
     import slsgu_cli
 
+    Figure.savefig = undrawn
     modules = [m.name for m in pkgutil.walk_packages(slsgu_cli.__path__, "slsgu_cli.")]
     # Modules that the package imports lazily.
     for name in (*modules, "open_clip"):
