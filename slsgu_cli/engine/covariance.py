@@ -29,7 +29,6 @@ from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Arrays
 
 # Most retain rows that are used: at 50 tokens each, 16 inputs for each of 3,072 dimensions.
-# A quarter of them costs a kfac move twice as much on other classes.
 MOST_ROWS = 1000
 ROWS_PER_FORWARD = {"cpu": 128, "cuda": 1024, "mps": 256}
 

@@ -34,7 +34,7 @@ from slsgu_cli.engine.gradients import compute_gradients
 from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
 from slsgu_cli.errors import SlsguError
-from slsgu_cli.records.directions import REGISTRY, DirectionSpec
+from slsgu_cli.records.directions import REGISTRY, Direction, DirectionSpec
 from slsgu_cli.records.method import EditHeader, Tower, UtilityMetric
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.studies import SweepRequest
@@ -66,13 +66,14 @@ class Row:
 
     @property
     def figures(self) -> tuple[float, ...]:
-        """FA@1, FA@5, then points of TA@1 lost on brands and objects, in percent."""
+        """FA@1, FA@5, and points of TA@1 lost on brands, objects, and the nearest names."""
         edit = self.header
         lost = (
             edit.baseline_utility[name].top1 - edit.utility[name].top1
             for name in ("brands", "objects")
         )
-        return (edit.forget.top1, edit.forget.top5, *lost)
+        nearest = sum(each.lost for each in edit.nearest) / (len(edit.nearest) or 1)
+        return (edit.forget.top1, edit.forget.top5, *lost, nearest)
 
 
 def enough_images() -> list[str]:
@@ -121,13 +122,13 @@ def prepared(store: Store, request: BuildRequest) -> float | None:
 
 
 def asked(store: Store, name: str, way: str) -> SearchOptions:
-    """Return the search options of one way."""
+    """Return the search options of one way; rank for its directions if necessary."""
+    tower, direction = TOWER_WAYS.get(way, (None, Direction.BOTH))
+    ranking = read_ranking(store, read_pointer(store, read_manifest(store, name)))
+    if not set(direction.each) <= {each.kind for each in ranking.directions}:
+        ranking = rank(store, name, options=RankOptions(direction=direction))
     if way in WAYS:
         return WAYS[way]
-    tower, direction = TOWER_WAYS[way]
-    ranking = read_ranking(store, read_pointer(store, read_manifest(store, name)))
-    if direction not in [each.kind for each in ranking.directions]:
-        ranking = rank(store, name, options=RankOptions(direction=direction))
     scores = ranking.by_direction()[DirectionSpec.of(direction)]
     layers = [score.layer for score in scores if score.front and score.tower is tower]
     return SearchOptions(layers=layers, direction=direction)
@@ -158,7 +159,9 @@ def main() -> None:
     folder = options.store or Path(tempfile.mkdtemp())
     concepts = draw(options.concepts, options.seed)
     print(f"seed {options.seed}: {', '.join(concepts)}\n")
-    print("concept\tway\tlayer\tdirection\tshare\tof\tFA@1\tFA@5\tbrands\tobjects\tworst\tseconds")
+    print(
+        "concept\tway\tlayer\tdirection\tshare\tof\tFA@1\tFA@5\tbrands\tobjects\tnearest\tworst\tseconds"
+    )
     rows: list[Row] = []
     preparing: list[float] = []
     requests = requested(concepts, options.folds)
@@ -178,7 +181,8 @@ def main() -> None:
                 continue
             rows.append(Row(name, kind, way, header, searching))
             show(rows[-1])
-    print("\nway\tconcepts\tof\tFA@1\tworst\tFA@5\tworst\tbrands\tworst\tobjects\tworst\tseconds")
+    figures = ("FA@1", "FA@5", "brands", "objects", "nearest")
+    print("\nway\tconcepts\tof\t" + "".join(f"{name}\tworst\t" for name in figures) + "seconds")
     for way in options.ways:
         searches = [row for row in rows if row.way == way]
         for kind in sorted(set(concepts.values())):
