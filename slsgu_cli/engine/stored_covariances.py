@@ -172,9 +172,9 @@ def ensure_covariances(
     The result lacks layers that cannot be captured. Raises StaleError if the model is not the one
     the gradients belong to.
     """
-    device = pick_device(device)
     if not needs:
-        return Covariances(store, device=device)
+        return Covariances(store)
+    device = pick_device(device)
     known = find_covariances(store, pointer, device)
     for kind in needs:
         if not known.missing(layers, kind):

@@ -108,7 +108,7 @@ def test_every_option_has_a_help_text_within_80_columns(name):
         (["generate", "a", "-t", "x", "--seeds", "1-3,2"], "--seeds 1-3,2 names a number twice"),
         (["generate", "a", "-t", "x", "--seeds", "3-1"], "--seeds 3-1 names no number"),
         (["search", "a", "-t", "x", "--judge", "b", "--judge", "b"], "--judge names a judge twice"),
-        (["rank", "a", "--direction", "gradient", "--damping", "1"], "for the whitened direction"),
+        (["rank", "a", "--direction", "gradient", "--damping", "1"], "for the whitened or kfac"),
     ],
 )
 def test_contradicting_options_are_refused(words, said):
