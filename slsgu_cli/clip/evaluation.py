@@ -21,7 +21,13 @@ from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip.activations import CacheBudget
 from slsgu_cli.clip.batches import Pixels, pixel_normalizer, to_tokens
 from slsgu_cli.clip.finite import naming_layers, require_finite_elsewhere
-from slsgu_cli.clip.metrics import accuracies, class_accuracies, least_gap, ranks_of_truth
+from slsgu_cli.clip.metrics import (
+    accuracies,
+    as_one_class,
+    class_accuracies,
+    least_gap,
+    ranks_of_truth,
+)
 from slsgu_cli.clip.tokenizers import Tokenize
 from slsgu_cli.clip.towers import SplitTower, text_tower, vision_tower
 from slsgu_cli.clip.zeroshot import ImageSide, PromptSide
@@ -29,7 +35,7 @@ from slsgu_cli.errors import InputError
 from slsgu_cli.records.figures import Accuracy, ClassLoss
 from slsgu_cli.records.method import Tower
 from slsgu_cli.records.sets import SetManifest, Split
-from slsgu_cli.sources.prompts import find_class
+from slsgu_cli.sources.prompts import find_classes
 from slsgu_cli.store.blocks import DataBlock, JoinedRows
 from slsgu_cli.store.store import Store
 
@@ -47,13 +53,15 @@ CONCEPT_SHARE = 8
 class EvaluationSet:
     """Images and the classes of their zero-shot classification; `names` are those classes.
 
-    With `is_test`, these are test images: no layer or step was chosen by them.
+    With `is_test`, these are test images: no layer or step was chosen by them. The classes of
+    `as_one`, if there are several, count as one: those of a concept of many words.
     """
 
     images: ImageSide
     prompts: PromptSide
     names: tuple[str, ...]
     is_test: bool = False
+    as_one: Tensor | None = None
 
     def base_accuracy(self) -> Accuracy:
         """Return the accuracy of the original model."""
@@ -61,7 +69,17 @@ class EvaluationSet:
 
     def accuracy(self, features: Tensor, embeddings: Tensor) -> Accuracy:
         """Return the accuracy on all images, from features of images and classes."""
-        return self.accuracy_of(ranks_of_truth(features @ embeddings.T, self.images.labels))
+        return self.accuracy_of(ranks_of_truth(self.cosines(features, embeddings), self.labels))
+
+    def cosines(self, features: Tensor, embeddings: Tensor) -> Tensor:
+        """Return the cosines of features (rows, width) with class embeddings (names, width)."""
+        cosines = features @ embeddings.T
+        return cosines if self.as_one is None else as_one_class(cosines, self.labels, self.as_one)
+
+    @property
+    def labels(self) -> Tensor:
+        """The class of each image."""
+        return self.images.labels
 
     def accuracy_of(self, ranks: Tensor) -> Accuracy:
         """Return the accuracy from the ranks of the true classes."""
@@ -70,12 +88,12 @@ class EvaluationSet:
 
     def base_ranks(self) -> Tensor:
         """Return the rank of the true class of every image, by the original model."""
-        logits = self.images.features @ self.prompts.embeddings.T
-        return ranks_of_truth(logits, self.images.labels)
+        logits = self.cosines(self.images.features, self.prompts.embeddings)
+        return ranks_of_truth(logits, self.labels)
 
     def some(self, rows: Ints) -> "EvaluationSet":
         """Return the set with some of its images."""
-        return EvaluationSet(self.images.some(rows), self.prompts, self.names, self.is_test)
+        return replace(self, images=self.images.some(rows))
 
 
 @dataclass(slots=True)
@@ -140,8 +158,9 @@ class Evaluation(_Measured):
 
     def base_gap(self) -> float:
         """Return the smallest gap of the original model on the images of the concept."""
-        images = self.forget.images
-        return least_gap(images.features @ self.forget.prompts.embeddings.T, images.labels)
+        forget = self.forget
+        logits = forget.cosines(forget.images.features, forget.prompts.embeddings)
+        return least_gap(logits, forget.labels)
 
 
 @dataclass(slots=True)
@@ -332,16 +351,17 @@ class _Opening:
         shown = concept_rows(self.store, manifest, self.split)
         if shown is None or manifest.forget_eval is None:
             prompted = DataBlock.open(self.store, self.manifest.evals[min(sets)])
-            names = (*prompted.class_names, manifest.concept)
+            others = len(prompted.class_names)
+            names = (*prompted.class_names, *manifest.names)
             block = DataBlock.open(self.store, manifest.forget)
-            labels = np.full(block.rows, len(prompted.class_names))
-            images = self.images(block, np.arange(block.rows), labels)
-            return EvaluationSet(images, self.prompts(prompted, names), names)
+            images = self.images(block, np.arange(block.rows), np.full(block.rows, others))
+            as_one = self.as_one(range(others, len(names)))
+            return EvaluationSet(images, self.prompts(prompted, names), names, as_one=as_one)
         block, rows, is_test = shown
         group, labels = sets[manifest.forget_eval], block.labels[rows]
         few = self.split is Split.VALIDATION and len(rows) < ENOUGH_TO_CHOOSE
-        if few and concept_is_split(self.store, manifest):
-            own = DataBlock.open(self.store, manifest.forget)
+        own = DataBlock.open(self.store, manifest.forget)
+        if few and own.has_images and concept_is_split(self.store, manifest):
             order = np.random.default_rng(manifest.seed).permutation(own.rows)
             drawn = np.sort(order[: ENOUGH_TO_CHOOSE - len(rows)])
             joined = JoinedRows(((block, rows), (own, drawn)))
@@ -349,7 +369,12 @@ class _Opening:
             images = self.images(joined, np.arange(joined.rows), labels)
         else:
             images = self.images(block, rows, labels)
-        return EvaluationSet(images, group.prompts, group.names, is_test)
+        as_one = self.as_one(find_classes(group.names, manifest.names))
+        return EvaluationSet(images, group.prompts, group.names, is_test, as_one)
+
+    def as_one(self, classes: Sequence[int]) -> Tensor | None:
+        """Return the classes of a concept if there are several."""
+        return to_tokens(np.asarray(classes), self.device) if len(classes) > 1 else None
 
     def images(self, block: DataBlock | JoinedRows, rows: Ints, labels: Ints) -> ImageSide:
         """Return some rows of a block as images with labels."""
@@ -401,12 +426,12 @@ def concept_rows(
     if name is None:
         return None
     block = DataBlock.open(store, manifest.evals[name])
-    label = find_class(block.class_names, manifest.concept)
+    classes = find_classes(block.class_names, manifest.names)
     rows: Ints = np.arange(block.rows)
     is_test = False
     if concept_is_split(store, manifest):
         block, rows, is_test = serving_rows(store, manifest, name, split)
-    return block, rows[block.labels[rows] == label], is_test
+    return block, rows[np.isin(block.labels[rows], classes)], is_test
 
 
 def in_test_split(labels: Ints, share: float, seed: int) -> npt.NDArray[np.bool_]:
@@ -430,11 +455,11 @@ def concept_is_split(store: Store, manifest: SetManifest) -> bool:
     if name is None:
         return False
     block = DataBlock.open(store, manifest.evals[name])
-    label = find_class(block.class_names, manifest.concept)
+    classes = find_classes(block.class_names, manifest.names)
     if name in manifest.tests:
-        return bool((DataBlock.open(store, manifest.tests[name]).labels == label).any())
+        return bool(np.isin(DataBlock.open(store, manifest.tests[name]).labels, classes).any())
     in_test = in_test_split(block.labels, manifest.test_fraction, manifest.seed)
-    shown = block.labels == label
+    shown = np.isin(block.labels, classes)
     return bool((shown & in_test).any() and (shown & ~in_test).any())
 
 
@@ -443,8 +468,7 @@ def _shown(name: str, group: EvaluationSet, manifest: SetManifest) -> npt.NDArra
     labels = group.images.labels.cpu().numpy()
     if manifest.forget_eval != name:
         return np.zeros(len(labels), bool)
-    shown: npt.NDArray[np.bool_] = labels == find_class(group.names, manifest.concept)
-    return shown
+    return np.isin(labels, find_classes(group.names, manifest.names))
 
 
 def prompt_side(

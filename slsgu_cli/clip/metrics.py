@@ -22,6 +22,20 @@ def ranks_of_truth(logits: Tensor, labels: Tensor) -> Tensor:
     return above.sum(dim=1)
 
 
+# Below every cosine.
+LOWEST = -2.0
+
+
+def as_one_class(cosines: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
+    """Return cosines (rows, names) in which several classes count as one.
+
+    The highest cosine of `classes` is at each row's label, and the others are below all cosines.
+    """
+    highest = cosines[:, classes].amax(dim=1, keepdim=True)
+    others = cosines.index_fill(1, classes, LOWEST)
+    return others.scatter(1, labels.unsqueeze(1), highest)
+
+
 def gaps(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the fifth highest logit of the other classes minus that of the true class.
 

@@ -184,6 +184,11 @@ class ImageSide:
         """
         mine = (self._own >= 0).nonzero().squeeze(1)
         self._kept, self._leads = {}, None
+        if not self.block.has_images:
+            stand_ins = torch.from_numpy(self.block.content_at(self.rows))
+            self.features = stand_ins.to(self.labels.device)
+            yield len(self)
+            return
         if self.known is not None and classes is not None:
             self.features, self.known = self.known, None
             self._allocate(mine, stages, budget, classes, share)
@@ -226,6 +231,9 @@ class ImageSide:
 
     def after_edit(self, stage: int, rows: Tensor | None = None) -> Tensor:
         """Return the features of some rows or all, after an edit of `stage` or later stages."""
+        if not self.block.has_images:
+            # An edit of the vision tower leaves features of words as they are.
+            return self.features if rows is None else self.features[rows]
         if rows is None:
             rows = torch.arange(len(self), device=self.labels.device)
         else:

@@ -46,6 +46,7 @@ class PassTimes:
                 batch_size=pointer.batch_size,
                 precision=Precision(pointer.precision),
                 prefixes=pointer.prefixes,
+                anchor=pointer.anchor,
             )
         result = compute_gradients(
             self.store,
@@ -83,8 +84,8 @@ class PassTimes:
         path = Artifact.GRADIENT.path(getattr(pointer, role))
         header = self.store.read_header(path, GradientHeader)
         graded = resolve(pointer.model)
-        prefixes = pointer.prefixes if role == "forget" else ()
-        block = open_pairs(self.store, self.manifest, role, prefixes, graded)
+        prefixes, anchor = (pointer.prefixes, pointer.anchor) if role == "forget" else ((), None)
+        block = open_pairs(self.store, self.manifest, role, prefixes, graded, anchor=anchor)
         options = PassOptions(
             batch_size=min(header.batch_size, block.rows),
             precision=Precision(header.precision),

@@ -17,7 +17,7 @@ from slsgu_cli.compare.epochs import Weights, figures_of, follow, weights_of
 from slsgu_cli.compare.pass_times import PassTimes
 from slsgu_cli.compare.registry import Trained, baseline
 from slsgu_cli.compare.training import LossTerm, train
-from slsgu_cli.engine.gradient_pass import GradientPass, arithmetic
+from slsgu_cli.engine.gradient_pass import COSINE, GradientPass, arithmetic
 from slsgu_cli.engine.gradients import load_graded
 from slsgu_cli.records.comparison import ClipOutcome, ClipPlan, Method
 from slsgu_cli.records.figures import Figures
@@ -145,8 +145,9 @@ class BaselineRunner:
         store, manifest = self.times.store, self.times.manifest
         options = PassOptions(batch_size=self.plan.batch_size, device=self.times.device)
         rows = manifest.forget.rows if role == "forget" else self.plan.retain_rows
-        path = Artifact.GRADIENT.path(getattr(self.pointer, role))
-        kind, spec = store.read_header(path, GradientHeader).loss, manifest.input
+        path = Artifact.GRADIENT.path(self.pointer.retain)
+        retain = store.read_header(path, GradientHeader).loss
+        kind, spec = COSINE if role == "forget" else retain, manifest.input
         loss = GradientPass(self.model, kind, spec=spec, options=options)
         block = self.block(role)
         images, tokens = block.images(0, rows), np.asarray(block.tokens[:rows])

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from slsgu_cli.clip.batches import pixel_normalizer, spans, to_tokens
+from slsgu_cli.clip.batches import spans, to_tokens
 from slsgu_cli.engine.gradient_pass import GradientPass
 from slsgu_cli.records.comparison import ClipPlan
 
@@ -81,9 +81,8 @@ class LossTerm:
 
     def of(self, rows: npt.NDArray[np.intp]) -> Tensor:
         """Return the sum of the losses of some rows, with the sign."""
-        normalize = pixel_normalizer(self.loss.spec, self.loss.device)
         ids = to_tokens(self.tokens[rows], "cpu")
-        return self.sign * self.loss.losses(normalize(self.images[rows]), ids).sum()
+        return self.sign * self.loss.losses(self.loss.normalize(self.images[rows]), ids).sum()
 
 
 def train(

@@ -46,7 +46,8 @@ class EditedModel:
 
     def cosines(self, group: EvaluationSet) -> tuple[Tensor, Tensor]:
         """Return the cosines of images with all names, and the label of each."""
-        return self.features(group.images) @ self.classes(group.prompts).T, group.images.labels
+        cosines = group.cosines(self.features(group.images), self.classes(group.prompts))
+        return cosines, group.images.labels
 
     def features(self, images: ImageSide) -> Tensor:
         """Return the features of images."""

@@ -124,7 +124,7 @@ def class_effects(
         for name, group in utility.items()
         for loss in class_losses(group, before[name] == 0, after[name] == 0)
     }
-    embedding = original.classes(concept.prompts)[int(concept.images.labels[0])]
+    embedding = original.classes(concept.prompts)[torch.unique(concept.labels)].mean(dim=0)
     by_name = by_nearness(utility, embedding, original.classes)
     names = [(name, utility[name].names[i]) for _, name, i in by_name]
     nearest = [losses[key] for key in names if key in losses]

@@ -8,7 +8,7 @@ one backward for all of them, which changes the last digit only.
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from slsgu_cli import processes, progress
+from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip.batches import pixel_normalizer, spans, staged, text_features, to_tokens
 from slsgu_cli.clip.memory import spare
 from slsgu_cli.clip.towers import text_tower, vision_tower
 from slsgu_cli.engine.resumable import SavedSums
 from slsgu_cli.errors import InputError
-from slsgu_cli.method.losses import Loss, cosine_forget
+from slsgu_cli.method.losses import cosine_forget, toward_anchor
 from slsgu_cli.method.unlearn import retain_loss
 from slsgu_cli.prefetch import prefetch
-from slsgu_cli.records.method import Precision
+from slsgu_cli.records.method import Precision, Tower
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import InputSpec
 from slsgu_cli.store.blocks import DataBlock
@@ -39,19 +40,25 @@ BEST_PAIRS = {"cpu": 1, "cuda": 1024, "mps": 256}
 CHUNK = 8
 
 
-def per_batch(loss: Loss, images: Tensor, texts: Tensor, batch_size: int) -> Tensor:
-    """Return the loss of each mini-batch of unit features (pairs, width).
+def per_batch(loss: Callable[..., Tensor], features: Sequence[Tensor], batch_size: int) -> Tensor:
+    """Return the loss of each mini-batch of unit features, (pairs, width) each.
 
     Full mini-batches run as one stack, and a smaller last one by itself.
     """
-    full = len(images) - len(images) % batch_size
+    pairs = len(features[0])
+    full = pairs - pairs % batch_size
     losses = []
     if full:
-        stacks = (torch.unflatten(each[:full], 0, (-1, batch_size)) for each in (images, texts))
+        stacks = (torch.unflatten(each[:full], 0, (-1, batch_size)) for each in features)
         losses.append(loss(*stacks))
-    if full < len(images):
-        losses.append(loss(images[full:], texts[full:])[None])
+    if full < pairs:
+        losses.append(loss(*(each[full:] for each in features))[None])
     return torch.cat(losses)
+
+
+# The forget losses: the paper's, and that towards an anchor.
+COSINE, ANCHOR = "cosine", "anchor"
+FORGET_LOSSES: dict[str, Callable[..., Tensor]] = {COSINE: cosine_forget, ANCHOR: toward_anchor}
 
 
 class Sums:
@@ -92,11 +99,14 @@ class GradientPass:
     def __init__(
         self, model: nn.Module, loss: str, *, spec: InputSpec, options: PassOptions
     ) -> None:
-        """Prepare a pass for the cosine loss, or else the retain loss of the model."""
-        self.model, self.spec, self.options = model, spec, options
+        """Prepare a pass for a forget loss by name, or else the retain loss of the model."""
+        self.model, self.options = model, options
         self.device = str(next(model.parameters()).device)
         self.vision, self.text = vision_tower(model), text_tower(model)
-        self.loss = cosine_forget if loss == "cosine" else retain_loss(model)
+        self.normalize = pixel_normalizer(spec, self.device)
+        # What the texts of the block of a run are to become, (rows, width).
+        self.anchors: Tensor | None = None
+        self.loss = FORGET_LOSSES.get(loss) or retain_loss(model)
 
     def run(
         self,
@@ -114,10 +124,11 @@ class GradientPass:
         run, and write them from time to time. Raises InputError naming rows and keys where a
         loss or gradient is not finite.
         """
-        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        trained = {n: p for n, p in self.parameters(block).items() if p.requires_grad}
         names, parameters = list(trained), list(trained.values())
         size, ranks = self.options.batch_size, processes.world_size()
         batches = -(-block.rows // size)
+        self.anchors = self._anchors(block)
         sums = Sums(parameters, batches, kinds=2 if squares else 1)
         if saved:
             sums.resume(saved)
@@ -143,6 +154,22 @@ class GradientPass:
         ]
         return means, float(processes.summed(sums.losses).cpu().double().sum()) / batches
 
+    def parameters(self, block: DataBlock) -> dict[str, nn.Parameter]:
+        """Return the parameters to differentiate: without images, none of the vision tower."""
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if block.has_images or Layer.parse(name).tower is not Tower.VISION
+        }
+
+    def _anchors(self, block: DataBlock) -> Tensor | None:
+        """Return the features that the texts of a block are to become, (rows, width)."""
+        if block.anchors is None:
+            return None
+        ids = to_tokens(block.anchors, "cpu")
+        with torch.no_grad():
+            return text_features(self.text, ids, self.device)
+
     def _add(
         self, block: DataBlock, sums: Sums, *, chunk: int, pairs: int, saved: SavedSums | None
     ) -> Iterator[int]:
@@ -151,7 +178,6 @@ class GradientPass:
         Each forward runs `pairs` rows.
         """
         size, batches = self.options.batch_size, len(sums.losses)
-        normalize = pixel_normalizer(self.spec, self.device)
         starts = range(sums.done, batches, chunk * processes.world_size())
         chunks = []
         for start in starts:
@@ -159,14 +185,12 @@ class GradientPass:
             last = min(first + chunk * size, block.rows)
             chunks.append([(first + a, first + b) for a, b in spans(last - first, pairs)])
         images = prefetch(
-            lambda span: staged(block.images(*span), self.device), chain(*chunks), threads=2
+            lambda span: staged(block.content_of(*span), self.device), chain(*chunks), threads=2
         )
         for start, groups in zip(starts, chunks, strict=True):
             sums.chunk.zero_()
             for first, last in groups:
-                values = self._group(
-                    normalize(next(images)), to_tokens(block.tokens[first:last], "cpu")
-                )
+                values = self._group(block, next(images), first, last)
                 sums.losses[first // size : -(-last // size)] = values
                 yield last - first
             if groups:
@@ -176,17 +200,26 @@ class GradientPass:
             if saved is not None and processes.agreed(saved.due):
                 sums.write(saved)
 
-    def losses(self, images: Tensor, ids: Tensor) -> Tensor:
-        """Return the loss of each of some mini-batches."""
+    def _inputs(self, content: Tensor) -> Tensor:
+        """Return normalised images, or the features that stand in for those of images."""
+        if content.dtype is torch.uint8:
+            return self.normalize(content)
+        return content.to(self.device)
+
+    def losses(self, images: Tensor, ids: Tensor, anchors: Tensor | None = None) -> Tensor:
+        """Return the loss of each of some mini-batches of images, or of features, and texts."""
         half = self.options.precision is Precision.BF16
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=half):
-            v = self.vision.features(images, images)
+            v = images if images.ndim == 2 else self.vision.features(images, images)
             t = text_features(self.text, ids, self.device)
-        return per_batch(self.loss, v, t, self.options.batch_size)
+        features = (v, t) if anchors is None else (v, t, anchors)
+        return per_batch(self.loss, features, self.options.batch_size)
 
-    def _group(self, images: Tensor, ids: Tensor) -> Tensor:
+    def _group(self, block: DataBlock, content: Tensor, first: int, last: int) -> Tensor:
         """Return the losses of some mini-batches; their gradients go to what `.grad` is."""
-        values = self.losses(images, ids)
+        ids = to_tokens(block.tokens[first:last], "cpu")
+        anchors = None if self.anchors is None else self.anchors[first:last]
+        values = self.losses(self._inputs(content), ids, anchors)
         values.sum().backward()  # type: ignore[no-untyped-call]
         return values.detach()
 
@@ -219,11 +252,11 @@ class GradientPass:
             # A tensor that its own graph holds would never be freed.
             return tensor.detach()
 
-        images = pixel_normalizer(self.spec, self.device)(block.images(0, rows))
+        images = self._inputs(torch.from_numpy(block.content_of(0, rows)))
         ids = to_tokens(block.tokens[:rows], "cpu")
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                self.losses(images, ids)
+                self.losses(images, ids, None if self.anchors is None else self.anchors[:rows])
         except torch.cuda.OutOfMemoryError:
             return math.inf
         return max(1, sum(saved_bytes.values())) / rows
@@ -254,11 +287,10 @@ class GradientPass:
         losses = sums.losses[start // size : -(-stop // size)]
         if torch.isfinite(torch.stack([*sums.chunk.aminmax(), losses.sum()])).all():
             return
-        normalize = pixel_normalizer(self.spec, self.device)
         for first, last in [(start + a, start + b) for a, b in spans(stop - start, size)]:
             sums.chunk.zero_()
-            images, ids = block.images(first, last), to_tokens(block.tokens[first:last], "cpu")
-            values = self._group(normalize(images), ids)
+            content = torch.from_numpy(block.content_of(first, last))
+            values = self._group(block, content, first, last)
             if not (values.isfinite().all() and sums.chunk.isfinite().all()):
                 start, stop = first, last
                 break

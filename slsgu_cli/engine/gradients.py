@@ -20,7 +20,7 @@ from slsgu_cli.clip.loading import load
 from slsgu_cli.clip.models import ResolvedModel, fingerprint, resolve
 from slsgu_cli.clip.tokenizers import input_spec, token_words, tokenizer
 from slsgu_cli.engine.resumable import SavedSums
-from slsgu_cli.errors import MissingError, StaleError
+from slsgu_cli.errors import MissingError, StaleError, UsageError
 from slsgu_cli.method.scores import norm
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.method import (
@@ -88,9 +88,11 @@ def compute_gradients(
     the model takes.
     """
     manifest = read_manifest(store, name)
+    _check_anchor(manifest, options.anchor)
     spec = model or manifest.model
     resolved = resolve(spec)
     weights = fingerprint(resolved)
+    _check_words(store, manifest, weights)
     gradients = _gradients(manifest, resolved, weights, options)
     kinds = [Artifact.GRADIENT, *([Artifact.SQUARES] if squares else [])]
     computed: dict[str, list[Artifact]] = {}
@@ -130,6 +132,7 @@ def compute_gradients(
         precision=options.precision,
         version=slsgu_cli.__version__,
         prefixes=tuple(options.prefixes),
+        anchor=options.anchor,
     )
     store.write_record(Artifact.POINTER.path(name), pointer)
     headers = processes.from_first(
@@ -170,8 +173,9 @@ def _compute(
     """Compute and store a gradient, its squares, or both in one pass."""
     from slsgu_cli.engine.gradient_pass import GradientPass
 
-    prefixes = options.prefixes if gradient.role == "forget" else ()
-    block = open_pairs(store, manifest, gradient.role, prefixes, model)
+    is_forget = gradient.role == "forget"
+    prefixes, anchor = (options.prefixes, options.anchor) if is_forget else ((), None)
+    block = open_pairs(store, manifest, gradient.role, prefixes, model, anchor=anchor)
     size, squares = min(options.batch_size, block.rows), Artifact.SQUARES in kinds
     run = GradientPass(
         module, gradient.loss, spec=manifest.input, options=replace(options, batch_size=size)
@@ -193,7 +197,7 @@ def _compute(
     if Artifact.GRADIENT in kinds:
         weights = {
             name: ParameterNorm(tuple(p.shape), norm(p.detach().cpu().numpy()))
-            for name, p in module.named_parameters()
+            for name, p in run.parameters(block).items()
         }
         header = GradientHeader(
             sign="+grad",
@@ -258,12 +262,38 @@ def _gradients(
         }
         if role == "forget" and options.prefixes:
             made_from |= {"prefixes": list(options.prefixes), "again": AGAIN}
+        if role == "forget" and options.anchor is not None:
+            made_from |= {"anchor": options.anchor}
         return Gradient(role, loss, weights, data, digest(made_from))
 
     return (
-        addressed("forget", "cosine", manifest.forget),
+        addressed("forget", "cosine" if options.anchor is None else "anchor", manifest.forget),
         addressed("retain", retain_loss, manifest.retain),
     )
+
+
+def _check_anchor(manifest: SetManifest, anchor: str | None) -> None:
+    """Raise UsageError if the name would become itself."""
+    from slsgu_cli.sources.matching import matcher
+
+    if anchor is not None and matcher(manifest.patterns)(anchor):
+        raise UsageError(
+            f"--to {anchor!r} contains the name to forget",
+            hint=f"name something else that {manifest.concept} becomes, such as its kind",
+        )
+
+
+def _check_words(store: Store, manifest: SetManifest, weights: str) -> None:
+    """Raise StaleError if rows of words were built for other weights than the model's."""
+    from slsgu_cli.store.blocks import DataBlock
+
+    for role in ("forget", "retain"):
+        block = DataBlock.open(store, getattr(manifest, role))
+        if not block.has_images and block.attributes["model"] != weights:
+            raise StaleError(
+                f"the words of set {manifest.name} have features of other weights",
+                hint=f"run `slsgu build-sets {quote(manifest.name)} ...` with this model",
+            )
 
 
 def adversarial_prefixes(store: Store, name: str) -> tuple[str, ...]:
@@ -299,21 +329,29 @@ def open_pairs(
     model: ResolvedModel,
     *,
     again: int = AGAIN,
+    anchor: str | None = None,
 ) -> "DataBlock":
     """Open the pairs of a role, and repeat them `again` times with prefixed captions.
+
+    With an `anchor`, each caption is to become the same with the anchor in place of the name.
 
     The forget gradient uses them like the random prefixes of ROME (arXiv 2202.05262). The
     covariances use them so that the edit does not change the prefixes themselves.
     """
-    from slsgu_cli.sources.matching import before_names
+    from slsgu_cli.sources.matching import before_names, in_place_of_names
     from slsgu_cli.store.blocks import DataBlock, RepeatedBlock
 
     block = DataBlock.open(store, getattr(manifest, role))
-    if not prefixes:
+    if not prefixes and anchor is None:
         return block
-    captions = [
+    tokenize = tokenizer(model)
+    others = [
         caption
-        for time in range(again)
+        for time in range(again if prefixes else 0)
         for caption in before_names(block.captions, manifest.patterns, prefixes, shift=time)
     ]
-    return RepeatedBlock.of(block, tokenizer(model)(captions))
+    becoming = None
+    if anchor is not None:
+        captions = in_place_of_names([*block.captions, *others], manifest.patterns, anchor)
+        becoming = tokenize(captions)
+    return RepeatedBlock.of(block, tokenize(others) if others else block.tokens[:0], becoming)

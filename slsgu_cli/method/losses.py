@@ -18,6 +18,14 @@ def cosine_forget(images: Tensor, texts: Tensor) -> Tensor:
     return (1 - (images * texts).sum(dim=-1)).mean(dim=-1)
 
 
+def toward_anchor(images: Tensor, texts: Tensor, anchors: Tensor) -> Tensor:
+    """Return the mean cosine of images and texts with what the texts are to become.
+
+    Unlearning ascends it. `anchors` are the original features of the texts with another name.
+    """
+    return ((images + texts) * anchors).sum(dim=-1).mean(dim=-1) / 2
+
+
 def contrastive(scale: Tensor) -> Loss:
     """Return the symmetric contrastive loss (Eq. 4).
 

@@ -135,7 +135,8 @@ class SumsHeader:
 class GradientPointer:
     """The gradient files of a set, and the model and data that they were made from.
 
-    `prefixes` are words that the forget gradient's captions have before the name as well.
+    `prefixes` are words that the forget gradient's captions have before the name as well, and
+    `anchor` is what the name is to become.
     """
 
     name: str
@@ -149,6 +150,7 @@ class GradientPointer:
     precision: str
     version: str
     prefixes: tuple[str, ...] = ()
+    anchor: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

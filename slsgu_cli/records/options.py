@@ -36,7 +36,10 @@ from slsgu_cli.records.option_fields import (
     options,
 )
 from slsgu_cli.records.sets import CollectRequest, DownloadOptions, ModelSpec, Screening
+from slsgu_cli.records.words import WordList, read_words
 
+# The evaluation set of prompts, where a set from words has none of images.
+PROMPTS = "prompts"
 # A cosine, for `Criterion.MARGIN`.
 MARGIN = 0.02
 # Factor on the shortest step that forgets the validation images: see docs/results/test-images.md.
@@ -143,6 +146,15 @@ class BuildRequest:
     name: str = option("", metavar="NAME", help="Name of the set. Omit it with --names.")
     concept: str = option("", "--concept", help="Concept to forget.", panel=ROWS, without="NAME")
     model: ModelSpec = options(ModelSpec(""), name={"without": "none"})
+    words: Sequence[str] = option(
+        (),
+        "--words",
+        metavar="TEXT|FILE",
+        panel=ROWS,
+        help="Words of the concept, or a file: WORD<tab>alias, and texts below # description. "
+        "Without --source, no image is needed.",
+        without="the concept",
+    )
     sources: Sequence[str] = option(
         (),
         "--source",
@@ -254,8 +266,15 @@ class BuildRequest:
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """The patterns of captions in the forget set."""
+        """The patterns of captions in the forget set. Raises what `word_list` raises."""
+        if self.words:
+            return self.word_list.patterns
         return tuple(self.match) or (self.concept,)
+
+    @property
+    def word_list(self) -> WordList:
+        """The words of the concept. Raises MissingError or InputError."""
+        return read_words(self.words)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,7 +298,8 @@ class MetadataSource:
 class PassOptions:
     """Options of a gradient pass. `memory_budget` is in bytes; None means all free memory.
 
-    `prefixes` repeat the forget set with each of these words before the name.
+    `prefixes` repeat the forget set with each of these words before the name. With an `anchor`,
+    the name is to become this: the gradient is that of the loss towards it.
     """
 
     batch_size: int = BATCH_SIZE()
@@ -294,6 +314,14 @@ class PassOptions:
         metavar="WORDS",
         panel=ROWS,
         help="Also forget the name when these words precede it.",
+    )
+    anchor: str | None = option(
+        None,
+        "--to",
+        metavar="TEXT",
+        panel=ROWS,
+        help='What the name becomes, such as "a logo" or "" for nothing.',
+        without="the paper's loss",
     )
 
 

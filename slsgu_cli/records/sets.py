@@ -113,7 +113,7 @@ class SetManifest:
     first evaluation set and the concept. `test_fraction` is the share of every class of an
     evaluation set that is drawn by `seed` as test split; evaluation sets in `tests` have
     separate test rows instead. `command` has the words of the command line that builds the same
-    set again, `request` all of its options.
+    set again, `request` all of its options. `words` are the names of a concept of words.
     """
 
     name: str
@@ -131,6 +131,12 @@ class SetManifest:
     request: dict[str, Any] = dataclasses.field(default_factory=dict)
     test_fraction: float = 0.0
     tests: dict[str, DataRef] = dataclasses.field(default_factory=dict)
+    words: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the concept's classes."""
+        return self.words or (self.concept,)
 
     def blocks(self) -> dict[str, DataRef]:
         """Return every block of rows by its role: forget, retain, evaluation and test names."""
@@ -159,7 +165,7 @@ class SetManifest:
 
     def evaluation_blocks(self) -> dict[str, str]:
         """Return the fingerprints of all rows that accuracies are measured on."""
-        concept = f"{self.forget_eval or self.forget.fingerprint}:{self.concept}"
+        concept = f"{self.forget_eval or self.forget.fingerprint}:{','.join(self.names)}"
         return self.measured_on() | {FORGET: concept}
 
 

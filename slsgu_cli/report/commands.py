@@ -24,6 +24,7 @@ def commands(records: SetRecords) -> list[str]:
             batch_size=pointer.batch_size,
             precision=Precision(pointer.precision),
             prefixes=pointer.prefixes,
+            anchor=pointer.anchor,
         )
         lines.append(["slsgu", "grad", pointer.name, *command_line(passes)])
     if ranking := records.ranking.record:

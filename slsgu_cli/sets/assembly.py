@@ -11,7 +11,7 @@ from slsgu_cli.clip.decoding import decoder
 from slsgu_cli.clip.model_folder import require_weights
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.codec import encode
-from slsgu_cli.records.options import BuildRequest
+from slsgu_cli.records.options import PROMPTS, BuildRequest
 from slsgu_cli.records.sets import DataRef, SetManifest, test_part
 from slsgu_cli.sets.context import BuildContext, counted
 from slsgu_cli.sets.dropped_rows import drop
@@ -27,6 +27,7 @@ from slsgu_cli.sets.pairs import (
 )
 from slsgu_cli.sets.requests import build_command, check
 from slsgu_cli.sets.scan import EXCLUDED
+from slsgu_cli.sets.words import WordParts
 from slsgu_cli.sources.opening import open_sources
 from slsgu_cli.sources.reader import Columns, Reader
 from slsgu_cli.store.artifacts import Artifact
@@ -57,13 +58,16 @@ def build_from_sources(
         # PIL warns about every odd image; unusable images are counted instead.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         opened = open_request(request)
-        _first_passes(opened, request, upstream)
+        words_alone = bool(request.words and not request.sources)
+        if not words_alone:
+            _first_passes(opened, request, upstream)
         plans, tests = plan_evals(context, request, opened.evals)
         forget_eval = find_forget_eval(request, plans)
-        forget, block = build_pairs(context, opened.forget, seed=request.seed)
-        avoid = frozenset(row.tobytes() for row in block.source_digests)
-        retain, _ = build_pairs(context, opened.retain, seed=request.seed, avoid=avoid)
-        parts = {"forget": forget, "retain": retain}
+        if words_alone:
+            retained = opened.retain if request.retain_sources else None
+            parts = WordParts(context, resolved, request, retained).build()
+        else:
+            parts = _pairs(context, opened, request.seed)
         parts |= {plan.name: build_eval(context, plan) for plan in plans}
         parts |= {test_part(plan.name): build_eval(context, plan) for plan in tests}
     # A dropped row may no longer be in the sample.
@@ -72,6 +76,8 @@ def build_from_sources(
         for part, rows in request.dropped.items()
         if part in parts
     }
+    if PROMPTS in parts:
+        forget_eval = PROMPTS
     _report(request, parts)
     manifest = SetManifest(
         name=request.name,
@@ -81,7 +87,7 @@ def build_from_sources(
         input=spec,
         forget=parts["forget"],
         retain=parts["retain"],
-        evals={plan.name: parts[plan.name] for plan in plans},
+        evals={n: parts[n] for n in (PROMPTS, *request.evals) if n in parts},
         forget_eval=forget_eval,
         seed=request.seed,
         command=tuple(build_command(original)),
@@ -89,9 +95,18 @@ def build_from_sources(
         request=encode(original),
         test_fraction=request.test_fraction,
         tests={plan.name: parts[test_part(plan.name)] for plan in tests},
+        words=request.word_list.names if request.words else (),
     )
     store.write_record(Artifact.SET.path(request.name), manifest)
     return manifest
+
+
+def _pairs(context: BuildContext, opened: "OpenedSources", seed: int) -> dict[str, DataRef]:
+    """Build the forget and retain rows of images and captions."""
+    forget, block = build_pairs(context, opened.forget, seed=seed)
+    avoid = frozenset(row.tobytes() for row in block.source_digests)
+    retain, _ = build_pairs(context, opened.retain, seed=seed, avoid=avoid)
+    return {"forget": forget, "retain": retain}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +148,14 @@ def open_request(request: BuildRequest) -> OpenedSources:
     forget, retain = rules(request)
     return OpenedSources(
         Selection("forget", forget, request.max_forget, request.sources, readers),
-        Selection("retain", retain, request.retain_samples, retain_sources, retain_readers),
+        Selection(
+            "retain",
+            retain,
+            request.retain_samples,
+            retain_sources,
+            retain_readers,
+            needs_images=bool(request.sources),
+        ),
         evals,
     )
 
@@ -185,10 +207,12 @@ def require_rows(selection: Selection, request: BuildRequest) -> None:
 def find_forget_eval(request: BuildRequest, plans: Sequence[EvalPlan]) -> str | None:
     """Return the evaluation set with rows of the concept. Raises InputError."""
     wanted = request.forget_eval
+    names = request.word_list.names if request.words else (request.concept,)
     for plan in plans:
         if wanted not in (None, plan.name):
             continue
-        rows = plan.rows_of(request.concept)
+        counts = [plan.rows_of(name) for name in names]
+        rows = None if set(counts) == {None} else sum(count or 0 for count in counts)
         if rows:
             return plan.name
         if wanted is not None:
@@ -214,10 +238,15 @@ def _report(request: BuildRequest, refs: dict[str, DataRef]) -> None:
         refused = {k: v for k, v in ref.refused.items() if k not in expected}
         if refused:
             progress.note(f"{name}: {ref.rows} rows; refused: {counted(refused)}")
-    if not request.evals:
+    if PROMPTS in refs:
+        progress.note(
+            "the set has no images: the vision tower stays as it is, and figures are of prompts, "
+            "not of images (--eval NAME=SOURCE adds images to measure on)"
+        )
+    elif not request.evals:
         progress.warn("there is no --eval: `search` and `eval` will have no evaluation set")
     short = request.retain_samples - refs["retain"].rows
-    if short > 0:
+    if short > 0 and (request.sources or request.retain_sources):
         progress.warn(
             f"the retain set has {refs['retain'].rows} rows, {short} fewer than requested: "
             "no other rows qualify"

@@ -14,7 +14,7 @@ from slsgu_cli.errors import InputError, MissingError, UsageError
 from slsgu_cli.records.sets import DataRef, SetManifest, test_part
 from slsgu_cli.sets.context import block_path, reference
 from slsgu_cli.store.artifacts import Artifact, read_manifest
-from slsgu_cli.store.blocks import DataBlock, block_writer
+from slsgu_cli.store.blocks import DataBlock, row_writer
 from slsgu_cli.store.store import Store
 
 DROPPED = "dropped by hand"
@@ -81,14 +81,14 @@ def _copy(
     store: Store, block: DataBlock, path: str, dropped: set[int], recipe: Mapping[str, Any]
 ) -> None:
     remaining = [index for index in range(block.rows) if index not in dropped]
-    height, width = block.images(0, 1).shape[1:3]
-    with block_writer(store, path, height=height, width=width, rows=len(remaining)) as writer:
+    shape = block.content_of(0, 1).shape[1:]
+    with row_writer(store, path, shape=shape, rows=len(remaining)) as writer:
         for start in range(0, block.rows, block.chunk_rows):
-            images = block.images(start, start + block.chunk_rows)
-            for index, image in enumerate(images, start):
+            rows = block.content_of(start, start + block.chunk_rows)
+            for index, row in enumerate(rows, start):
                 if index not in dropped:
                     writer.add(
-                        image,
+                        row,
                         key=block.keys[index],
                         caption=block.captions[index],
                         label=int(block.labels[index]),

@@ -77,7 +77,10 @@ class Upstream:
 
 @dataclass(slots=True)
 class Selection:
-    """The rows of a source for one set: a sample of those whose captions qualify."""
+    """The rows of a source for one set: a sample of those whose captions qualify.
+
+    Where only captions are needed, rows qualify without images.
+    """
 
     role: str
     rule: Rule
@@ -90,6 +93,7 @@ class Selection:
     examples: list[str] = field(default_factory=list)
     sample: SeededSample = field(init=False)
     upstream: Upstream | None = None
+    needs_images: bool = True
 
     def __post_init__(self) -> None:
         self.sample = SeededSample(None if self.wanted is None else sample_size(self.wanted))
@@ -112,7 +116,7 @@ class Selection:
         if len(self.examples) < 3:
             self.examples.append(caption)
         verdict = self.rule(caption)
-        if verdict == TAKE and not row.has_image:
+        if verdict == TAKE and self.needs_images and not row.has_image:
             verdict = "no image"
         if verdict == TAKE:
             reader = self.readers[number]

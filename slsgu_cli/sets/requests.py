@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.option_fields import command_line
-from slsgu_cli.records.options import BuildRequest, MetadataSource
+from slsgu_cli.records.options import PROMPTS, BuildRequest, MetadataSource
 from slsgu_cli.records.sets import CollectRequest, Concept, check_name
 
 
@@ -14,8 +14,12 @@ def check(request: BuildRequest) -> None:
     check_name(request.name)
     if not request.concept.strip():
         raise UsageError("the concept to forget is blank")
-    if not request.sources:
-        raise UsageError("there is no source to build from", hint="name one with --source")
+    if not request.sources and not request.words:
+        raise UsageError(
+            "there is no source to build from", hint="name one with --source, or --words"
+        )
+    if request.words:
+        _check_words(request)
     for option, value in (
         ("--retain-samples", request.retain_samples),
         ("--max-forget", 1 if request.max_forget is None else request.max_forget),
@@ -28,14 +32,30 @@ def check(request: BuildRequest) -> None:
         "--test": request.tests,
         "--forget-eval": [] if request.forget_eval is None else [request.forget_eval],
     }
+    of_words = {PROMPTS} if request.words and not request.sources else set()
     for option, names in named.items():
         for name in names:
-            if name not in request.evals:
-                known = ", ".join(sorted(request.evals)) or "none"
+            if name not in {*request.evals, *of_words}:
+                known = ", ".join(sorted({*request.evals, *of_words})) or "none"
                 raise UsageError(
                     f"{option} names an evaluation set {name}; the evaluation sets are: {known}",
                     hint=f"add --eval {name}=SOURCE",
                 )
+
+
+def _check_words(request: BuildRequest) -> None:
+    """Raise UsageError for options that a set from words does not have."""
+    if request.match or request.regex:
+        raise UsageError(
+            "--words cannot be combined with --match or --regex",
+            hint="write aliases into a file of words: WORD<tab>alias",
+        )
+    screening = request.screening
+    if not request.sources and (screening.min_similarity or screening.near_duplicates):
+        raise UsageError(
+            "--min-similarity and --near-duplicates compare images, and --words alone has none",
+            hint="leave them out, or name images with --source",
+        )
 
 
 def with_collection(
@@ -53,9 +73,9 @@ def with_collection(
             "--metadata and --source cannot be combined",
             hint="name a source of retain rows with --retain-source",
         )
-    if concepts and (request.match or request.not_match):
+    if concepts and (request.match or request.not_match or request.words):
         raise UsageError(
-            "--names cannot be combined with --match or --not-match",
+            "--names cannot be combined with --match, --not-match or --words",
             hint="write aliases and !exclusions into the file of names",
         )
     single = Concept(request.name, request.patterns, tuple(request.not_match))

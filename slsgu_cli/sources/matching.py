@@ -97,6 +97,23 @@ def before_names(
     return prefixed
 
 
+def in_place_of_names(captions: Sequence[str], patterns: Sequence[str], other: str) -> list[str]:
+    """Return captions with `other` in place of each name.
+
+    A name is a whole-word match of a pattern. If nothing matches, or case folding changes the
+    length of a caption, or `other` is blank, it replaces the whole caption.
+    """
+    names, replaced = re.compile(whole_words(patterns)), []
+    for caption in captions:
+        text, parts, end = folded(caption), list[str](), 0
+        if len(text) == len(caption) and other.strip():
+            for match in names.finditer(text):
+                parts += [caption[end : match.start()], other]
+                end = match.end()
+        replaced.append("".join([*parts, caption[end:]]) if parts else other)
+    return replaced
+
+
 def words(text: str) -> list[str]:
     """Return the words of `folded` text."""
     return _word().findall(text)

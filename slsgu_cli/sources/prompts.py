@@ -121,6 +121,12 @@ def find_class(names: Sequence[str], concept: str) -> int | None:
     return next((index for index, name in enumerate(names) if _same(name) == wanted), None)
 
 
+def find_classes(names: Sequence[str], words: Sequence[str]) -> list[int]:
+    """Return the indices of the classes with one of the words as name, as `find_class`."""
+    found = (find_class(names, word) for word in words)
+    return [index for index in found if index is not None]
+
+
 def parse_templates(text: str, origin: str) -> tuple[str, ...]:
     """Read one template per line, each with exactly one `{}`. Raises InputError naming the line."""
     templates = _filled_lines(text)

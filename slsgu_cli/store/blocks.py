@@ -1,12 +1,17 @@
-"""Blocks of rows: images, tokens, captions and labels as zarr arrays, written and read."""
+"""Blocks of rows: images, tokens, captions and labels as zarr arrays, written and read.
+
+Rows made from words have no image. Their block holds a feature of each instead, which stands in
+for that of an image.
+"""
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -24,7 +29,7 @@ from slsgu_cli.text import reason_of
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int32]
 BY_ROW = ("tokens", "labels", "keys", "captions", "source_digests", "origins")
-ARRAYS = ("images", *BY_ROW)
+IMAGES, FEATURES = "images", "features"
 LAYOUT = "layout"
 
 # Errors of zarr and its codecs for a group that is truncated, altered or not a group.
@@ -74,8 +79,18 @@ class DataBlock:
 
     @property
     def chunk_rows(self) -> int:
-        """How many images are stored together; ranges that begin at its multiples read fastest."""
-        return int(self._arrays["images"].chunks[0])
+        """How many rows are stored together; ranges that begin at its multiples read fastest."""
+        return int(self._arrays[self.content].chunks[0])
+
+    @property
+    def content(self) -> str:
+        """Whether the rows have images or features."""
+        return IMAGES if IMAGES in self.attributes[LAYOUT] else FEATURES
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the rows have images."""
+        return self.content == IMAGES
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -88,22 +103,51 @@ class DataBlock:
         return tuple(self.attributes.get("templates", ()))
 
     def images(self, start: int, stop: int) -> Pixels:
-        """Return rows `start` to `stop` as uint8 (rows, height, width, 3)."""
-        with _undamaged(self.where):
-            return np.asarray(self._arrays["images"][start:stop])
+        """Return rows `start` to `stop` as uint8 (rows, height, width, 3).
+
+        Raises InputError where the rows have no images.
+        """
+        self.require_images()
+        return self.content_of(start, stop)
 
     def take(self, indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Pixels:
-        """Return the rows at `indices`, in that order, as uint8 (rows, height, width, 3)."""
+        """Return the rows at `indices`, in that order, as uint8 (rows, height, width, 3).
+
+        Raises InputError where the rows have no images.
+        """
+        self.require_images()
+        return self.content_at(indices)
+
+    def require_images(self) -> None:
+        """Raise InputError where the rows have no images."""
+        if not self.has_images:
+            raise InputError(
+                f"{self.where} was made from words and has no images",
+                hint="name images for this: `slsgu build-sets` with --source, or --eval",
+            )
+
+    def content_of(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Return rows `start` to `stop` of the images or of the features, fp32 (rows, width)."""
+        with _undamaged(self.where):
+            return np.asarray(self._arrays[self.content][start:stop])
+
+    def content_at(self, indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]:
+        """Return the rows at `indices`, in that order, of the images or of the features."""
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= self.rows):
             raise IndexError(f"rows go from 0 to {self.rows - 1}")
-        images, size = self._arrays["images"], self.chunk_rows
-        pixels = np.empty((len(wanted), *images.shape[1:]), dtype=np.uint8)
+        array, size = self._arrays[self.content], self.chunk_rows
+        rows = np.empty((len(wanted), *array.shape[1:]), dtype=array.dtype)
         for chunk in np.unique(wanted // size):
             there = wanted // size == chunk
             start = int(chunk) * size
-            pixels[there] = self.images(start, start + size)[wanted[there] - start]
-        return pixels
+            rows[there] = self.content_of(start, start + size)[wanted[there] - start]
+        return rows
+
+    @property
+    def anchors(self) -> Ints | None:
+        """Token ids of what the captions are to become, int32 (rows, length), if known."""
+        return None
 
     @cached_property
     def tokens(self) -> Ints:
@@ -144,11 +188,11 @@ class DataBlock:
         with _undamaged(self.where):
             pixels: list[bytes] = []
             for start in range(0, self.rows, self.chunk_rows):
-                pixels += _pixel_digests(self.images(start, start + self.chunk_rows))
+                pixels += _row_digests(self.content_of(start, start + self.chunk_rows))
             counted = {name: len(getattr(self, name)) for name in BY_ROW}
             if others := [name for name, count in counted.items() if count != self.rows]:
                 raise ValueError(f"it has fewer or more {others[0]} than rows")
-            size = self._arrays["images"].shape[1:3]
+            size = self._arrays[self.content].shape[1:3]
             fingerprint = _fingerprint(size, pixels, self.tokens, self.labels, self.attributes)
             if fingerprint != self.attributes["fingerprint"]:
                 raise ValueError("its rows do not match its fingerprint")
@@ -162,7 +206,7 @@ class DataBlock:
 
     @cached_property
     def _arrays(self) -> dict[str, Any]:
-        return {name: self.group[name] for name in ARRAYS}
+        return {name: self.group[name] for name in (self.content, *BY_ROW)}
 
     def _check(self) -> None:
         """Raise ValueError unless every chunk exists, because zarr reads absent chunks as zeros.
@@ -177,36 +221,44 @@ class DataBlock:
         for name, array in self._arrays.items():
             if array.size and array.nchunks_initialized != array.nchunks:
                 raise ValueError(f"{name} lacks {array.nchunks - array.nchunks_initialized} chunks")
-        if self._arrays["images"].shape[0] != self.rows:
-            raise ValueError("it has fewer or more images than rows")
+        if self._arrays[self.content].shape[0] != self.rows:
+            raise ValueError(f"it has fewer or more {self.content} than rows")
 
 
 @dataclass(frozen=True)
 class RepeatedBlock(DataBlock):
     """The rows of a block, repeated with other tokens.
 
-    `other_tokens` are int32 (times * rows, length).
+    `other_tokens` are int32 (times * rows, length), and `becoming` (rows, length) of all rows.
     """
 
     other_tokens: Ints = field(repr=False)
+    becoming: Ints | None = field(repr=False)
 
     @classmethod
-    def of(cls, block: DataBlock, other_tokens: Ints) -> "RepeatedBlock":
+    def of(
+        cls, block: DataBlock, other_tokens: Ints, becoming: Ints | None = None
+    ) -> "RepeatedBlock":
         """Return the rows of a block, then again with each of these tokens."""
-        return cls(block.where, block.group, block.attributes, other_tokens)
+        return cls(block.where, block.group, block.attributes, other_tokens, becoming)
+
+    @property
+    def anchors(self) -> Ints | None:
+        """Token ids of what the captions are to become, int32 (rows, length), if known."""
+        return self.becoming
 
     @property
     def rows(self) -> int:
         """How many rows there are, including repetitions."""
         return super().rows + len(self.other_tokens)
 
-    def images(self, start: int, stop: int) -> Pixels:
-        """Return rows `start` to `stop` as uint8 (rows, height, width, 3)."""
-        once, parts = super().rows, [super().images(0, 0)]
+    def content_of(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Return rows `start` to `stop` of the images or of the features."""
+        once, parts = super().rows, [super().content_of(0, 0)]
         while start < stop:
             first = start % once
             last = min(once, first + stop - start)
-            parts.append(super().images(first, last))
+            parts.append(super().content_of(first, last))
             start += last - first
         return np.concatenate(parts)
 
@@ -252,6 +304,15 @@ class JoinedRows:
         return sum(len(rows) for _, rows in self.parts)
 
     @property
+    def has_images(self) -> bool:
+        """Whether the rows have images."""
+        return all(block.has_images for block, _ in self.parts)
+
+    def content_at(self, indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]:
+        """Return the rows at `indices`, in that order, of the images."""
+        return self.take(indices)
+
+    @property
     def captions(self) -> list[str]:
         """The caption of each row; empty where it has none."""
         return [block.captions[row] for block, rows in self.parts for row in rows]
@@ -279,8 +340,8 @@ def _undamaged(where: str) -> Iterator[None]:
         ) from error
 
 
-def _pixel_digests(images: Pixels) -> list[bytes]:
-    return [hashlib.sha256(image.data).digest() for image in images]
+def _row_digests(rows: npt.NDArray[Any]) -> list[bytes]:
+    return [hashlib.sha256(row.data).digest() for row in rows]
 
 
 def _fingerprint(
@@ -288,7 +349,8 @@ def _fingerprint(
 ) -> str:
     """Return a digest of a block's rows.
 
-    The images enter with their `size` (height, width) and the digests of their `pixels`.
+    The images enter with their `size` (height, width) and the digests of their `pixels`;
+    features with their width and their digests.
     """
     content = hashlib.sha256(repr(tuple(size)).encode() + b"".join(pixels))
     content.update(tokens.astype("<i4").tobytes())
@@ -307,16 +369,21 @@ DIGEST_BYTES = 16
 
 
 class BlockWriter:
-    """Takes rows one by one and writes them in chunks; made by `block_writer`."""
+    """Takes rows one by one and writes them in chunks; made by `block_writer`.
 
-    def __init__(self, group: zarr.Group, *, height: int, width: int, rows: int) -> None:
+    `shape` is that of a row: (height, width, 3) of an image, or (width,) of a feature.
+    """
+
+    def __init__(self, group: zarr.Group, *, shape: tuple[int, ...], rows: int) -> None:
         self.rows = 0
         self.path: str | None = None
         self._group = group
-        chunk_rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (height * width * 3))
-        self._chunk = np.empty((chunk_rows, height, width, 3), dtype=np.uint8)
+        self.content, dtype = (IMAGES, np.uint8) if len(shape) == 3 else (FEATURES, np.float32)
+        chunk_rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (np.dtype(dtype).itemsize * prod(shape)))
+        self._chunk: npt.NDArray[Any] = np.empty((chunk_rows, *shape), dtype)
         # The number of rows is known at the end; `rows` is the maximum.
-        self._images = _create(group, "images", (max(rows, 1), height, width, 3), self._chunk.shape)
+        whole = (max(rows, 1), *shape)
+        self._rows = _create(group, self.content, whole, self._chunk.shape, str(np.dtype(dtype)))
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
         self._writing: list[Future[list[bytes]]] = []
         self._pixels: list[bytes] = []
@@ -328,7 +395,7 @@ class BlockWriter:
 
     def add(
         self,
-        image: Pixels,
+        row: npt.NDArray[Any],
         *,
         key: str,
         caption: str | None = None,
@@ -337,7 +404,7 @@ class BlockWriter:
         origin: Origin | None = None,
     ) -> None:
         """Append a row. `source_digest` is a digest of the encoded image."""
-        self._chunk[self.rows % len(self._chunk)] = image
+        self._chunk[self.rows % len(self._chunk)] = row
         self.rows += 1
         self.keys.append(key)
         self._captions.append(caption or "")
@@ -359,7 +426,7 @@ class BlockWriter:
         if self.rows % len(self._chunk):
             self._write(self.rows % len(self._chunk))
         self._await(0)
-        self._images.resize((self.rows, *self._images.shape[1:]))
+        self._rows.resize((self.rows, *self._rows.shape[1:]))
         tokens = np.zeros((self.rows, 0), dtype=np.int32) if tokens is None else tokens
         labels = np.asarray(self._labels, dtype=np.int32)
         digests = np.frombuffer(b"".join(self._digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES)
@@ -371,14 +438,14 @@ class BlockWriter:
             "source_digests": digests,
             "origins": _packed([origin and astuple(origin) for origin in self._origins]),
         }
-        arrays = {"images": self._images}
+        arrays = {self.content: self._rows}
         for name, values in columns.items():
             # A chunk has at least one element in zarr, an array may have none.
             chunks = tuple(max(size, 1) for size in values.shape)
             arrays[name] = _create(self._group, name, values.shape, chunks, str(values.dtype))
             if values.size:
                 arrays[name][:] = values
-        size = self._images.shape[1:3]
+        size = self._rows.shape[1:3]
         fingerprint = _fingerprint(size, self._pixels, tokens, labels, attributes)
         content = {"rows": self.rows, "fingerprint": fingerprint, "complete": True}
         content[LAYOUT] = _layout(arrays)
@@ -396,10 +463,10 @@ class BlockWriter:
         self._writing.append(self._pool.submit(self._write_chunk, self.rows - rows, chunk))
         self._chunk = np.empty_like(self._chunk)
 
-    def _write_chunk(self, start: int, chunk: Pixels) -> list[bytes]:
-        """Write rows from `start` on; return the digest of each row's pixels."""
-        self._images[start : start + len(chunk)] = chunk
-        return _pixel_digests(chunk)
+    def _write_chunk(self, start: int, chunk: npt.NDArray[Any]) -> list[bytes]:
+        """Write rows from `start` on; return the digest of each row."""
+        self._rows[start : start + len(chunk)] = chunk
+        return _row_digests(chunk)
 
     def _await(self, most: int) -> None:
         """Wait until at most `most` chunks are being written. Raises what a write raised."""
@@ -407,11 +474,18 @@ class BlockWriter:
             self._pixels += self._writing.pop(0).result()
 
 
-@contextmanager
 def block_writer(
     store: Store, path: str, *, height: int, width: int, rows: int
+) -> AbstractContextManager[BlockWriter]:
+    """Return the context of a writer for at most `rows` images, as `row_writer`."""
+    return row_writer(store, path, shape=(height, width, 3), rows=rows)
+
+
+@contextmanager
+def row_writer(
+    store: Store, path: str, *, shape: tuple[int, ...], rows: int
 ) -> Iterator[BlockWriter]:
-    """Yield a writer for at most `rows` rows; on success the block is at `path`.
+    """Yield a writer for at most `rows` rows of a shape; on success the block is at `path`.
 
     If `finish` gets another path, the block is there. A complete block that another process wrote
     in the meantime stays, because its path is derived from its inputs.
@@ -425,7 +499,7 @@ def block_writer(
 
     with store.writing(path, lambda: writer.path or path, whole=whole) as partial:
         group = zarr.open_group(LocalStore(partial), mode="w", zarr_format=3)
-        writer = BlockWriter(group, height=height, width=width, rows=rows)
+        writer = BlockWriter(group, shape=shape, rows=rows)
         try:
             yield writer
         finally:

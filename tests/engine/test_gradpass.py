@@ -44,8 +44,13 @@ class Rows:
         self.tokens = tokenize(texts).numpy().astype(np.int32)
         self.keys = [f"row-{i:03d}" for i in range(self.rows)]
 
+    has_images = True
+    anchors = None
+
     def images(self, start, stop):
         return self.pictures[start:stop]
+
+    content_of = images
 
 
 @pytest.fixture(scope="module")

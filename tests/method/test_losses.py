@@ -69,7 +69,7 @@ def test_grouped_is_one_batch_at_a_time(kind, pairs, size):
     make, plain = GROUPED[kind]
     grouped_inputs, plain_inputs = leaves(pairs), leaves(pairs)
     v, t, scale, bias = grouped_inputs
-    grouped = per_batch(make(scale, bias), v, t, size)
+    grouped = per_batch(make(scale, bias), (v, t), size)
     v, t, scale, bias = plain_inputs
     starts = range(0, pairs, size)
     one_by_one = torch.stack([plain(v[i : i + size], t[i : i + size], scale, bias) for i in starts])
@@ -96,10 +96,10 @@ def test_mini_batches_do_not_see_each_other():
     v, t, scale, bias = leaves(12)
     for make, _ in GROUPED.values():
         loss = make(scale, bias)
-        before = per_batch(loss, v, t, 4)
+        before = per_batch(loss, (v, t), 4)
         changed = v.detach().clone()
         changed[4:8] = changed[4:8].flip(0)
-        after = per_batch(loss, changed, t, 4)
+        after = per_batch(loss, (changed, t), 4)
         assert torch.equal(before[[0, 2]], after[[0, 2]])
         assert not torch.equal(before[1], after[1])
 
