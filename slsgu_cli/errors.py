@@ -72,6 +72,10 @@ class NotFiniteError(InputError):
     """Weights, features or figures that are NaN or infinite."""
 
 
+class NoImagesError(InputError):
+    """Images of a set that was made from words."""
+
+
 class ForeignError(InputError):
     """A file among artifacts that slsgu did not write."""
 

@@ -154,7 +154,7 @@ def _figures(edit: EditHeader) -> list[list[str]]:
     for kind, name, was, now in (("FA", "", edit.baseline_forget, edit.forget), *utility):
         if was is None or now is None:
             continue
-        images = f"{now.rows} {'test' if now.is_test else 'validation'} images"
+        images = f"{now.rows} {'test' if now.is_test else 'validation'} {now.measured_on}"
         for k, one, other in ((1, was.top1, now.top1), (5, was.top5, now.top5)):
             rows.append([f"{kind}@{k} {name}".strip(), f"{one:.2f}%", f"{other:.2f}%", images])
     return rows

@@ -113,6 +113,7 @@ def show_before_after(console: Console, models: Figures) -> None:
 
 def recognised(name: str, forget: Accuracy) -> str:
     """Return a sentence that says how often a concept is recognised, and on which images."""
-    images = "test images" if forget.is_test else "images, which the edit was chosen by"
+    rows = forget.measured_on
+    rows = f"test {rows}" if forget.is_test else f"{rows}, which the edit was chosen by"
     share = Share.of(forget.top1, forget.rows)
-    return f"{name} is recognised in {share.in_words(images)}"
+    return f"{name} is recognised in {share.in_words(rows)}"

@@ -141,7 +141,8 @@ def show_search(
     if before.forget.top1 < 20:
         console.warn(
             f"the original model recognises {trials.name} in only "
-            f"{before.forget.top1:.0f}% of its images: there is little to forget"
+            f"{before.forget.top1:.0f}% of its {before.forget.measured_on}: there is little to "
+            "forget"
         )
     for name, was in sorted((base_edits.figures if base_edits else before).utility.items()):
         lost = was.top1 - after.utility[name].top1

@@ -22,10 +22,11 @@ from slsgu_cli.clip.activations import CacheBudget
 from slsgu_cli.clip.batches import Pixels, pixel_normalizer, to_tokens
 from slsgu_cli.clip.finite import naming_layers, require_finite_elsewhere
 from slsgu_cli.clip.metrics import (
+    TOP,
     accuracies,
     as_one_class,
     class_accuracies,
-    least_gap,
+    gaps,
     ranks_of_truth,
 )
 from slsgu_cli.clip.tokenizers import Tokenize
@@ -76,6 +77,18 @@ class EvaluationSet:
         cosines = features @ embeddings.T
         return cosines if self.as_one is None else as_one_class(cosines, self.labels, self.as_one)
 
+    def gaps(self, cosines: Tensor) -> Tensor:
+        """Return the gap of each image to the fifth name, or of each prompt to the median name.
+
+        A prompt is forgotten sooner than images, so it has to go further.
+        """
+        top = TOP if self.images.block.has_images else len(self.names) // 2
+        return gaps(cosines, self.labels, top)
+
+    def least_gap(self, cosines: Tensor) -> float:
+        """Return the smallest of the `gaps`."""
+        return float(self.gaps(cosines).min())
+
     @property
     def labels(self) -> Tensor:
         """The class of each image."""
@@ -84,7 +97,8 @@ class EvaluationSet:
     def accuracy_of(self, ranks: Tensor) -> Accuracy:
         """Return the accuracy from the ranks of the true classes."""
         top1, top5 = accuracies(ranks)
-        return Accuracy(top1, top5, int(ranks.numel()), self.is_test)
+        of_prompts = not self.images.block.has_images
+        return Accuracy(top1, top5, int(ranks.numel()), self.is_test, of_prompts)
 
     def base_ranks(self) -> Tensor:
         """Return the rank of the true class of every image, by the original model."""
@@ -159,8 +173,7 @@ class Evaluation(_Measured):
     def base_gap(self) -> float:
         """Return the smallest gap of the original model on the images of the concept."""
         forget = self.forget
-        logits = forget.cosines(forget.images.features, forget.prompts.embeddings)
-        return least_gap(logits, forget.labels)
+        return forget.least_gap(forget.cosines(forget.images.features, forget.prompts.embeddings))
 
 
 @dataclass(slots=True)

@@ -36,21 +36,16 @@ def as_one_class(cosines: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
     return others.scatter(1, labels.unsqueeze(1), highest)
 
 
-def gaps(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the fifth highest logit of the other classes minus that of the true class.
+def gaps(logits: Tensor, labels: Tensor, top: int = TOP) -> Tensor:
+    """Return the fifth (or `top`) highest logit of the other classes minus that of the true class.
 
     It is positive if and only if the true class is not in the row's top 5, ties aside. With fewer
     than five other classes, the lowest counts.
     """
     truth = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
     others = logits.scatter(1, labels.unsqueeze(1), float("-inf"))
-    fifth = others.topk(min(TOP, logits.shape[1] - 1), dim=1).values[:, -1]
+    fifth = others.topk(min(top, logits.shape[1] - 1), dim=1).values[:, -1]
     return fifth - truth
-
-
-def least_gap(logits: Tensor, labels: Tensor) -> float:
-    """Return the smallest of the `gaps` of all rows."""
-    return float(gaps(logits, labels).min())
 
 
 def accuracies(ranks: Tensor) -> tuple[float, float]:

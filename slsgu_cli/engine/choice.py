@@ -7,10 +7,15 @@ from slsgu_cli.records.method import Criterion, Trial, Trials, UtilityMetric
 
 
 def residual(forget: Accuracy, gap: float, criterion: Criterion, margin: float | None) -> float:
-    """Return what the search drives to zero: a forget accuracy, or the rest of the margin."""
-    if criterion is Criterion.MARGIN:
+    """Return what the search drives to zero: a forget accuracy, or the rest of the margin.
+
+    For prompts, instead of FA@5, it is the rest of the gap to the median name.
+    """
+    if criterion is Criterion.FA1:
+        return forget.top1
+    if criterion is Criterion.MARGIN or forget.of_prompts:
         return max(0.0, (margin or 0.0) - gap)
-    return forget.top1 if criterion is Criterion.FA1 else forget.top5
+    return forget.top5
 
 
 def mean_top1(utility: Mapping[str, Accuracy]) -> float:
@@ -19,7 +24,13 @@ def mean_top1(utility: Mapping[str, Accuracy]) -> float:
 
 
 def utility_of(trial: Trial, by: UtilityMetric) -> float:
-    """Return the utility of a measured trial, in percent, by which steps are compared."""
+    """Return the utility of a measured trial, in percent, by which steps are compared.
+
+    Nearly all prompts of other names are recognised after any step, so for prompts it is how
+    little their cosines change.
+    """
+    if trial.forget.of_prompts and trial.moved is not None:
+        return 100 * (1 - trial.moved)
     if by is UtilityMetric.EXPECTED and trial.expected is not None:
         return trial.expected
     return mean_top1(trial.utility or {})

@@ -13,7 +13,7 @@ from slsgu_cli.checkpoints.stored_layer import moved_values, recognised
 from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, SharedEvaluation
 from slsgu_cli.clip.finite import counted_by
 from slsgu_cli.clip.in_place import edited
-from slsgu_cli.clip.metrics import least_gap, ranks_of_truth
+from slsgu_cli.clip.metrics import ranks_of_truth
 from slsgu_cli.clip.zeroshot import ImageSide, PromptSide
 from slsgu_cli.errors import StaleError
 from slsgu_cli.records.figures import Accuracy
@@ -42,7 +42,7 @@ class EditedModel:
     def forget_figures(self, group: EvaluationSet) -> tuple[Accuracy, float]:
         """Return the accuracy on the images of a concept, and the concept's gap."""
         logits, labels = self.cosines(group)
-        return group.accuracy_of(ranks_of_truth(logits, labels)), least_gap(logits, labels)
+        return group.accuracy_of(ranks_of_truth(logits, labels)), group.least_gap(logits)
 
     def cosines(self, group: EvaluationSet) -> tuple[Tensor, Tensor]:
         """Return the cosines of images with all names, and the label of each."""

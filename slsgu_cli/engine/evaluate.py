@@ -110,7 +110,7 @@ def evaluate(
         models[1].cosines if len(models) > 1 else None,
         shown.names,
         forgotten=shown.names[: len(names)],
-        thumbnails=shown.thumbnails,
+        thumbnails=shown.thumbnails if shown.has_images else None,
     )
     return EvalResult(tuple(names), tuple(models), store.write_picture(path, plot))
 

@@ -12,7 +12,7 @@ from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip.evaluation import Evaluation
 from slsgu_cli.clip.finite import counted_by
 from slsgu_cli.clip.in_place import Change, edited
-from slsgu_cli.clip.metrics import least_gap, ranks_of_truth
+from slsgu_cli.clip.metrics import ranks_of_truth
 from slsgu_cli.engine.edited_model import EditedModel
 from slsgu_cli.errors import NotFiniteError
 from slsgu_cli.method.scores import norm
@@ -89,6 +89,6 @@ class Evaluator:
             step=step,
             share=step * self.norm / self.weight_norm,
             forget=forget.accuracy_of(ranks_of_truth(logits, labels)),
-            gap=least_gap(logits, labels),
+            gap=forget.least_gap(logits),
             utility=None,
         )

@@ -40,8 +40,13 @@ class ShownClasses:
         return self.classes[len(self.concepts) :]
 
     @property
+    def has_images(self) -> bool:
+        """Whether the classes have images, and not prompts."""
+        return all(group.images.block.has_images for group in (*self.concepts, self.others))
+
+    @property
     def thumbnails(self) -> Images:
-        """One image of each class."""
+        """One image of each class. Raises NoImagesError."""
         one = self.first(1)
         return np.concatenate([pixels_of(group) for group in (*one.concepts, one.others)])
 

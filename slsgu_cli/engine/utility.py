@@ -43,7 +43,12 @@ def expected_hits(leads: Tensor, spread: Tensor | float) -> Tensor:
 
 def retained_names(group: EvaluationSet, concepts: Iterable[EvaluationSet]) -> Tensor:
     """Return the indices of the classes of a set without those of the concepts."""
-    forgotten = {int(c.images.labels[0]) for c in concepts if c.prompts is group.prompts}
+    forgotten = {
+        int(label)
+        for concept in concepts
+        if concept.prompts is group.prompts
+        for label in concept.labels
+    }
     names = [index for index in range(len(group.names)) if index not in forgotten]
     return torch.tensor(names, device=group.images.labels.device)
 

@@ -82,15 +82,21 @@ def _largest_share(count: int, total: int, tail: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Zero-shot accuracy in percent over `rows` images.
+    """Zero-shot accuracy in percent over `rows` images, or `of_prompts` where there are none.
 
-    With `is_test`, no layer or step was chosen by these images.
+    With `is_test`, no layer or step was chosen by these.
     """
 
     top1: float
     top5: float
     rows: int
     is_test: bool = False
+    of_prompts: bool = False
+
+    @property
+    def measured_on(self) -> str:
+        """What the accuracy is measured on, in the plural."""
+        return "prompts" if self.of_prompts else "images"
 
 
 @dataclass(frozen=True, slots=True)

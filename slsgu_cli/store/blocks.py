@@ -20,7 +20,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import FsspecStore, LocalStore
 
-from slsgu_cli.errors import FormatError, InputError, MissingError, StaleError
+from slsgu_cli.errors import FormatError, InputError, MissingError, NoImagesError, StaleError
 from slsgu_cli.records.codec import parse_json, require_seal, sealed
 from slsgu_cli.records.sets import DataRef, Origin
 from slsgu_cli.store.store import Store
@@ -105,7 +105,7 @@ class DataBlock:
     def images(self, start: int, stop: int) -> Pixels:
         """Return rows `start` to `stop` as uint8 (rows, height, width, 3).
 
-        Raises InputError where the rows have no images.
+        Raises NoImagesError.
         """
         self.require_images()
         return self.content_of(start, stop)
@@ -113,15 +113,15 @@ class DataBlock:
     def take(self, indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Pixels:
         """Return the rows at `indices`, in that order, as uint8 (rows, height, width, 3).
 
-        Raises InputError where the rows have no images.
+        Raises NoImagesError.
         """
         self.require_images()
         return self.content_at(indices)
 
     def require_images(self) -> None:
-        """Raise InputError where the rows have no images."""
+        """Raise NoImagesError where the rows have no images."""
         if not self.has_images:
-            raise InputError(
+            raise NoImagesError(
                 f"{self.where} was made from words and has no images",
                 hint="name images for this: `slsgu build-sets` with --source, or --eval",
             )

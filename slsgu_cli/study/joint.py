@@ -16,7 +16,7 @@ from slsgu_cli.checkpoints.edits import write_edit
 from slsgu_cli.checkpoints.layers import Layer
 from slsgu_cli.clip.evaluation import EvaluationSet, SharedEvaluation
 from slsgu_cli.clip.in_place import changed_values
-from slsgu_cli.clip.metrics import gaps, least_gap, margins, ranks_of_truth
+from slsgu_cli.clip.metrics import margins, ranks_of_truth
 from slsgu_cli.engine.choice import residual, utility_of
 from slsgu_cli.engine.edited_model import UNEDITED, EditedModel, edited_model
 from slsgu_cli.engine.effect import class_effects
@@ -163,12 +163,12 @@ class JointCost:
             retained.append(RetainedImages(group, names, expected_hits(lead, spread), cosines))
         return cls(options, spread, tuple(retained))
 
-    def recognised(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def recognised(self, group: EvaluationSet, logits: Tensor) -> Tensor:
         """Return the expected share of a concept's images that are recognised."""
         if self.options.criterion is Criterion.FA1:
-            leads = margins(logits, labels)
+            leads = margins(logits, group.labels)
         else:
-            leads = -gaps(logits, labels)
+            leads = -group.gaps(logits)
         if self.options.criterion is Criterion.MARGIN:
             leads = leads + self.options.margin
         return expected_hits(leads, self.spread).mean()
@@ -275,9 +275,9 @@ class JointSearchRun:
             for move in moves:
                 group = self.evaluation.forget[move.name]
                 logits, labels = model.cosines(group)
-                recognised.append(self.cost.recognised(logits, labels))
+                recognised.append(self.cost.recognised(group, logits))
                 forget[move.name] = group.accuracy_of(ranks_of_truth(logits.detach(), labels))
-                gap[move.name] = least_gap(logits.detach(), labels)
+                gap[move.name] = group.least_gap(logits.detach())
             cost = torch.stack(recognised).mean() + self.cost.of_retained(model)
             by_step = self._slopes(moves, cost) if slopes else None
         return JointTrial(moves, forget, gap, None, float(cost.detach()), by_step)
@@ -484,6 +484,8 @@ def _draw(
         maps = [maps[0], maps[-1]]
     drawn = {
         "several": several_plot(record),
-        "cosines": cosine_maps(maps, shown.names, thumbnails=shown.thumbnails),
+        "cosines": cosine_maps(
+            maps, shown.names, thumbnails=shown.thumbnails if shown.has_images else None
+        ),
     }
     return write_plots(store, joint_label(record.names), drawn)

@@ -87,7 +87,8 @@ def _of_name(concept: str, lines: list[VerdictRow], strongest: VerdictRow | None
         return f"The checks say nothing: the original hardly recognises {concept} either."
     most = max(telling, key=lambda row: (row.after.top1, row.gain))
     share = Share.of(most.after.top1, most.after.rows)
-    hits = share.in_words("test images" if most.after.is_test else "images")
+    rows = most.after.measured_on
+    hits = share.in_words(f"test {rows}" if most.after.is_test else rows)
     if count == 0:
         return f"The model names {concept} for {hits}."
     if share.count == 0:

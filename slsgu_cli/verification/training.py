@@ -1,7 +1,7 @@
 """Training of the model under test on batches of pairs, measured on the way, and resumed."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,7 @@ class Training:
             self.saved.remove()
 
     def _arrays(self) -> Arrays:
-        figures = [(each.top1, each.top5, each.rows, each.is_test) for each in self.figures]
+        figures = [astuple(each) for each in self.figures]
         arrays = {FIGURES: np.array(figures, dtype=np.float64).reshape(-1, 4)}
         for number, parameter in enumerate(self._parameters()):
             arrays[f"{number}"] = parameter.detach().cpu().numpy()
@@ -68,8 +68,8 @@ class Training:
 
     @torch.no_grad()
     def _load(self, arrays: Arrays) -> None:
-        for top1, top5, rows, is_test in arrays[FIGURES].tolist():
-            self.figures.append(Accuracy(top1, top5, int(rows), bool(is_test)))
+        for top1, top5, rows, *kinds in arrays[FIGURES].tolist():
+            self.figures.append(Accuracy(top1, top5, int(rows), *map(bool, kinds)))
         state: dict[int, dict[str, Tensor]] = {}
         for number, parameter in enumerate(self._parameters()):
             parameter.copy_(torch.tensor(arrays[f"{number}"]))

@@ -21,7 +21,7 @@ from slsgu_cli.engine.edited_model import add_edits
 from slsgu_cli.engine.gradients import check_inputs
 from slsgu_cli.engine.resumable import SavedSums
 from slsgu_cli.engine.set_edits import current_edit
-from slsgu_cli.errors import MissingError
+from slsgu_cli.errors import MissingError, NoImagesError
 from slsgu_cli.figures.curves import relearning_plot
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.sets import SetManifest
@@ -228,6 +228,8 @@ class _VerifyRun:
                 value = spec.run(model, settings)
             except SkippedCheck as reason:
                 return replace(finding, skipped=str(reason))
+            except NoImagesError:
+                return replace(finding, skipped="it needs images, and the set is made from words")
         return filled(tuple(value) if isinstance(value, list) else value)
 
     def _write(self, record: Verification) -> None:

@@ -11,7 +11,7 @@ from slsgu_cli.clip.metrics import (
     class_accuracies,
     class_means,
     cosine_matrix,
-    least_gap,
+    gaps,
     margins,
     ranks_of_truth,
 )
@@ -111,12 +111,12 @@ def test_margins_lead_over_the_best_other_class():
 @pytest.mark.parametrize("classes", [4, 9])
 def test_the_margin_is_to_the_fifth_best_name_at_the_closest_row(classes):
     logits, labels = scores(50, classes)
-    gaps = []
+    wanted = []
     for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
         others = sorted((v for index, v in enumerate(row) if index != label), reverse=True)
-        gaps.append(others[min(5, classes - 1) - 1] - row[label])
-    assert least_gap(logits, labels) == pytest.approx(min(gaps), abs=1e-6)
+        wanted.append(others[min(5, classes - 1) - 1] - row[label])
+    assert float(gaps(logits, labels).min()) == pytest.approx(min(wanted), abs=1e-6)
     if classes > 5:
         for row in range(50):
-            one = least_gap(logits[row : row + 1], labels[row : row + 1])
+            one = float(gaps(logits[row : row + 1], labels[row : row + 1]))
             assert (one > 0) == (ranks_of_truth(logits, labels)[row] >= 5)
