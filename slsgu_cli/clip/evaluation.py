@@ -46,6 +46,9 @@ Ints = npt.NDArray[np.integer]
 # forgets a few images need not forget others.
 ENOUGH_TO_CHOOSE = 12
 
+# A prompt is forgotten once one n-th of all names is nearer than its own.
+PROMPTS_BEHIND = 5
+
 # One n-th of the cache budget is for the images of the concept under search.
 CONCEPT_SHARE = 8
 
@@ -78,11 +81,12 @@ class EvaluationSet:
         return cosines if self.as_one is None else as_one_class(cosines, self.labels, self.as_one)
 
     def gaps(self, cosines: Tensor) -> Tensor:
-        """Return the gap of each image to the fifth name, or of each prompt to the median name.
+        """Return the gap of each image to the fifth name.
 
-        A prompt is forgotten sooner than images, so it has to go further.
+        A prompt is forgotten sooner than images are, so its gap is to the last of the nearest
+        fifth of all names.
         """
-        top = TOP if self.images.block.has_images else len(self.names) // 2
+        top = max(TOP, len(self.names) // PROMPTS_BEHIND) if self.of_prompts else TOP
         return gaps(cosines, self.labels, top)
 
     def least_gap(self, cosines: Tensor) -> float:
@@ -97,8 +101,12 @@ class EvaluationSet:
     def accuracy_of(self, ranks: Tensor) -> Accuracy:
         """Return the accuracy from the ranks of the true classes."""
         top1, top5 = accuracies(ranks)
-        of_prompts = not self.images.block.has_images
-        return Accuracy(top1, top5, int(ranks.numel()), self.is_test, of_prompts)
+        return Accuracy(top1, top5, int(ranks.numel()), self.is_test, self.of_prompts)
+
+    @property
+    def of_prompts(self) -> bool:
+        """Whether prompts stand in for images."""
+        return not self.images.block.has_images
 
     def base_ranks(self) -> Tensor:
         """Return the rank of the true class of every image, by the original model."""

@@ -9,7 +9,7 @@ from slsgu_cli.records.method import Criterion, Trial, Trials, UtilityMetric
 def residual(forget: Accuracy, gap: float, criterion: Criterion, margin: float | None) -> float:
     """Return what the search drives to zero: a forget accuracy, or the rest of the margin.
 
-    For prompts, instead of FA@5, it is the rest of the gap to the median name.
+    For prompts, instead of FA@5, it is the rest of their gap.
     """
     if criterion is Criterion.FA1:
         return forget.top1

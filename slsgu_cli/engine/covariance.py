@@ -160,6 +160,18 @@ class InputCovariances(LayerSums):
         return x.reshape(-1, x.shape[-1])
 
 
+class SeenInputs(InputCovariances):
+    """The inputs of some layers themselves, (rows, inputs), of all positions."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        super().__init__(model, layers)
+        self.inputs: dict[str, list[Tensor]] = {}
+
+    def applied(self, use: Use, inputs: Iterable[Tensor], outputs: Tensor) -> None:
+        """Keep the inputs of a call."""
+        self.inputs.setdefault(use.layer, []).extend(self._counted(x, use.groups) for x in inputs)
+
+
 class OutputDerivatives(LayerSums):
     """Sum g g^T over the derivatives g of projected features at the outputs of some layers.
 

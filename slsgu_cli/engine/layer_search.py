@@ -33,6 +33,7 @@ class LayerSearch(StepSearch[Trial]):
 
         super().__init__({(trial.move, trial.step): trial for trial in trials}, left)
         self.options = options
+        self.overshoot = options.factor(of_prompts=evaluation.forget.of_prompts)
         self.evaluators: dict[Move, Evaluator] = {}
         self.lengthened: list[TrialKey] = []
         # Steps that bring back what earlier edits forget.
@@ -52,8 +53,8 @@ class LayerSearch(StepSearch[Trial]):
         else:
             self._approach(evaluator, first)
         enough = self.shortest(evaluator.move)
-        if enough is not None and self.options.overshoot > 1:
-            key = evaluator.move, self.trial(evaluator, self.options.overshoot * enough).step
+        if enough is not None and self.overshoot > 1:
+            key = evaluator.move, self.trial(evaluator, self.overshoot * enough).step
             self.path.append(key)
             self.lengthened.append(key)
 

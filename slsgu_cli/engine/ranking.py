@@ -28,7 +28,7 @@ from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.method.fronts import layers_to_try
 from slsgu_cli.method.scores import alignment, importance, norm
 from slsgu_cli.prefetch import prefetch
-from slsgu_cli.records.directions import FALLBACK, DirectionSpec
+from slsgu_cli.records.directions import FALLBACK, Direction, DirectionSpec, needed
 from slsgu_cli.records.method import (
     Alignment,
     GradientHeader,
@@ -50,6 +50,7 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
     Raises MissingError, StaleError, and InputError if no layer remains to be ranked.
     """
     manifest = read_manifest(store, name)
+    options = options.of_set(manifest)
     pointer = read_pointer(store, manifest)
     store.require_writable(Artifact.RANKING.path(name))
     weights = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader).weights
@@ -70,14 +71,15 @@ def rank(store: Store, name: str, *, options: RankOptions = RankOptions()) -> Ra
         if encoder and (reason := encoder.why_not(layer)) is not None
     }
     layers = [layer for layer in candidates if layer not in unreached]
+    kinds = [each.kind for each in options.specs]
     covariances = ensure_covariances(
-        store, manifest, pointer, layers, needs=options.direction.needs, device=options.device
+        store, manifest, pointer, layers, needs=needed(kinds), device=options.device
     )
     warn_of_fallback(
         covariances, layers, options.specs, how="ranked", out="--exclude leaves them out"
     )
     if unable := [layer for layer in layers if not covariances.able(layer, options.specs)]:
-        note_layers(f"{len(unable)} layers have no {options.direction} direction", unable)
+        note_layers(f"{len(unable)} layers have no {Direction.of(kinds)} direction", unable)
     layers = [layer for layer in layers if layer not in unable]
     by_layer = _scores(store, pointer, layers, weights, options, covariances)
     scores = [score for layer in layers for score in by_layer[layer]]

@@ -98,8 +98,8 @@ def direct_edit(
     The direction is the last one of `options`. Raises UsageError if there is no such layer, and
     InputError if the direction needs inputs of the layer that cannot be captured.
     """
-    options = options or RankOptions()
     manifest = read_manifest(store, name)
+    options = (options or RankOptions()).of_set(manifest)
     pointer = read_pointer(store, manifest)
     layer = named_layer(store, pointer, layer).name
     direction = options.specs[-1]

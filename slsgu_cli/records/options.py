@@ -4,7 +4,7 @@ The Python functions take these records. The command line derives its options fr
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,15 +35,21 @@ from slsgu_cli.records.option_fields import (
     option,
     options,
 )
-from slsgu_cli.records.sets import CollectRequest, DownloadOptions, ModelSpec, Screening
+from slsgu_cli.records.sets import (
+    CollectRequest,
+    DownloadOptions,
+    ModelSpec,
+    Screening,
+    SetManifest,
+)
 from slsgu_cli.records.words import WordList, read_words
 
-# The evaluation set of prompts, where a set from words has none of images.
-PROMPTS = "prompts"
 # A cosine, for `Criterion.MARGIN`.
 MARGIN = 0.02
 # Factor on the shortest step that forgets the validation images: see docs/results/test-images.md.
 OVERSHOOT = 1.25
+# The same where prompts stand in for images: see docs/results/words.md.
+PROMPT_OVERSHOOT = 2.0
 # In points of accuracy: more than a class with few rows can lose by chance.
 MAX_CLASS_LOSS = 25.0
 NO_BOUND = 100.0
@@ -118,12 +124,13 @@ def qkv_option(usual: Qkv | None, words: str) -> Any:
     )
 
 
-def overshoot_option(usual: float) -> Any:
+def overshoot_option(usual: float | None, without: str | None = None) -> Any:
     """Return the field of the factor on the shortest step that forgets."""
     return option(
         usual,
         "--overshoot",
         min=1.0,
+        without=without,
         panel=SEARCH,
         help="Multiply the shortest forgetting step by this factor, so that unseen images are "
         "forgotten too.",
@@ -340,7 +347,7 @@ class RankOptions:
         help="Measure alignment by the magnitude of the cosine (abs) or by its signed value.",
         panel=LAYERS,
     )
-    direction: Direction = direction_option(Direction.BOTH, "both")
+    direction: Direction | None = direction_option(None, "both, or kfac for words alone")
     damping: float | None = DAMPING_OPTION(without=f"{DAMPING:g}")
     qkv: Qkv = qkv_option(Qkv.FUSED, "fused")
     include: Sequence[str] = option(
@@ -371,12 +378,22 @@ class RankOptions:
 
     def __post_init__(self) -> None:
         """Refuse a damping that no direction has."""
-        self.direction.check(self.damping)
+        (self.direction or Direction.BOTH).check(self.damping)
 
     @property
     def specs(self) -> tuple[DirectionSpec, ...]:
         """The directions to rank for, with their parameters."""
-        return self.direction.specs(self.damping)
+        return (self.direction or Direction.BOTH).specs(self.damping)
+
+    def of_set(self, manifest: SetManifest) -> "RankOptions":
+        """Return the options with the direction for a set, if none was given.
+
+        A gradient from words alone generalises to images along kfac: see docs/results/words.md.
+        """
+        if self.direction is not None:
+            return self
+        usual = Direction.KFAC if manifest.words_alone else Direction.BOTH
+        return replace(self, direction=usual)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -418,7 +435,9 @@ class SearchOptions:
         panel=SEARCH,
         help="Compare edits by measured TA@1, or by the TA@1 expected on similar images.",
     )
-    overshoot: float = overshoot_option(OVERSHOOT)
+    overshoot: float | None = overshoot_option(
+        None, f"{OVERSHOOT:g}, or {PROMPT_OVERSHOOT:g} without images"
+    )
     max_class_loss: float = option(
         MAX_CLASS_LOSS,
         "--max-class-loss",
@@ -490,6 +509,12 @@ class SearchOptions:
                     hint="remove one of the two options",
                 )
             object.__setattr__(self, name, value)
+
+    def factor(self, *, of_prompts: bool) -> float:
+        """Return the overshoot of steps that images, or only prompts, have shown to be enough."""
+        if self.overshoot is not None:
+            return self.overshoot
+        return PROMPT_OVERSHOOT if of_prompts else OVERSHOOT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

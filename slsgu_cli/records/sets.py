@@ -19,6 +19,9 @@ LOCAL = "local-dir:"
 # The name of the concept's own images among evaluation sets.
 FORGET = "(forget)"
 
+# The evaluation set of prompts, where a set from words has none of images.
+PROMPTS = "prompts"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -137,6 +140,11 @@ class SetManifest:
     def names(self) -> tuple[str, ...]:
         """The names of the concept's classes."""
         return self.words or (self.concept,)
+
+    @property
+    def words_alone(self) -> bool:
+        """Whether the rows to forget and to retain are made from words."""
+        return bool(self.words) and not self.request.get("sources")
 
     def blocks(self) -> dict[str, DataRef]:
         """Return every block of rows by its role: forget, retain, evaluation and test names."""

@@ -300,8 +300,15 @@ def read_judges(name: str, texts: Sequence[str]) -> tuple[ModelSpec, ...]:
     return judges
 
 
-def judge_option(words: str) -> Any:
-    """Return the field of the models that classify images; `words` describes the default."""
+# A judge of this name looks at the states that a pipeline reads of its text encoder.
+STATES = "states"
+
+
+def judge_option(words: str, more: str = "") -> Any:
+    """Return the field of the models that classify images; `words` describes the default.
+
+    `more` adds to the help.
+    """
     return option(
         (),
         "--judge",
@@ -310,7 +317,7 @@ def judge_option(words: str) -> Any:
         read=read_judges,
         without=words,
         help="CLIP that classifies images: a model as for --model, MODEL=WEIGHTS, or set for "
-        "the set's own.",
+        f"the set's own.{more}",
     )
 
 
@@ -348,8 +355,9 @@ class TargetSearchOptions:
     unlearning accuracy to reach, in percent. A layer's step is `overshoot` times the shortest
     that reaches it, or less where others would lose more than `max_loss`, even if the goal
     is missed as a result. The first of `judges` (default: the set's CLIP) decides in the search;
-    every judge gives figures. `gradient_of` is CLIP's loss or, for a LLaVA, its own. The edits
-    in `applied` belong to other text encoders and stay in place during the search.
+    every judge gives figures. `gradient_of` is CLIP's loss or the target's own: of a LLaVA's
+    answers, or of all states that a pipeline reads of its text encoder. The edits in `applied`
+    belong to other text encoders and stay in place during the search.
     """
 
     target: Path = TARGET_FOLDER(without="CLIP itself")
@@ -375,7 +383,7 @@ class TargetSearchOptions:
         "--gradient",
         help="Use the gradient of CLIP's forget loss or of the target's own loss.",
         panel=LAYERS,
-        without="clip, or target for a LLaVA",
+        without="clip, or target for a LLaVA and for words alone",
     )
     direction: Direction = direction_option(Direction.WHITENED, "whitened")
     damping: float | None = DAMPING_OPTION(without=f"{DAMPING:g}")
@@ -408,7 +416,9 @@ class TargetSearchOptions:
     )
     budget: Budget = options(Budget(), omit=("seed",))
     test: HeldOutBudget = options(HeldOutBudget())
-    judges: Sequence[ModelSpec] = judge_option("set")
+    judges: Sequence[ModelSpec] = judge_option(
+        "set", f" {STATES} judges a pipeline's text encoder, without images, and stands first."
+    )
     encoder: str | None = ENCODER()
     device: str = DEVICE()
 

@@ -11,8 +11,8 @@ from slsgu_cli.clip.decoding import decoder
 from slsgu_cli.clip.model_folder import require_weights
 from slsgu_cli.errors import InputError
 from slsgu_cli.records.codec import encode
-from slsgu_cli.records.options import PROMPTS, BuildRequest
-from slsgu_cli.records.sets import DataRef, SetManifest, test_part
+from slsgu_cli.records.options import BuildRequest
+from slsgu_cli.records.sets import PROMPTS, DataRef, SetManifest, test_part
 from slsgu_cli.sets.context import BuildContext, counted
 from slsgu_cli.sets.dropped_rows import drop
 from slsgu_cli.sets.evaluation_sets import EvalPlan, build_eval, label_columns, plan_eval

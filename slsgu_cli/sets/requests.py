@@ -5,8 +5,8 @@ from dataclasses import fields, replace
 
 from slsgu_cli.errors import UsageError
 from slsgu_cli.records.option_fields import command_line
-from slsgu_cli.records.options import PROMPTS, BuildRequest, MetadataSource
-from slsgu_cli.records.sets import CollectRequest, Concept, check_name
+from slsgu_cli.records.options import BuildRequest, MetadataSource
+from slsgu_cli.records.sets import PROMPTS, CollectRequest, Concept, check_name
 
 
 def check(request: BuildRequest) -> None:

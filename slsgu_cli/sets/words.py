@@ -20,8 +20,8 @@ from slsgu_cli.clip.towers import text_tower
 from slsgu_cli.errors import InputError
 from slsgu_cli.method.stand_ins import stand_ins
 from slsgu_cli.records.codec import encode
-from slsgu_cli.records.options import PROMPTS, BuildRequest
-from slsgu_cli.records.sets import DataRef
+from slsgu_cli.records.options import BuildRequest
+from slsgu_cli.records.sets import PROMPTS, DataRef
 from slsgu_cli.records.words import WordList
 from slsgu_cli.sets.context import BuildContext, block_path, reference, text_digest
 from slsgu_cli.sets.pairs import TAKE, Selection, first_pass, rules

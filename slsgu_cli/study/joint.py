@@ -97,7 +97,7 @@ def search_alone(store: Store, plan: SearchPlan, shared: SharedEvaluation) -> Jo
             run.along(evaluator)
         for move, evaluator in run.evaluators.items():
             if (step := run.shortest(move)) is not None:
-                trial = run.trials[run.key(move, options.overshoot * step)]
+                trial = run.trials[run.key(move, run.overshoot * step)]
                 if trial.moved is None:
                     trial = run.with_utility(evaluator, replace(trial, utility=None))
                 moved = 100 * PRICE_OF_MOVING * (trial.moved or 0.0)
@@ -204,7 +204,9 @@ class JointSearchRun:
         Steps start from those of each concept alone, with the overshoot. Balanced steps need no
         further overshoot, because the cost includes similar images.
         """
-        rounds, overshoot = ROUNDS * self.options.steps, self.options.overshoot
+        groups = self.evaluation.forget.values()
+        overshoot = self.options.factor(of_prompts=any(group.of_prompts for group in groups))
+        rounds = ROUNDS * self.options.steps
         steps = BalancedSteps({n: overshoot * each.alone.step for n, each in self.concepts.items()})
         tried: list[JointTrial] = []
         with progress.bar("joint", rounds + self.options.steps) as ticker:

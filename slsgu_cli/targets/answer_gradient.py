@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from slsgu_cli.clip.batches import spans
-from slsgu_cli.targets.models import LiveEncoder, Llava, Question, joined
+from slsgu_cli.targets.models import LiveEncoder, Llava, Question
 
 QUESTIONS_AT_ONCE = 16
 
@@ -26,21 +26,13 @@ def answer_gradient(
 
     `pairs` are questions with the answers that name the concept; all of one question text.
     """
-    parameters = {layer: encoder.parameters(layer) for layer in layers}
-    flat = [parameter for group in parameters.values() for parameter in group]
-    sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in flat]
+    means: dict[str, Tensor] = {}
     for start, stop in spans(len(pairs), QUESTIONS_AT_ONCE):
         with torch.enable_grad():
-            loss = _loss(llava, pairs[start:stop], name)
-            gradients = torch.autograd.grad(loss, flat, allow_unused=True)
-        for total, gradient in zip(sums, gradients, strict=True):
-            if gradient is not None:
-                total += gradient.float() / len(pairs)
-    means = iter(sums)
-    return {
-        layer: joined(encoder.places(layer), [next(means) for _ in group])
-        for layer, group in parameters.items()
-    }
+            gradients = encoder.gradients(_loss(llava, pairs[start:stop], name), layers)
+        for layer, gradient in gradients.items():
+            means[layer] = means.get(layer, 0.0) + gradient / len(pairs)
+    return means
 
 
 def _loss(llava: Llava, pairs: Sequence[tuple[Question, str]], name: str) -> Tensor:

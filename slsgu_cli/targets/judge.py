@@ -97,8 +97,9 @@ def measured_classes(store: Store, manifest: SetManifest) -> Classes:
         block = DataBlock.open(store, ref)
         for name in block.class_names:
             templates.setdefault(name, block.templates)
-    if find_class(tuple(templates), manifest.concept) is None:
-        templates[manifest.concept] = next(iter(templates.values()), ("{}",))
+    for name in manifest.names:
+        if find_class(tuple(templates), name) is None:
+            templates[name] = next(iter(templates.values()), ("{}",))
     return templates
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import cycle, islice
 
 import numpy as np
 
@@ -66,15 +66,16 @@ def _plain(prompt: str) -> str:
 
 @dataclass(slots=True)
 class JudgedPrompts:
-    """Prompts for the concept `name` and for the judges' other classes, in one split.
+    """Prompts for the concept's `names` and for other `classes`, in one split.
 
-    Images cycle through the prompts of the split, with consecutive seeds from the budget's
-    seed on. `of_others` cycles through the other classes in an order drawn by that seed.
+    Images cycle through the names and the prompts of the split, with consecutive seeds from the
+    budget's seed on. `of_others` cycles through the other classes in an order drawn by that seed.
     `templates` are those of the set. The first judge decides; the others only add figures.
     """
 
     judges: Sequence[Judge]
-    name: str
+    names: Sequence[str]
+    classes: Sequence[str]
     budget: Budget
     templates: Sequence[str]
     split: Split
@@ -83,11 +84,10 @@ class JudgedPrompts:
 
     def __post_init__(self) -> None:
         generator = np.random.default_rng(self.budget.seed)
-        names = [name for name in self.judge.names if name != self.name]
-        order = [names[place] for place in generator.permutation(len(names))]
-        chosen = [order[number % len(order)] for number in range(self.budget.others)]
-        self.of_concept = self._prompts([self.name] * self.budget.concept)
-        self.of_others = self._prompts(chosen)
+        others = self.other_classes
+        order = [others[place] for place in generator.permutation(len(others))]
+        self.of_concept = self._prompts(list(islice(cycle(self.names), self.budget.concept)))
+        self.of_others = self._prompts(list(islice(cycle(order), self.budget.others)))
 
     @classmethod
     def of_set(
@@ -102,9 +102,19 @@ class JudgedPrompts:
     ) -> "JudgedPrompts":
         """Return the prompts of a set's concept and the classes of its evaluation sets."""
         classes = measured_classes(store, manifest)
-        name = called(manifest.concept, tuple(classes))
+        names = [called(name, tuple(classes)) for name in manifest.names]
         loaded = [Judge.load(judge, classes, device=device) for judge in judges]
-        return cls(loaded, name, budget, tuple(classes[name]), split)
+        return cls(loaded, names, tuple(classes), budget, tuple(classes[names[0]]), split)
+
+    @property
+    def name(self) -> str:
+        """The first name of the concept."""
+        return self.names[0]
+
+    @property
+    def other_classes(self) -> list[str]:
+        """The classes without the concept's names."""
+        return [name for name in self.classes if name not in self.names]
 
     @property
     def judge(self) -> Judge:

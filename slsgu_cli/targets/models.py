@@ -108,6 +108,20 @@ class LiveEncoder:
         """Return the parameters that hold a layer, in order."""
         return [self.module.get_parameter(place.key) for place in self.places(layer)]
 
+    def gradients(self, loss: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Return the gradient of a loss for each layer, fp32, in open_clip's shape."""
+        groups = {layer: self.parameters(layer) for layer in layers}
+        flat = [parameter for group in groups.values() for parameter in group]
+        found = torch.autograd.grad(loss, flat, allow_unused=True)
+        whole = (
+            torch.zeros_like(parameter) if gradient is None else gradient
+            for parameter, gradient in zip(flat, found, strict=True)
+        )
+        return {
+            layer: joined(self.places(layer), [next(whole).float() for _ in group])
+            for layer, group in groups.items()
+        }
+
 
 def joined(places: Sequence[TensorPlace], parts: Sequence[Tensor]) -> Tensor:
     """Return a layer in open_clip's shape from the values of its tensors."""

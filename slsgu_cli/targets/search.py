@@ -90,7 +90,11 @@ class TargetPlan:
 
     @classmethod
     def load(cls, store: Store, name: str, options: TargetSearchOptions) -> "TargetPlan":
-        """Load the target. A pipeline moves along CLIP's gradient, a LLaVA along its own."""
+        """Load the target.
+
+        A LLaVA moves along its own gradient, and so does a pipeline for a set from words. For any
+        other set, a pipeline moves along CLIP's.
+        """
         manifest = read_manifest(store, name)
         pointer = read_pointer(store, manifest)
         store.require_writable(Artifact.TARGET_TRIALS.path(name))
@@ -108,16 +112,16 @@ class TargetPlan:
             llava = LlavaSubject.load(store, manifest, options)
             gradient_of = options.gradient_of or GradientOf.TARGET
             return cls(manifest, pointer, options, llava, gradient_of)
-        if options.gradient_of is GradientOf.TARGET:
-            raise UsageError(
-                "a diffusion pipeline moves along CLIP's own forget gradient",
-                hint="--gradient clip",
-            )
         judges = options.judges or (pointer.model,)
         header = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader)
         shapes = {name: weight.shape for name, weight in header.weights.items()}
         pipeline = PipelineSubject.load(store, manifest, judges, options, shapes=shapes)
-        return cls(manifest, pointer, options, pipeline, GradientOf.CLIP)
+        gradient_of = options.gradient_of or GradientOf.CLIP
+        if manifest.words_alone and options.gradient_of is None:
+            gradient_of = GradientOf.TARGET
+        with torch.no_grad():
+            pipeline.remember()
+        return cls(manifest, pointer, options, pipeline, gradient_of)
 
     def moves(self, store: Store) -> list[TargetMove]:
         """Return a move for each layer that reaches the target, best first.
@@ -131,8 +135,12 @@ class TargetPlan:
         among = f"layers that reach {options.target}"
         layers = named_layers(options.layers, candidates, among=among) or candidates
         self._require_same_clip(header, layers)
-        if self.gradient_of is GradientOf.TARGET and isinstance(subject, LlavaSubject):
-            gradients = subject.forget_gradient(layers)
+        if self.gradient_of is GradientOf.TARGET:
+            gradients = (
+                subject.forget_gradient(layers)
+                if isinstance(subject, LlavaSubject)
+                else subject.forget_gradient(layers, self.pointer.anchor)
+            )
         else:
             gradients = {
                 layer: torch.from_numpy(layer_gradient(store, address, layer)) for layer in layers

@@ -17,7 +17,7 @@ from slsgu_cli.checkpoints.target_layers import Shapes, fitting_encoder
 from slsgu_cli.checkpoints.targets import read_target
 from slsgu_cli.clip.batches import spans
 from slsgu_cli.clip.evaluation import concept_is_split, concept_rows, serving_rows
-from slsgu_cli.engine.covariance import SUMS, LayerSums, chosen_rows, spread
+from slsgu_cli.engine.covariance import SUMS, LayerSums, SeenInputs, chosen_rows, spread
 from slsgu_cli.engine.directions import implementation
 from slsgu_cli.errors import InputError
 from slsgu_cli.method.directions import InputCovariance, LayerStatistics
@@ -28,14 +28,15 @@ from slsgu_cli.records.directions import FALLBACK, DirectionSpec, Statistic
 from slsgu_cli.records.figures import Effect, Share, meets
 from slsgu_cli.records.method import Move
 from slsgu_cli.records.sets import ModelSpec, SetManifest, Split
-from slsgu_cli.records.targets import Budget, TargetSearchOptions, TargetTrial
-from slsgu_cli.sources.prompts import find_class
+from slsgu_cli.records.targets import STATES, Budget, TargetSearchOptions, TargetTrial
+from slsgu_cli.sources.prompts import find_classes
 from slsgu_cli.store.blocks import DataBlock
 from slsgu_cli.store.store import Store
 from slsgu_cli.targets.answer_gradient import answer_gradient
 from slsgu_cli.targets.judge import class_in
 from slsgu_cli.targets.judged_prompts import JudgedPrompts
 from slsgu_cli.targets.models import ImageJob, LiveEncoder, Llava, Pipeline, Question
+from slsgu_cli.targets.states import PROMPTS, StatesJudge, TextStates, drawn_names
 
 ROWS = 32
 
@@ -77,15 +78,27 @@ class TargetSubject:
         """Count the outputs for other classes that show their class."""
         return self.count(self.searched.of_others)
 
+    def fixed_inputs(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """Return inputs of layers for which the outputs must stay, by the name of the parameter."""
+        return {}
+
 
 @dataclass(slots=True, kw_only=True)
 class PipelineSubject(TargetSubject):
-    """A diffusion pipeline, whose images judges classify."""
+    """A diffusion pipeline, whose images judges classify.
+
+    A judge of states looks at its text encoder instead, before any other judge. `prompts` are those
+    of the concept `names` in its own loss.
+    """
 
     pipe: Pipeline
     captions: Sequence[str]
     searched: JudgedPrompts
     to_test: JudgedPrompts
+    prompts: Sequence[str] = ()
+    names: Sequence[str] = ()
+    states: TextStates
+    states_judge: StatesJudge | None = None
 
     @classmethod
     def load(
@@ -107,14 +120,31 @@ class PipelineSubject(TargetSubject):
         edits += earlier_edits(store, edits)
         pipe = Pipeline.load(options.target, device=options.device)
         pipe.warn_of_readers([name, *pipe.put(edits, searched=name)])
+        by_pictures = [judge for judge in judges if judge.name != STATES]
         searched = JudgedPrompts.of_set(
-            store, manifest, judges, options.budget, split=Split.VALIDATION, device=options.device
+            store,
+            manifest,
+            by_pictures,
+            options.budget,
+            split=Split.VALIDATION,
+            device=options.device,
         )
         retain = DataBlock.open(store, manifest.retain)
+        forget = list(dict.fromkeys(DataBlock.open(store, manifest.forget).captions))
+        encoder = next(live for live in pipe.encoders if live.encoder.name == name)
+        states = TextStates.of_pipeline(pipe, encoder)
+        states_judge = None
+        if len(by_pictures) < len(judges):
+            others = drawn_names(searched.other_classes, options.budget.seed)
+            states_judge = StatesJudge(states, others)
         return cls(
             pipe=pipe,
-            encoder=next(live for live in pipe.encoders if live.encoder.name == name),
+            encoder=encoder,
             searched=searched,
+            prompts=[forget[row] for row in spread(len(forget), PROMPTS)],
+            names=manifest.patterns,
+            states=states,
+            states_judge=states_judge,
             to_test=replace(searched, budget=options.test_budget, split=Split.TEST),
             captions=[retain.captions[row] for row in chosen_rows(retain.rows)],
             judges=tuple(map(str, judges)),
@@ -122,38 +152,59 @@ class PipelineSubject(TargetSubject):
         )
 
     def hits(self, items: Sequence[ImageJob]) -> Iterator[list[bool]]:
-        """Yield batch by batch whether the first judge recognises the class of each image."""
-        return self.searched.hits(self.pipe, items)
+        """Yield batch by batch whether the first judge recognises the class of each image.
+
+        A judge of states recognises it in the prompts, without images.
+        """
+        if self.judges[0] != STATES or self.states_judge is None:
+            yield from self.searched.hits(self.pipe, items)
+            return
+        for start, stop in spans(len(items), ROWS):
+            yield self.states_judge.recognises(items[start:stop])
 
     def report(self) -> dict[str, Effect]:
         """Return the effect on test prompts and seeds, by each judge."""
-        concept, others = (
-            list(self.to_test.generated(self.pipe, prompts))
-            for prompts in (self.to_test.of_concept, self.to_test.of_others)
-        )
-        return self.to_test.effects(concept, others)
+        jobs, effects = (self.to_test.of_concept, self.to_test.of_others), {}
+        if self.states_judge is not None:
+            hits = [self.states_judge.recognises(some) for some in jobs]
+            effects[STATES] = Effect(*(Share(sum(each), len(each)) for each in hits))
+        if self.to_test.judges:
+            pictures = [list(self.to_test.generated(self.pipe, some)) for some in jobs]
+            effects |= self.to_test.effects(*pictures)
+        return effects
+
+    def remember(self) -> None:
+        """Let the judge of states remember those of the original model."""
+        if self.states_judge is not None:
+            for prompts in (self.searched, self.to_test):
+                self.states_judge.look([*prompts.of_concept, *prompts.of_others])
+
+    def forget_gradient(self, layers: Sequence[str], anchor: str | None) -> dict[str, Tensor]:
+        """Return the gradient of the loss of all states that the pipeline reads."""
+        others = drawn_names(self.searched.other_classes, self.searched.budget.seed)
+        return self.states.forget_gradient(self.prompts, self.names, others, anchor, layers)
+
+    def fixed_inputs(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """Return the inputs of layers for the empty prompt, (positions, inputs) each.
+
+        Classifier-free guidance subtracts what the pipeline makes of it.
+        """
+        seen = SeenInputs(self.encoder.module, keys)
+        seen.add(partial(self._states, self.states.ids([""])), rows=1, part=0)
+        return {key: torch.cat(parts) for key, parts in seen.inputs.items()}
 
     def add_retained(self, sums: LayerSums) -> None:
         """Add the text encoder's calls for the retain set's captions, padded as the pipeline pads.
 
-        Its features are the states of all positions.
+        Its features are what the pipeline reads of them.
         """
-        name = self.encoder.encoder.name
-        tokenizer: Any = getattr(self.pipe.pipeline, name.replace("text_encoder", "tokenizer"))
         for start, stop in spans(len(self.captions), ROWS // sums.memory):
-            ids = tokenizer(
-                list(self.captions[start:stop]),
-                padding="max_length",
-                truncation=True,
-                max_length=tokenizer.model_max_length,
-                return_tensors="pt",
-            ).input_ids
-            read = partial(self._states, ids.to(self.pipe.device))
-            sums.add(read, rows=stop - start, part=start)
+            ids = self.states.ids(self.captions[start:stop])
+            sums.add(partial(self._states, ids), rows=stop - start, part=start)
 
     def _states(self, ids: Tensor) -> Tensor:
-        states: Tensor = self.encoder.module(ids).last_hidden_state
-        return states
+        """Return all that the pipeline reads of token ids, (texts, entries)."""
+        return torch.cat([each.flatten(1) for each in self.states.read(ids)], dim=1)
 
 
 @dataclass(slots=True)
@@ -184,8 +235,8 @@ class Questions:
         for name in sorted(manifest.evals):
             block, rows, _ = serving_rows(store, manifest, name, split)
             labels = block.labels[rows]
-            concept = find_class(block.class_names, manifest.concept)
-            others = draw(rows[(labels >= 0) & (labels != concept)])
+            concept = find_classes(block.class_names, manifest.names)
+            others = draw(rows[(labels >= 0) & ~np.isin(labels, concept)])
             others = others[: -(-budget.others // len(manifest.evals))]
             named = [block.class_names[label] for label in block.labels[others]]
             questions.of_others += questions.add(block, others, named, texts)
@@ -396,18 +447,21 @@ def moves_of(
     sums = {kind: SUMS[kind](live.module, keys) for kind in direction.needs}
     for each in sums.values():
         subject.add_retained(each)
+    fixed = subject.fixed_inputs(keys)
     moves = []
     for layer in reached:
         weight, gradient = live.value(layer).float(), gradients[layer].to(live.value(layer).device)
-        known = _statistics(live, layer, weight, sums)
+        known = _statistics(live, layer, weight, sums, fixed)
         spec = direction
         if not all(getattr(known, name) is not None for name in direction.needs):
-            if not direction.entry.falls_back:
+            if not direction.entry.falls_back or (fixed and known.fixed is None):
                 continue
             spec = FALLBACK
         chosen = implementation(spec)
         metric = chosen.metric(known)
         along = chosen.along(gradient, metric).float()
+        if not along.any():
+            continue
         size = metric.weight_norm()
         gain = float(metric.scaled(gradient).norm())
         moves.append(TargetMove(subject, layer, weight, along, gain / size if size else 0.0, spec))
@@ -415,7 +469,11 @@ def moves_of(
 
 
 def _statistics(
-    live: LiveEncoder, layer: str, weight: Tensor, sums: Mapping[Statistic, LayerSums]
+    live: LiveEncoder,
+    layer: str,
+    weight: Tensor,
+    sums: Mapping[Statistic, LayerSums],
+    fixed: Mapping[str, Tensor],
 ) -> LayerStatistics:
     """Return what is known of a layer, in open_clip's shape."""
     places = live.places(layer)
@@ -428,7 +486,7 @@ def _statistics(
         inputs = InputCovariance(mean, axis, mean_square_output(weight, mean, axis))
     if (total := totals.get(Statistic.DERIVATIVES)) is not None and len(places) == 1:
         derivatives = total.mean()
-    return LayerStatistics(float(weight.norm()), inputs, derivatives)
+    return LayerStatistics(float(weight.norm()), inputs, derivatives, fixed.get(places[0].key))
 
 
 def _by_importance(move: TargetMove) -> tuple[float, str]:

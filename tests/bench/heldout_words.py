@@ -37,12 +37,12 @@ from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.figures import Report
 from slsgu_cli.records.method import Criterion
 from slsgu_cli.records.options import (
-    PROMPTS,
     BuildRequest,
     PassOptions,
     RankOptions,
     SearchOptions,
 )
+from slsgu_cli.records.sets import PROMPTS
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.store.artifacts import Artifact, read_manifest
 from slsgu_cli.store.store import Store
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--concepts", default="16", help="how many, `all`, or names with commas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--retain", choices=RETAINED, default="classes")
-    parser.add_argument("--direction", type=Direction, default=Direction.BOTH)
+    parser.add_argument("--direction", type=Direction)
     parser.add_argument("--layers", nargs="*", default=())
     parser.add_argument("--to", help="what each name becomes")
     parser.add_argument("--criterion", type=Criterion, default=SearchOptions().criterion)

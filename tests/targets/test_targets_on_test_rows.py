@@ -93,7 +93,7 @@ def test_validation_and_test_prompts_are_disjoint_for_all_templates():
 
 def test_a_report_uses_no_prompt_or_seed_of_the_search():
     judge = tiny_targets.pixel_judge(JUDGES[0], dict.fromkeys(NAMES, ("{}",)))
-    searched = JudgedPrompts([judge], "blue", Budget(), ("{}", "an icon of {}"), Split.VALIDATION)
+    searched = JudgedPrompts([judge], ["blue"], judge.names, Budget(), ("{}", "an icon of {}"), Split.VALIDATION)
     usual = [
         TargetSearchOptions(target="sd").test_budget,
         PipelineCompareOptions(target="sd").budget,

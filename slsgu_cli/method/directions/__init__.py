@@ -28,12 +28,14 @@ class LayerStatistics:
 
     `derivatives` is B = E[g g^T] (outputs, outputs), or its diagonal for a norm or scale: g is the
     derivative of a unit feature, projected on a random vector, with respect to the layer's outputs,
-    and the mean is over retained rows, of sums over positions.
+    and the mean is over retained rows, of sums over positions. `fixed` are inputs (rows, inputs)
+    for which the layer's outputs must stay as they are.
     """
 
     weight_norm: float
     inputs: InputCovariance | None = None
     derivatives: "Tensor | None" = None
+    fixed: "Tensor | None" = None
 
 
 class Metric(ABC):

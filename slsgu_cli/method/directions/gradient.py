@@ -16,12 +16,23 @@ class Euclidean(Metric):
     layer: LayerStatistics
 
     def steepest(self, gradient: "Tensor") -> "Tensor":
-        """Return the gradient."""
-        return gradient
+        """Return the gradient, without its effect on fixed inputs."""
+        return self.scaled(gradient)
 
     def scaled(self, gradient: "Tensor") -> "Tensor":
-        """Return the gradient."""
-        return gradient
+        """Return the gradient, without its effect on fixed inputs."""
+        fixed = self.layer.fixed
+        if fixed is None:
+            return gradient
+        from slsgu_cli.method.directions.whitened import span_of
+
+        if gradient.ndim == 1:
+            return gradient * 0
+        basis = span_of(fixed.double().T).to(gradient)
+        inputs_last = self.layer.inputs is None or self.layer.inputs.axis == 1
+        rows = gradient if inputs_last else gradient.T
+        rows = rows - (rows @ basis) @ basis.T
+        return rows if inputs_last else rows.T
 
     def weight_norm(self) -> float:
         """Return ||W||."""

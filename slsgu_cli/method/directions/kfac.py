@@ -88,5 +88,5 @@ class Kfac(Direction):
         inputs, derivatives = layer.inputs, layer.derivatives
         if inputs is None or derivatives is None:
             raise InputError("the kfac direction needs both factors of the layer")
-        metric = RetainMetric(inputs.matrix, inputs.axis, self.damping)
+        metric = RetainMetric(inputs.matrix, inputs.axis, self.damping, fixed=layer.fixed)
         return FeatureMetric(metric, derivatives, self.damping)

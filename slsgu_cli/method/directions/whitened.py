@@ -2,6 +2,10 @@
 
 P = C + damping * tr(C)/d * I, with the input covariance C. Of all changes of the layer that
 disturb its outputs on retained inputs equally, D gains the most forget loss, to first order.
+
+With fixed inputs X, it gains the most among the changes with D X = 0. In the whitened space, with
+P = L L^T, these are orthogonal to the columns of L^-1 X, which have the basis Q:
+D = G L^-T (I - Q Q^T) L^-1.
 """
 
 from dataclasses import dataclass, field
@@ -13,6 +17,9 @@ from torch import Tensor
 from slsgu_cli.errors import InputError
 from slsgu_cli.method.directions import Direction, LayerStatistics, Metric
 
+# Singular values below this, relative to the largest, are rounding.
+RANK_TOLERANCE = 1e-9
+
 
 @dataclass(slots=True)
 class RetainMetric(Metric):
@@ -20,7 +27,8 @@ class RetainMetric(Metric):
 
     It measures a change by how far it moves the layer's outputs on retained inputs. `covariance`
     and `axis` are as in `InputCovariance`, `output` is the layer's mean squared output, and
-    `size` its plain norm.
+    `size` its plain norm. No change has an effect on the inputs `fixed` (rows, inputs); a norm or
+    scale has no such change.
     """
 
     covariance: Tensor
@@ -28,11 +36,17 @@ class RetainMetric(Metric):
     damping: float
     output: float = 0.0
     size: float = 0.0
+    fixed: Tensor | None = None
     _factor: Tensor = field(init=False)
+    _basis: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         damped = self.damped()
         self._factor = damped if damped.ndim == 1 else torch.linalg.cholesky(damped)
+        if self.fixed is not None and damped.ndim == 2:
+            inputs = self.fixed.double().to(damped.device).T
+            whitened = torch.linalg.solve_triangular(self._factor, inputs, upper=False)
+            self._basis = span_of(whitened)
 
     def damped(self) -> Tensor:
         """Return P, or its diagonal."""
@@ -54,7 +68,11 @@ class RetainMetric(Metric):
         """Return D = G P^-1 in the shape of `gradient`."""
         flat = gradient.double()
         if self.covariance.ndim == 1:
-            return flat / self._factor
+            return flat / self._factor if self.fixed is None else torch.zeros_like(flat)
+        if self._basis is not None:
+            scaled = self.scaled(gradient)
+            along: Tensor = torch.linalg.solve_triangular(self._factor.T, scaled, upper=True)
+            return along if self.axis == 0 else along.T
         if self.axis == 0:
             return torch.cholesky_solve(flat, self._factor)
         rows = _rows_by_group(flat, self.covariance)
@@ -67,7 +85,7 @@ class RetainMetric(Metric):
             return flat / self._factor.sqrt()
         by_input = flat if self.axis == 0 else _rows_by_group(flat, self.covariance).mT
         scaled: Tensor = torch.linalg.solve_triangular(self._factor, by_input, upper=False)
-        return scaled
+        return scaled if self._basis is None else scaled - self._basis @ (self._basis.T @ scaled)
 
     def weight_norm(self) -> float:
         """Return ||W||_P, from the layer's plain norm and its mean squared output."""
@@ -87,7 +105,12 @@ class Whitened(Direction):
             raise InputError("the whitened direction needs the covariance of the layer's inputs")
         inputs = layer.inputs
         return RetainMetric(
-            inputs.matrix, inputs.axis, self.damping, inputs.output, layer.weight_norm
+            inputs.matrix,
+            inputs.axis,
+            self.damping,
+            inputs.output,
+            layer.weight_norm,
+            layer.fixed,
         )
 
 
@@ -98,6 +121,13 @@ def mean_square_output(weight: Tensor, covariance: Tensor, axis: int) -> float:
         return float((rows.square() * covariance.double()).sum())
     rows = _rows_by_group(rows, covariance) if axis == 1 else rows.T
     return float(((rows @ covariance.double()) * rows).sum())
+
+
+def span_of(columns: Tensor) -> Tensor:
+    """Return an orthonormal basis of what columns (d, n) span, up to rounding, (d, rank)."""
+    left, sizes, _ = torch.linalg.svd(columns, full_matrices=False)
+    basis: Tensor = left[:, sizes > RANK_TOLERANCE * sizes.max()]
+    return basis
 
 
 def _diagonal(covariance: Tensor) -> Tensor:
