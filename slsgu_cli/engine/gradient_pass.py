@@ -190,7 +190,7 @@ class GradientPass:
         for start, groups in zip(starts, chunks, strict=True):
             sums.chunk.zero_()
             for first, last in groups:
-                values = self._group(block, next(images), first, last)
+                values = self._group(*self._inputs(block, next(images), first, last))
                 sums.losses[first // size : -(-last // size)] = values
                 yield last - first
             if groups:
@@ -200,26 +200,30 @@ class GradientPass:
             if saved is not None and processes.agreed(saved.due):
                 sums.write(saved)
 
-    def _inputs(self, content: Tensor) -> Tensor:
-        """Return normalised images, or the features that stand in for those of images."""
-        if content.dtype is torch.uint8:
-            return self.normalize(content)
-        return content.to(self.device)
+    def _inputs(
+        self, block: DataBlock, content: Tensor, first: int, last: int
+    ) -> tuple[Tensor, ...]:
+        """Return what `losses` takes of some rows: images or stand-ins, texts, and any anchors."""
+        images = self.normalize(content) if block.has_images else content.to(self.device)
+        texts = to_tokens(block.tokens[first:last], "cpu")
+        return (
+            (images, texts) if self.anchors is None else (images, texts, self.anchors[first:last])
+        )
 
-    def losses(self, images: Tensor, ids: Tensor, anchors: Tensor | None = None) -> Tensor:
-        """Return the loss of each of some mini-batches of images, or of features, and texts."""
+    def losses(self, images: Tensor, ids: Tensor, *anchors: Tensor) -> Tensor:
+        """Return the loss of each of some mini-batches of images, or stand-ins, and texts.
+
+        There may be one further argument: the features that the texts are to become.
+        """
         half = self.options.precision is Precision.BF16
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=half):
             v = images if images.ndim == 2 else self.vision.features(images, images)
             t = text_features(self.text, ids, self.device)
-        features = (v, t) if anchors is None else (v, t, anchors)
-        return per_batch(self.loss, features, self.options.batch_size)
+        return per_batch(self.loss, (v, t, *anchors), self.options.batch_size)
 
-    def _group(self, block: DataBlock, content: Tensor, first: int, last: int) -> Tensor:
+    def _group(self, images: Tensor, ids: Tensor, *anchors: Tensor) -> Tensor:
         """Return the losses of some mini-batches; their gradients go to what `.grad` is."""
-        ids = to_tokens(block.tokens[first:last], "cpu")
-        anchors = None if self.anchors is None else self.anchors[first:last]
-        values = self.losses(self._inputs(content), ids, anchors)
+        values = self.losses(images, ids, *anchors)
         values.sum().backward()  # type: ignore[no-untyped-call]
         return values.detach()
 
@@ -252,11 +256,10 @@ class GradientPass:
             # A tensor that its own graph holds would never be freed.
             return tensor.detach()
 
-        images = self._inputs(torch.from_numpy(block.content_of(0, rows)))
-        ids = to_tokens(block.tokens[:rows], "cpu")
+        inputs = self._inputs(block, torch.from_numpy(block.content_of(0, rows)), 0, rows)
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                self.losses(images, ids, None if self.anchors is None else self.anchors[:rows])
+                self.losses(*inputs)
         except torch.cuda.OutOfMemoryError:
             return math.inf
         return max(1, sum(saved_bytes.values())) / rows
@@ -290,7 +293,7 @@ class GradientPass:
         for first, last in [(start + a, start + b) for a, b in spans(stop - start, size)]:
             sums.chunk.zero_()
             content = torch.from_numpy(block.content_of(first, last))
-            values = self._group(block, content, first, last)
+            values = self._group(*self._inputs(block, content, first, last))
             if not (values.isfinite().all() and sums.chunk.isfinite().all()):
                 start, stop = first, last
                 break

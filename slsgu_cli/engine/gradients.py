@@ -92,7 +92,8 @@ def compute_gradients(
     spec = model or manifest.model
     resolved = resolve(spec)
     weights = fingerprint(resolved)
-    _check_words(store, manifest, weights)
+    if manifest.words_alone:
+        _check_words(store, manifest, weights)
     gradients = _gradients(manifest, resolved, weights, options)
     kinds = [Artifact.GRADIENT, *([Artifact.SQUARES] if squares else [])]
     computed: dict[str, list[Artifact]] = {}
@@ -289,7 +290,7 @@ def _check_words(store: Store, manifest: SetManifest, weights: str) -> None:
 
     for role in ("forget", "retain"):
         block = DataBlock.open(store, getattr(manifest, role))
-        if not block.has_images and block.attributes["model"] != weights:
+        if block.attributes["model"] != weights:
             raise StaleError(
                 f"the words of set {manifest.name} have features of other weights",
                 hint=f"run `slsgu build-sets {quote(manifest.name)} ...` with this model",

@@ -3,7 +3,7 @@
 import difflib
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slsgu_cli import __version__, progress
 from slsgu_cli.clip import models, tokenizers
@@ -142,7 +142,8 @@ def open_request(request: BuildRequest) -> OpenedSources:
     readers = open_sources(request.sources, columns)
     retain_sources = request.retain_sources or request.sources
     shared = list(retain_sources) == list(request.sources)
-    retain_readers = readers if shared else open_sources(retain_sources, columns)
+    of_retain = replace(columns, images=bool(request.sources))
+    retain_readers = readers if shared else open_sources(retain_sources, of_retain)
     labelled = label_columns(request)
     evals = {name: open_sources([source], labelled) for name, source in request.evals.items()}
     forget, retain = rules(request)

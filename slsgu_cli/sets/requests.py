@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
-from slsgu_cli.errors import UsageError
+from slsgu_cli.errors import InputError, UsageError
 from slsgu_cli.records.option_fields import command_line
 from slsgu_cli.records.options import BuildRequest, MetadataSource
 from slsgu_cli.records.sets import PROMPTS, CollectRequest, Concept, check_name
+from slsgu_cli.sources.matching import folded
 
 
 def check(request: BuildRequest) -> None:
@@ -44,12 +45,15 @@ def check(request: BuildRequest) -> None:
 
 
 def _check_words(request: BuildRequest) -> None:
-    """Raise UsageError for options that a set from words does not have."""
+    """Raise UsageError for options that a set from words does not have, InputError for words."""
     if request.match or request.regex:
         raise UsageError(
             "--words cannot be combined with --match or --regex",
             hint="write aliases into a file of words: WORD<tab>alias",
         )
+    for name in request.word_list.patterns:
+        if not folded(name).strip():
+            raise InputError(f"--words: no tokenizer makes a token of {name!r}")
     screening = request.screening
     if not request.sources and (screening.min_similarity or screening.near_duplicates):
         raise UsageError(

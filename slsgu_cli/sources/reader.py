@@ -35,13 +35,14 @@ SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "tes
 class Columns:
     """The columns to read, if they do not have the usual names.
 
-    `needs` names the required ones: `caption`, `label`.
+    `needs` names the required ones: `caption`, `label`. Without `images`, a table needs none.
     """
 
     image: str | None = None
     caption: str | None = None
     label: str | None = None
     needs: frozenset[str] = frozenset()
+    images: bool = True
 
 
 # The accepted values of each column.

@@ -182,7 +182,7 @@ class TableSource(Reader):
 
     def _roles(self, header: Header) -> dict[str, str]:
         """Return the columns to read by their roles; `file` if images are files."""
-        image, names_files = self._image_column(header)
+        image, names_files = self._image_column(header) if self.columns.images else (None, False)
         columns = {
             "file": image if names_files else None,
             "caption": self._column(header, "caption", TABLE_CAPTIONS),

@@ -204,8 +204,8 @@ class JointSearchRun:
         Steps start from those of each concept alone, with the overshoot. Balanced steps need no
         further overshoot, because the cost includes similar images.
         """
-        groups = self.evaluation.forget.values()
-        overshoot = self.options.factor(of_prompts=any(group.of_prompts for group in groups))
+        found = [each.alone.forget for each in self.concepts.values()]
+        overshoot = self.options.factor(of_prompts=any(each.of_prompts for each in found))
         rounds = ROUNDS * self.options.steps
         steps = BalancedSteps({n: overshoot * each.alone.step for n, each in self.concepts.items()})
         tried: list[JointTrial] = []

@@ -31,28 +31,23 @@ States = list[Tensor]
 
 @dataclass(frozen=True, slots=True)
 class TextStates:
-    """A pipeline's text encoder as the pipeline reads it, with its tokenizer."""
+    """One of a pipeline's text encoders as the pipeline reads it, with its tokenizer."""
 
+    pipe: Pipeline
     encoder: LiveEncoder
-    tokenizer: Any
-    device: str
-
-    @classmethod
-    def of_pipeline(cls, pipe: Pipeline, encoder: LiveEncoder) -> "TextStates":
-        """Return the states of one of a pipeline's text encoders."""
-        name = encoder.encoder.name.replace("text_encoder", "tokenizer")
-        return cls(encoder, getattr(pipe.pipeline, name), pipe.device)
 
     def ids(self, texts: Sequence[str]) -> Tensor:
         """Return the token ids of texts, padded as the pipeline pads, (texts, positions)."""
-        ids: Tensor = self.tokenizer(
+        name = self.encoder.encoder.name.replace("text_encoder", "tokenizer")
+        tokenizer: Any = getattr(self.pipe.pipeline, name)
+        ids: Tensor = tokenizer(
             list(texts),
             padding="max_length",
             truncation=True,
-            max_length=self.tokenizer.model_max_length,
+            max_length=tokenizer.model_max_length,
             return_tensors="pt",
         ).input_ids
-        return ids.to(self.device)
+        return ids.to(self.pipe.device)
 
     def read(self, ids: Tensor) -> States:
         """Return what the pipeline reads of token ids: hidden states, the pooled vector, or both.

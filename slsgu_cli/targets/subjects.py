@@ -97,7 +97,6 @@ class PipelineSubject(TargetSubject):
     to_test: JudgedPrompts
     prompts: Sequence[str] = ()
     names: Sequence[str] = ()
-    states: TextStates
     states_judge: StatesJudge | None = None
 
     @classmethod
@@ -132,24 +131,27 @@ class PipelineSubject(TargetSubject):
         retain = DataBlock.open(store, manifest.retain)
         forget = list(dict.fromkeys(DataBlock.open(store, manifest.forget).captions))
         encoder = next(live for live in pipe.encoders if live.encoder.name == name)
-        states = TextStates.of_pipeline(pipe, encoder)
         states_judge = None
         if len(by_pictures) < len(judges):
             others = drawn_names(searched.other_classes, options.budget.seed)
-            states_judge = StatesJudge(states, others)
+            states_judge = StatesJudge(TextStates(pipe, encoder), others)
         return cls(
             pipe=pipe,
             encoder=encoder,
             searched=searched,
             prompts=[forget[row] for row in spread(len(forget), PROMPTS)],
             names=manifest.patterns,
-            states=states,
             states_judge=states_judge,
             to_test=replace(searched, budget=options.test_budget, split=Split.TEST),
             captions=[retain.captions[row] for row in chosen_rows(retain.rows)],
             judges=tuple(map(str, judges)),
             applied=edit_digests(edits),
         )
+
+    @property
+    def states(self) -> TextStates:
+        """The states of the text encoder under search."""
+        return TextStates(self.pipe, self.encoder)
 
     def hits(self, items: Sequence[ImageJob]) -> Iterator[list[bool]]:
         """Yield batch by batch whether the first judge recognises the class of each image.

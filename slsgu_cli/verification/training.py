@@ -59,7 +59,7 @@ class Training:
 
     def _arrays(self) -> Arrays:
         figures = [astuple(each) for each in self.figures]
-        arrays = {FIGURES: np.array(figures, dtype=np.float64).reshape(-1, 4)}
+        arrays = {FIGURES: np.array(figures, dtype=np.float64).reshape(-1, 5)}
         for number, parameter in enumerate(self._parameters()):
             arrays[f"{number}"] = parameter.detach().cpu().numpy()
         for number, state in self.optimizer.state_dict()["state"].items():

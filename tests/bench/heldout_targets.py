@@ -3,10 +3,13 @@
     python tests/bench/heldout_targets.py --target models/sd            # 5 concepts, by seed 0
     python tests/bench/heldout_targets.py --target models/llava --store heldout-targets
     python tests/bench/heldout_targets.py --target models/sd --concepts facebook,castle
+    python tests/bench/heldout_targets.py --target models/sd --words
 
 Concepts are drawn from the embedded model's classes that have at least ten held-out images.
 Each is built and graded as in the demo, then searched on the target with the defaults of
-`search --target`, except for the options given here. Run it again on the same store to resume.
+`search --target`, except for the options given here. With --words, sets are made from the names
+alone, and the search looks at the pipeline's text encoder; pictures only give the figures. Run it
+again on the same store to resume.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 from heldout import enough_images
+from heldout_words import class_file, words_request
 
 from slsgu_cli.cli.demo import demo_request
 from slsgu_cli.engine.gradients import compute_gradients
@@ -23,7 +27,7 @@ from slsgu_cli.records.directions import Direction
 from slsgu_cli.records.figures import meets
 from slsgu_cli.records.options import PassOptions
 from slsgu_cli.records.sets import LOCAL, ModelSpec
-from slsgu_cli.records.targets import TargetSearchOptions
+from slsgu_cli.records.targets import STATES, GradientOf, TargetSearchOptions
 from slsgu_cli.sets.build import build_sets
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
@@ -97,34 +101,48 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--store", type=Path, help="keep everything here, to resume later")
     parser.add_argument("--judge", action="append", default=[], help="another model, by its folder")
+    parser.add_argument("--words", action="store_true", help="no images, and no pictures to search")
+    parser.add_argument("--gradient", type=GradientOf, help="CLIP's loss or the target's")
     parser.add_argument("--direction", type=Direction, default=usual.direction)
     parser.add_argument("--overshoot", type=float, default=usual.overshoot)
     wanted = parser.parse_args()
     further = [ModelSpec(f"{LOCAL}{folder}") for folder in wanted.judge]
+    judges = (ModelSpec("set"), *further) if further or wanted.words else ()
+    if wanted.words:
+        judges = (ModelSpec(STATES), *judges)
     options = TargetSearchOptions(
         target=wanted.target,
         direction=wanted.direction,
         overshoot=wanted.overshoot,
-        judges=(ModelSpec("set"), *further) if further else (),
+        judges=judges,
+        gradient_of=wanted.gradient,
     )
-    store = Store(str(wanted.store or tempfile.mkdtemp()))
+    folder = wanted.store or Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    store, classes = Store(str(folder / "store")), class_file(folder)
     concepts = drawn(wanted.concepts, wanted.seed)
     print(f"seed {wanted.seed}: {', '.join(concepts)}\n")
     print("\t".join(HEADS), flush=True)
     table: list[list[str]] = []
     for name in concepts:
-        if not store.exists(Artifact.POINTER.path(name)):
-            build_sets(store, demo_request(name))
-            compute_gradients(store, name, model=None, options=PassOptions())
+        request = demo_request(name)
+        if wanted.words:
+            request = words_request(name, "classes", classes)
+        if not store.exists(Artifact.POINTER.path(request.name)):
+            build_sets(store, request)
+            compute_gradients(store, request.name, model=None, options=PassOptions())
         try:
-            found = rows(name, search_target(store, name, options=options))
+            found = rows(name, search_target(store, request.name, options=options))
         except SlsguError as error:
             print(f"{name}\t{error}", flush=True)
             continue
         table += found
         print("\n".join("\t".join(row) for row in found), flush=True)
-    still, lost = ([float(row[HEADS.index(head)]) for row in table] for head in ("still", "lost"))
-    if table:
+    by_pictures = [row for row in table if row[HEADS.index("judge")] != STATES]
+    still, lost = (
+        [float(row[HEADS.index(head)]) for row in by_pictures] for head in ("still", "lost")
+    )
+    if by_pictures:
         mean = (f"{sum(each) / len(each):.1f}, at most {max(each):.1f}" for each in (still, lost))
         print("\nstill recognised: {}\nothers lost: {}".format(*mean))
 

@@ -66,6 +66,14 @@ def words_request(name: str, retain: str, classes: Path) -> BuildRequest:
     return request
 
 
+def class_file(folder: Path) -> Path:
+    """Write the names of the embedded model's classes to a file in a folder."""
+    names = json.loads((DATA / "classes.json").read_text())
+    path = folder / "classes.txt"
+    path.write_text("\n".join(name for kind in sorted(names) for name in sorted(names[kind])))
+    return path
+
+
 def effect(store: Store, name: str, edit_name: str) -> Report:
     """Return the effect of an edit on the test rows of an image set."""
     manifest, edit = read_manifest(store, name), load_edit(store, edit_name)
@@ -91,9 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.store or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
-    classes = folder / "classes.txt"
-    names = json.loads((DATA / "classes.json").read_text())
-    classes.write_text("\n".join(name for kind in sorted(names) for name in sorted(names[kind])))
+    classes = class_file(folder)
     store = Store(str(folder / "store"))
     search_options = SearchOptions(
         criterion=options.criterion, overshoot=options.overshoot, layers=options.layers

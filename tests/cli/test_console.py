@@ -108,7 +108,9 @@ def test_json_output_replaces_rows_and_text(capsys):
     assert json.loads(capsys.readouterr().out) == {
         "schema": 1,
         "command": None,
-        "t": {"brands": {"top1": 1.0, "top5": 2.0, "rows": 3, "is_test": False}},
+        "t": {
+            "brands": {"top1": 1.0, "top5": 2.0, "rows": 3, "is_test": False, "of_prompts": False}
+        },
         "v": ["text"],
     }
 
@@ -136,7 +138,7 @@ def test_json_keys_are_not_data(capsys):
         }
     ]
     assert document["v"]["utility"] == [
-        {"name": "brands", "top1": 4, "top5": 5, "rows": 6, "is_test": False}
+        {"name": "brands", "top1": 4, "top5": 5, "rows": 6, "is_test": False, "of_prompts": False}
     ]
     assert document["rows"] == [{"model": "one"}, {"model": "other"}]
     assert document["parts"] == [{"name": "one"}, {"name": "other"}]

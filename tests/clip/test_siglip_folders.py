@@ -136,7 +136,7 @@ def test_gradients_are_those_of_open_clip_and_of_transformers(built, state):
         assert len(stored) > 40
         for name, value in stored.items():
             found, size = torch.from_numpy(value), plain[name].abs().max()
-            torch.testing.assert_close(found, plain[name], rtol=0, atol=float(1e-6 * size + 1e-8))
+            torch.testing.assert_close(found, plain[name], rtol=0, atol=float(3e-6 * size + 1e-8))
             torch.testing.assert_close(found, other[name], rtol=0, atol=float(1e-4 * size + 1e-7))
 
 

@@ -201,7 +201,11 @@ def test_each_concept_is_worth_its_share_of_the_cost(concepts, forgets, monkeypa
 
     monkeypatch.setattr(JointSearchRun, "_trial", trial)
     longer = {"0": 1.0} | dict.fromkeys(names[1:], 3.0)
-    alone = {name: SimpleNamespace(alone=SimpleNamespace(step=longer[name])) for name in names}
+    forget = Accuracy(100.0, 100.0, 8)
+    alone = {
+        name: SimpleNamespace(alone=SimpleNamespace(step=longer[name], forget=forget))
+        for name in names
+    }
     options = SearchOptions(criterion=Criterion.FA1, overshoot=1.0)
     run = JointSearchRun(None, alone, options, None, {}, lambda trials: None)
     assert run.forgets(run.run()) is forgets

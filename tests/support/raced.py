@@ -31,6 +31,7 @@ class Images:
 
     world: "GivenFigures"
     name: str
+    block = SimpleNamespace(has_images=True)
 
     def __post_init__(self):
         self.labels = torch.zeros(len(self), dtype=torch.long)
@@ -66,7 +67,9 @@ class GivenFigures:
     placed: Margins | None = None
     utility: dict[str, EvaluationSet] = field(init=False)
     # The concept is not among the classes.
-    forget: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(prompts=None))
+    forget: SimpleNamespace = field(
+        default_factory=lambda: SimpleNamespace(prompts=None, of_prompts=False)
+    )
 
     def __post_init__(self):
         prompts = SimpleNamespace(embeddings=torch.eye(2))

@@ -26,7 +26,7 @@ from slsgu_cli.targets.ask import sample_pictures
 from slsgu_cli.targets.judged_prompts import REPORTED, SEARCHED, JudgedPrompts, prompts_for
 from slsgu_cli.targets.models import Llava, Pipeline
 from slsgu_cli.targets.search import PARTS, search_target
-from slsgu_cli.targets.subjects import Questions
+from slsgu_cli.targets.subjects import PipelineSubject, Questions
 
 NAMES = (*COLOURS, *SHAPES)
 # Shares of a layer's norm: the concept is gone at the first in searched prompts, and at the
@@ -64,6 +64,8 @@ def sd(module, world, tmp_path, monkeypatch):
     def made(lasts=lasts):
         painter = tiny_targets.Painter(folder, module, NAMES, lasts)
         monkeypatch.setattr(Pipeline, "load", lambda *_, **__: painter)
+        # A Painter looks at the weights, and reads no text.
+        monkeypatch.setattr(PipelineSubject, "fixed_inputs", lambda *_: {})
         return painter
 
     made.options = TargetSearchOptions(
@@ -93,7 +95,8 @@ def test_validation_and_test_prompts_are_disjoint_for_all_templates():
 
 def test_a_report_uses_no_prompt_or_seed_of_the_search():
     judge = tiny_targets.pixel_judge(JUDGES[0], dict.fromkeys(NAMES, ("{}",)))
-    searched = JudgedPrompts([judge], ["blue"], judge.names, Budget(), ("{}", "an icon of {}"), Split.VALIDATION)
+    templates = ("{}", "an icon of {}")
+    searched = JudgedPrompts([judge], ["blue"], judge.names, Budget(), templates, Split.VALIDATION)
     usual = [
         TargetSearchOptions(target="sd").test_budget,
         PipelineCompareOptions(target="sd").budget,
