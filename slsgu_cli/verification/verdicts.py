@@ -4,8 +4,8 @@ Thresholds are relative to the original model's accuracy under the same variant.
 that even the original does not recognise says nothing about an edit.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from slsgu_cli.records.figures import Accuracy, Difference, Share, difference
@@ -123,6 +123,36 @@ def variant_rows(before: Finding, after: Finding) -> Iterator[VerdictRow]:
                 utility_before=original.utility,
                 utility_after=variant.utility,
             )
+
+
+def readable(lines: Sequence[VerdictRow]) -> list[VerdictRow]:
+    """Return the lines of variants that the original model reads."""
+    return [line for line in lines if line.before.top1 >= READABLE]
+
+
+def mean_and_worst(before: Finding, after: Finding) -> Iterator[VerdictRow]:
+    """Yield the mean over the variants, then each; all but the worst are detail.
+
+    Mean and worst are over variants that the original model reads, if there are any.
+    """
+    lines = list(variant_rows(before, after))
+    if not lines:
+        return
+    counted = readable(lines) or lines
+    original = _mean([line.before for line in counted])
+    edited = _mean([line.after for line in counted])
+    mean = f"{len(counted)} of {len(lines)}, mean"
+    yield VerdictRow(after.check, mean, original, edited, verdict(original, edited))
+    worst = max(counted, key=lambda line: line.after.top1)
+    for line in lines:
+        yield replace(line, detail=line is not worst)
+
+
+def _mean(accuracies: Sequence[Accuracy]) -> Accuracy:
+    """Return the mean of accuracies on the same images."""
+    top1 = sum(each.top1 for each in accuracies) / len(accuracies)
+    top5 = sum(each.top5 for each in accuracies) / len(accuracies)
+    return replace(accuracies[0], top1=top1, top5=top5)
 
 
 def attack_rows(
