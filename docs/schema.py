@@ -207,8 +207,8 @@ def documents() -> dict[str, list[dict[str, Any]]]:
                     "lost most",
                     "most",
                     "beyond control",
-                    "from beyond control",
-                    "to beyond control",
+                    "beyond from",
+                    "beyond to",
                 ),
                 "classifiers?": table(
                     "classifier",

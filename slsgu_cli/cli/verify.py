@@ -214,8 +214,8 @@ def _look_alikes(
         Column("lost most", partial(_worst, "name")),
         Column("most", partial(_worst, "lost"), shown="{:z.1f}".format, label="points\nlost"),
         *(
-            Column(f"{label}beyond control", partial(_beyond, end), on_terminal=False)
-            for label, end in (("", "points"), ("from ", "low"), ("to ", "high"))
+            Column(f"beyond {label}", partial(_beyond, end), on_terminal=False)
+            for label, end in (("control", "points"), ("from", "low"), ("to", "high"))
         ),
     ]
     title = "accuracy that classes like the concept lost; means over classes"

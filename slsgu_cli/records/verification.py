@@ -215,8 +215,7 @@ class VerifyRequest:
 
     def __post_init__(self) -> None:
         """Refuse names and texts that no check would use."""
-        count = self.settings.look_alike_count
-        custom_count = count != Settings().look_alike_count
+        custom_count = self.settings.look_alike_count != Settings().look_alike_count
         given = (
             ("--alias", self.settings.aliases, Check.TYPOS),
             ("--spellings", self.spellings, Check.TYPOS),
@@ -231,7 +230,10 @@ class VerifyRequest:
                     hint=f"--checks {','.join([check, *self.checks])}",
                 )
         if self.look_alikes and custom_count:
-            raise UsageError("--look-alikes names the classes, so --look-alike-count has no use")
+            raise UsageError(
+                "--look-alikes names the classes, so --look-alike-count has no use",
+                hint="give one of the two",
+            )
 
 
 @dataclass(frozen=True, slots=True)

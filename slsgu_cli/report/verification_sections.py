@@ -157,9 +157,9 @@ def _look_alikes(original: VerifiedModel, edited: VerifiedModel) -> Table | None
             str(loss.rows),
             percent(loss.before),
             percent(loss.after),
-            change(loss.lost),
-            f"{change(loss.low)} to {change(loss.high)}",
-            f"{loss.worst.name} {change(loss.worst.lost)}" if loss.worst else None,
+            f"{loss.lost:z.2f}",
+            f"{loss.low:z.2f} to {loss.high:z.2f}",
+            f"{loss.worst.name} {loss.worst.lost:z.2f}" if loss.worst else None,
         )
         for loss in group_losses(original, edited)
     ]

@@ -208,7 +208,7 @@ def test_verification_and_comparison_are_shown_with_their_verdicts(store, tmp_pa
         "Texts found in place of the name",
         "&lt;b&gt;a mouse&lt;/b&gt;",
         "Classes like the concept",
-        "&lt;i&gt;debian&lt;/i&gt; +93.00",
+        "&lt;i&gt;debian&lt;/i&gt; 93.00",
         "<code>wool</code>",
         "Skipped: prefix: its text tower is run as a whole.",
     ):

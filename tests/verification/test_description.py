@@ -111,8 +111,8 @@ def verified(**top1):
     return VerifiedModel("key", "a model", ModelSpec("m"), "weights", None, (finding,))
 
 
-def test_figures_are_of_descriptions_that_the_original_reads():
-    models = verified(sky=80, sea=40, ink=10), verified(sky=20, sea=10, ink=70)
+def test_figures_are_of_descriptions_that_say_something():
+    models = verified(sky=80, sea=40, ink=10), verified(sky=20, sea=10, ink=15)
     mean, *single = verdict_rows(*models)
     assert (mean.variant, mean.before.top1, mean.after.top1) == ("2 of 3, mean", 60, 15)
     assert [(row.detail, row.verdict) for row in single] == [
@@ -125,13 +125,22 @@ def test_figures_are_of_descriptions_that_the_original_reads():
     assert sentence in conclusion("blue", *models).text
 
 
-def test_descriptions_that_the_original_does_not_read_pass_nothing():
+def test_a_description_that_only_the_edited_model_reads_brings_the_concept_back():
+    models = verified(sky=0, sea=0), verified(sky=30, sea=10)
+    mean, sky, sea = verdict_rows(*models)
+    assert (mean.variant, mean.after.top1, mean.verdict) == ("1 of 2, mean", 30, Verdict.BACK)
+    assert (sky.verdict, sea.verdict) == (Verdict.BACK, Verdict.NOTHING)
+    assert bounded_figures(*models) == {"description.mean": 30, "description.worst": 30}
+    assert conclusion("blue", *models).strongest is not None
+
+
+def test_descriptions_that_no_model_reads_pass_nothing():
     models = verified(sky=10), verified(sky=0)
     assert {row.verdict for row in verdict_rows(*models)} == {Verdict.NOTHING}
     assert bounded_figures(*models) == {}
     found = conclusion("blue", *models)
     assert found.sentences[0].startswith("The checks say nothing")
-    assert "None of 1 descriptions finds 20% of its images" in found.text
+    assert "None of 1 descriptions finds 20% of its images in either model" in found.text
 
 
 def test_the_command_reads_descriptions_from_a_file(world, tmp_path):

@@ -1,8 +1,11 @@
 """`description`: texts that describe the concept without its name."""
 
+from functools import partial
+
 import numpy as np
 
 from slsgu_cli import progress
+from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.verification import Check, Settings, Variant, VerifiedModel
 from slsgu_cli.sources.descriptions import read_descriptions
 from slsgu_cli.sources.matching import matcher
@@ -10,10 +13,11 @@ from slsgu_cli.verification.model import ModelUnderTest, SkippedCheck
 from slsgu_cli.verification.registry import CheckSpec
 from slsgu_cli.verification.verdicts import (
     READABLE,
+    Verdict,
     VerdictRow,
     mean_and_worst,
-    readable,
     variant_rows,
+    verdict,
 )
 
 
@@ -29,19 +33,28 @@ def unnamed_descriptions(path: str, concept: str) -> tuple[str, ...]:
     return unnamed
 
 
+def judge(before: Accuracy, after: Accuracy) -> Verdict:
+    """Return the verdict on a description.
+
+    A text by which only the other model recognises the concept brings it back.
+    """
+    found = verdict(before, after)
+    return Verdict.BACK if found is Verdict.NOTHING and after.top1 >= READABLE else found
+
+
 def lines_by_use(
     original: VerifiedModel, other: VerifiedModel
 ) -> tuple[list[VerdictRow], list[VerdictRow]]:
-    """Return the lines of all descriptions, and of those by which the original recognises it."""
+    """Return the lines of all descriptions, and of those that say something."""
     before, after = original.finding(Check.DESCRIPTION), other.finding(Check.DESCRIPTION)
-    lines = list(variant_rows(before, after)) if before and after else []
-    return lines, readable(lines)
+    lines = list(variant_rows(before, after, judge)) if before and after else []
+    return lines, [line for line in lines if line.verdict is not Verdict.NOTHING]
 
 
 def figures(original: VerifiedModel, other: VerifiedModel) -> dict[str, float]:
-    """Return the mean and the highest FA@1 over descriptions that the original reads."""
-    _, lines = lines_by_use(original, other)
-    top1 = [line.after.top1 for line in lines]
+    """Return the mean and the highest FA@1 over descriptions that say something."""
+    _, counted = lines_by_use(original, other)
+    top1 = [line.after.top1 for line in counted]
     return {"mean": sum(top1) / len(top1), "worst": max(top1)} if top1 else {}
 
 
@@ -54,14 +67,14 @@ def sentence(
         return None
     if not counted:
         return (
-            f"None of {len(lines)} descriptions finds {READABLE:.0f}% of its images in the "
-            "original model, so they say nothing about the edit."
+            f"None of {len(lines)} descriptions finds {READABLE:.0f}% of its images in either "
+            "model, so they say nothing about the edit."
         )
     found, before = figures(original, other), sum(line.before.top1 for line in counted)
     return (
-        f"{len(counted)} of {len(lines)} descriptions without its name find its images in the "
-        f"original model. By these, {found['mean']:.0f}% of its images are recognised (original: "
-        f"{before / len(counted):.0f}%), and {found['worst']:.0f}% by the worst."
+        f"{len(counted)} of {len(lines)} descriptions without its name find its images in at "
+        f"least one of the models. By these, {found['mean']:.0f}% of its images are recognised "
+        f"(original: {before / len(counted):.0f}%), and {found['worst']:.0f}% by the worst."
     )
 
 
@@ -89,7 +102,7 @@ SPEC = CheckSpec(
     run=description,
     fills="variants",
     settings=("descriptions",),
-    rows=mean_and_worst,
+    rows=partial(mean_and_worst, judge=judge),
     effort="describing it without its name ({})",
     sentence=sentence,
     figures=figures,

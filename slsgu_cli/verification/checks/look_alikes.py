@@ -144,8 +144,8 @@ def look_alikes(model: ModelUnderTest, settings: Settings) -> dict[str, tuple[Kn
     generator, groups = np.random.default_rng(settings.seed), {}
     for name in sorted({name for name, _ in chosen}):
         known = tuple(each for of_set, each in chosen if of_set == name)
-        rest = sorted(set(of_sets[name]).difference(known), key=lambda each: each.name)
-        rest = [each for each in rest if (name, each) in others]
+        rest = [each for of_set, each in others if of_set == name and each not in known]
+        rest.sort(key=lambda each: each.name)
         drawn = np.sort(generator.permutation(len(rest))[: len(known)])
         groups[f"{LOOK_ALIKES}{KIND}{name}"] = known
         groups[f"{RANDOM}{KIND}{name}"] = tuple(rest[place] for place in drawn)
