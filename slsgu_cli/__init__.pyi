@@ -57,6 +57,8 @@ from slsgu_cli.store.catalog import Standing as Standing
 from slsgu_cli.store.locks import held as held
 from slsgu_cli.store.store import Store as Store
 from slsgu_cli.study.joint import joint_search as joint_search
+from slsgu_cli.verification.checks.look_alikes import group_losses as group_losses
+from slsgu_cli.verification.results import bounded_figures as bounded_figures
 from slsgu_cli.verification.results import conclusion as conclusion
 from slsgu_cli.verification.results import verdict_rows as verdict_rows
 from slsgu_cli.verification.verify import verify as verify

@@ -33,6 +33,7 @@ def show_verified(console: Console, result: "Verified") -> None:
     _verdicts(console, verdicts, several=len(others) > 1)
     _neighbourhood(console, result.models)
     _losses(console, original, others)
+    _look_alikes(console, original, others)
     _classifiers(console, original, others)
     _retrieved(console, original, others)
     _membership(console, original, others)
@@ -189,6 +190,45 @@ def _losses(console: Console, original: VerifiedModel, others: Sequence[Verified
     title = f"losses of other classes; those that lost most have at least {LEAST_ROWS} images"
     if rows:
         console.table("classes", columns, rows, title=title)
+
+
+def _look_alikes(
+    console: Console, original: VerifiedModel, others: Sequence[VerifiedModel]
+) -> None:
+    """Print what classes like the concept lost, next to random ones."""
+    from slsgu_cli.verification.checks.look_alikes import group_losses
+
+    rows = [
+        _Row(each.label, None, loss) for each in others for loss in group_losses(original, each)
+    ]
+    columns = [
+        Column("classes", "value.group"),
+        Column("model", on_terminal=len(others) > 1),
+        Column("number", "value.classes"),
+        Column("rows", "value.rows", on_terminal=False),
+        Column("original TA@1", "value.before", shown=roughly, label="TA@1\noriginal"),
+        Column("TA@1", "value.after", shown=roughly, label="TA@1\nnow"),
+        Column("lost", "value.lost", shown="{:z.1f}".format),
+        Column("from", "value.low", shown="{:z.1f}".format, label="95%\nfrom"),
+        Column("to", "value.high", shown="{:z.1f}".format, label="\nto"),
+        Column("lost most", partial(_worst, "name")),
+        Column("most", partial(_worst, "lost"), shown="{:z.1f}".format, label="points\nlost"),
+        *(
+            Column(f"beyond {label}", partial(_beyond, end), on_terminal=False)
+            for label, end in (("control", "points"), ("from", "low"), ("to", "high"))
+        ),
+    ]
+    title = "accuracy that classes like the concept lost; means over classes"
+    if rows:
+        console.table("look-alikes", columns, rows, title=title)
+
+
+def _worst(field: str, row: _Row) -> Any:
+    return getattr(row.value.worst, field, None)
+
+
+def _beyond(end: str, row: _Row) -> float | None:
+    return getattr(row.value.beyond, end, None)
 
 
 def _classifiers(

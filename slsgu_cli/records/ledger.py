@@ -88,8 +88,8 @@ class LedgerRow:
     """A request, in the recipe or withdrawn from it.
 
     `before` and `after` are the accuracy of the original and of the written model on the
-    concept. `attacks` has, by `attack.CHECK`, the points of FA@1 that an attack gains over its
-    control.
+    concept. `verified` has the figures of checks that bounds may name, such as
+    `attack.prefix`.
     """
 
     name: str
@@ -103,7 +103,7 @@ class LedgerRow:
     layer: str | None = None
     before: Accuracy | None = None
     after: Accuracy | None = None
-    attacks: dict[str, float] = field(default_factory=dict)
+    verified: dict[str, float] = field(default_factory=dict)
     checks: tuple[BoundCheck, ...] = ()
 
     def with_event(self, day: str, state: RequestState, digests: dict[str, str]) -> "LedgerRow":

@@ -38,12 +38,14 @@ class Check(StrEnum):
     BASELINE = "baseline"
     PARAPHRASE = "paraphrase"
     TYPOS = "typos"
+    DESCRIPTION = "description"
     AUGMENT = "augment"
     QUANTISE = "quantise"
     FINETUNE = "finetune"
     RELEARN = "relearn"
     NEIGHBOURS = "neighbours"
     NEAREST = "nearest"
+    LOOK_ALIKES = "look-alikes"
     PROBE = "probe"
     RETRIEVAL = "retrieval"
     MEMBERSHIP = "membership"
@@ -57,6 +59,12 @@ CHECKS = tuple(check for check in Check if check is not Check.BASELINE)
 ATTACKED = (Check.PREFIX, Check.RING_A_BELL, Check.INVERSION)
 # How a bound names what an attack adds to its control: "attack.prefix".
 ATTACK = "attack."
+# The figures of checks that bounds may name, and their checks.
+BOUNDED = {f"{ATTACK}{check}": check for check in ATTACKED} | {
+    f"{check}.{figure}": check
+    for check in (Check.DESCRIPTION, Check.LOOK_ALIKES)
+    for figure in ("mean", "worst")
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +73,21 @@ class Settings:
 
     `rows` images of each evaluation set measure utility. Relearning and inversion train on
     `shots` images. `spellings` are further names from a file, each after its kind, as in
-    `German: Schloss`.
+    `German: Schloss`. `descriptions` are texts about the concept without its name, and
+    `look_alikes` class names that replace the nearest ones.
     """
 
     templates: tuple[str, ...] = ()
     spellings: tuple[str, ...] = ()
+    descriptions: tuple[str, ...] = ()
+    look_alikes: tuple[str, ...] = ()
+    look_alike_count: int = option(
+        20,
+        "--look-alike-count",
+        min=1,
+        help="Number of nearest class names that `look-alikes` measures.",
+        panel=EVALUATION,
+    )
     aliases: tuple[str, ...] = option(
         (), "--alias", help="Alternative name of the concept.", panel=EVALUATION, metavar="NAME"
     )
@@ -137,8 +155,8 @@ class VerifyRequest:
 
     The original model is compared with `model`, with each of `edits`, or else with the
     set's edit. `templates` is a file or the name of a built-in list, None for built-in unused
-    templates; `spellings` is a file of further names of the concept. `verify` fills both
-    into `settings`.
+    templates; `spellings` is a file of further names of the concept, `descriptions` one of
+    texts about it, and `look_alikes` one of class names. `verify` fills all into `settings`.
     """
 
     model: ModelSpec | None = options(None)
@@ -176,18 +194,46 @@ class VerifyRequest:
         without="none",
         help="File of alternative spellings, one per line. Lines starting with # name a group.",
     )
+    descriptions: str | None = option(
+        None,
+        "--descriptions",
+        metavar="FILE",
+        panel=EVALUATION,
+        without="`description` is skipped",
+        help="File of texts that describe the concept without its name: one per line, or JSON.",
+    )
+    look_alikes: str | None = option(
+        None,
+        "--look-alikes",
+        metavar="FILE",
+        panel=EVALUATION,
+        without="the nearest class names",
+        help="File of class names that look like the concept, one per line.",
+    )
     settings: Settings = options(Settings())
     device: str = DEVICE()
 
     def __post_init__(self) -> None:
-        """Refuse names that no check would use."""
-        given = {"--alias": self.settings.aliases, "--spellings": self.spellings}
-        for flag, names in given.items():
-            if names and Check.TYPOS not in self.checks:
+        """Refuse names and texts that no check would use."""
+        custom_count = self.settings.look_alike_count != Settings().look_alike_count
+        given = (
+            ("--alias", self.settings.aliases, Check.TYPOS),
+            ("--spellings", self.spellings, Check.TYPOS),
+            ("--descriptions", self.descriptions, Check.DESCRIPTION),
+            ("--look-alikes", self.look_alikes, Check.LOOK_ALIKES),
+            ("--look-alike-count", custom_count, Check.LOOK_ALIKES),
+        )
+        for flag, value, check in given:
+            if value and check not in self.checks:
                 raise UsageError(
-                    f"{flag} is for the check {Check.TYPOS}, which --checks does not name",
-                    hint=f"--checks {','.join([Check.TYPOS, *self.checks])}",
+                    f"{flag} is for the check {check}, which --checks does not name",
+                    hint=f"--checks {','.join([check, *self.checks])}",
                 )
+        if self.look_alikes and custom_count:
+            raise UsageError(
+                "--look-alikes names the classes, so --look-alike-count has no use",
+                hint="give one of the two",
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -260,6 +260,7 @@ def _verification(row: LedgerRow, pair: Sequence[VerifiedModel]) -> dict[str, An
         "model": other.label,
         "edit alone": other.edit is not None,
         "checks": [each for each in slsgu.verdict_rows(original, other) if not each.detail],
+        "look-alikes": slsgu.group_losses(original, other),
         "conclusion": slsgu.conclusion(row.concept, original, other).sentences,
         "not run": [check for check in CHECKS if check not in ran],
     }

@@ -138,7 +138,7 @@ class Job:
 
     def _checks(self, row: LedgerRow) -> Iterator[BoundCheck]:
         measured = self.ledger.written.figures if self.ledger.written else {}
-        figures = measured | row.attacks
+        figures = measured | row.verified
         for bound in self.recipe.bounds_of(self.recipe.request(row.name)):
             value = figures.get(figure_of(bound, row.name))
             yield BoundCheck(str(bound), value, value is not None and bound.holds(value))

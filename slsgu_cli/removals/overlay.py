@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 
 from slsgu_cli.records.option_fields import command_line
-from slsgu_cli.records.verification import ATTACK, CHECKS
+from slsgu_cli.records.verification import BOUNDED, CHECKS
 from slsgu_cli.removals.recipe import Recipe, figure_of
 
 
@@ -38,7 +38,7 @@ def _bounds(recipe: Recipe, names: Sequence[str]) -> list[str]:
     bounds = set()
     for name in names:
         for bound in recipe.bounds_of(recipe.request(name)):
-            if not bound.figure.startswith(ATTACK):
+            if bound.figure not in BOUNDED:
                 several = len(names) > 1
                 bounds.add(str(replace(bound, figure=figure_of(bound, name)) if several else bound))
     return sorted(bounds)

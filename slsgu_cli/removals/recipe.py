@@ -22,7 +22,7 @@ from slsgu_cli.records.options import (
 )
 from slsgu_cli.records.sets import ModelSpec, check_name
 from slsgu_cli.records.studies import CLASS
-from slsgu_cli.records.verification import ATTACK, ATTACKED, Check, VerifyRequest
+from slsgu_cli.records.verification import BOUNDED, Check, VerifyRequest
 from slsgu_cli.text import near
 
 
@@ -178,7 +178,7 @@ class Recipe:
             [request.name],
             self.sets.evals,
             compared=True,
-            further=[f"{ATTACK}{check}" for check in ATTACKED],
+            further=BOUNDED,
             said=f"the bound of {request.name}",
         )
 
@@ -214,7 +214,7 @@ class Recipe:
     def checks_of(self, request: RemovalRequest) -> tuple[Check, ...]:
         """Return the checks to run for a request: those of [verify] and those its bounds need."""
         figures = {bound.figure for bound in self.bounds_of(request)}
-        bounded = {check for check in ATTACKED if f"{ATTACK}{check}" in figures}
+        bounded = {check for figure, check in BOUNDED.items() if figure in figures}
         listed = self.verify.checks if self.verify else ()
         return tuple(check for check in Check if check in {*listed, *bounded})
 

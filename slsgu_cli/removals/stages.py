@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import slsgu_cli as slsgu
@@ -10,7 +11,6 @@ from slsgu_cli.errors import InputError
 from slsgu_cli.records.codec import decode, digest, encode
 from slsgu_cli.records.ledger import MeasuredModel, StageKind
 from slsgu_cli.records.options import BuildRequest
-from slsgu_cli.records.verification import ATTACK, ATTACKED
 from slsgu_cli.removals import outputs
 from slsgu_cli.removals.job import Job, options_digest
 from slsgu_cli.removals.recipe import Together
@@ -119,20 +119,22 @@ def _evaluate(job: Job, stage: Stage) -> None:
 
 
 def _verification_inputs(job: Job, stage: Stage) -> dict[str, str]:
-    options = options_digest(job.recipe.verification_of(stage.names[0]))
-    return {"options": options, **job.measured_inputs(stage.names)}
+    request = job.recipe.verification_of(stage.names[0])
+    given = (request.templates, request.spellings, request.descriptions, request.look_alikes)
+    files = {text: file_sha256(Path(text)) for text in given if text and Path(text).is_file()}
+    return {
+        "options": options_digest(request),
+        "files": digest(files),
+        **job.measured_inputs(stage.names),
+    }
 
 
 def _verify(job: Job, stage: Stage) -> None:
-    """Run the checks on the written model, and enter the gain of each attack in the ledger."""
+    """Run the checks on the written model, and enter the figures of bounds in the ledger."""
     (name,) = stage.names
     verified = slsgu.verify(job.store, name, job.recipe.verification_of(name))
-    gains = {
-        f"{ATTACK}{row.check}": row.gain
-        for row in slsgu.verdict_rows(*verified.models[:2])
-        if row.check in ATTACKED
-    }
-    job.ledger = job.ledger.with_rows([replace(job.row(name), attacks=gains)])
+    figures = slsgu.bounded_figures(*verified.models[:2])
+    job.ledger = job.ledger.with_rows([replace(job.row(name), verified=figures)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,11 @@ def _verification(record: Verification, original: VerifiedModel, edited: Verifie
         *texts("verdict", "note"),
     ]
     counts = [(word, sum(row.verdict is word for row in variants)) for word in Verdict]
-    details = (_attempts(original, edited), _neighbourhood(original, edited))
+    details = (
+        _attempts(original, edited),
+        _neighbourhood(original, edited),
+        _look_alikes(original, edited),
+    )
     return fill(
         "verification.html",
         conclusion=conclusion(record.concept, original, edited).text,
@@ -140,3 +144,32 @@ def _neighbourhood(original: VerifiedModel, edited: VerifiedModel) -> Table | No
         ),
     ]
     return Table("Where the concept went", columns, cells)
+
+
+def _look_alikes(original: VerifiedModel, edited: VerifiedModel) -> Table | None:
+    """Return what classes like the concept lost, next to random ones."""
+    from slsgu_cli.verification.checks.look_alikes import group_losses
+
+    cells: list[tuple[Cell, ...]] = [
+        (
+            loss.group,
+            str(loss.classes),
+            str(loss.rows),
+            percent(loss.before),
+            percent(loss.after),
+            f"{loss.lost:z.2f}",
+            f"{loss.low:z.2f} to {loss.high:z.2f}",
+            f"{loss.worst.name} {loss.worst.lost:z.2f}" if loss.worst else None,
+        )
+        for loss in group_losses(original, edited)
+    ]
+    if not cells:
+        return None
+    columns = [
+        *texts("classes"),
+        *figures(
+            "number", "images", "TA@1, original", "TA@1, edited", "points lost", "95% interval"
+        ),
+        *texts("lost most"),
+    ]
+    return Table("Classes like the concept", columns, cells)

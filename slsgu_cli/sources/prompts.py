@@ -36,7 +36,7 @@ def parse_classes(text: str, origin: str) -> ClassList:
     """Read one class name per line, or `label<TAB>name`. Raises InputError naming the line."""
     names: dict[str, int] = {}
     labels: dict[str, int] = {}
-    filled = _filled_lines(text)
+    filled = filled_lines(text)
     tabbed = sum("\t" in line for _, line in filled)
     if not filled or tabbed not in (0, len(filled)):
         content = f"{tabbed} of {len(filled)} lines have a tab" if filled else "it is empty"
@@ -60,7 +60,7 @@ def read_classes(name: str) -> ClassList | None:
         from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 
         return ClassList(tuple(IMAGENET_CLASSNAMES), None, name)
-    return parse_classes(_text(name, "--classes", CLASS_NAMES), name)
+    return parse_classes(read_text(name, "--classes", CLASS_NAMES), name)
 
 
 def read_templates(name: str) -> tuple[str, ...]:
@@ -73,15 +73,19 @@ def read_templates(name: str) -> tuple[str, ...]:
         simple = zero_shot_metadata.SIMPLE_IMAGENET_TEMPLATES
         full = zero_shot_metadata.OPENAI_IMAGENET_TEMPLATES
         return tuple(str(template(SLOT)) for template in (full if name == "imagenet" else simple))
-    return parse_templates(_text(name, "--templates", TEMPLATE_NAMES), name)
+    return parse_templates(read_text(name, "--templates", TEMPLATE_NAMES), name)
 
 
-def read_names(path: str) -> tuple[tuple[str, str], ...]:
-    """Return the other names of a concept in a file, each with its kind."""
-    return parse_names(_text(path, "--spellings", ()), path)
+def read_names(path: str, option: str) -> tuple[tuple[str, str], ...]:
+    """Return the names in a file that an option gives, each with its kind."""
+    return parse_names(read_text(path, option), path)
 
 
-def _text(path: str, option: str, names: Sequence[str]) -> str:
+def read_text(path: str, option: str, names: Sequence[str] = ()) -> str:
+    """Return the text of a file that an option gives, which may also be one of `names`.
+
+    Raises MissingError and InputError.
+    """
     hint = f"give {option} a file" + (f", or one of: {', '.join(names)}" if names else "")
     try:
         with fsspec.open(path, "r", encoding="utf-8-sig") as file:
@@ -129,7 +133,7 @@ def find_classes(names: Sequence[str], words: Sequence[str]) -> list[int]:
 
 def parse_templates(text: str, origin: str) -> tuple[str, ...]:
     """Read one template per line, each with exactly one `{}`. Raises InputError naming the line."""
-    templates = _filled_lines(text)
+    templates = filled_lines(text)
     for number, line in templates:
         if line.count(SLOT) != 1:
             raise InputError(
@@ -141,14 +145,14 @@ def parse_templates(text: str, origin: str) -> tuple[str, ...]:
     return tuple(line for _, line in templates)
 
 
-def _filled_lines(text: str) -> list[tuple[int, str]]:
+def filled_lines(text: str) -> list[tuple[int, str]]:
     """Return the lines that are not blank, stripped, with their numbers from 1."""
     lines = enumerate(map(str.strip, text.splitlines()), 1)
     return [(number, line) for number, line in lines if line]
 
 
 def parse_names(text: str, origin: str) -> tuple[tuple[str, str], ...]:
-    """Read other names of a concept, one per line, each with its kind. Raises InputError.
+    """Read names, one per line, each with its kind. Raises InputError.
 
     A line that begins with # gives the kind of the names below it, such as `# German`.
     """

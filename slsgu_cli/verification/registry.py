@@ -15,6 +15,7 @@ Run = Callable[["ModelUnderTest", Settings], Any]
 Rows = Callable[[Finding, Finding], Iterator[VerdictRow]]
 Strongest = Callable[[VerdictRow, Finding, Finding], VerdictRow]
 Sentence = Callable[[VerifiedModel, VerifiedModel, VerdictRow | None], str | None]
+Figures = Callable[[VerifiedModel, VerifiedModel], dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,8 @@ class CheckSpec:
     other model. `effort` says what the check does ("{}" is the variant) and `control` what
     its control does, as parts of a sentence. `strongest` picks the line that the conclusion
     uses, by default the line itself, and `sentence` adds a sentence to the conclusion.
+    `figures` returns figures that bounds name with the check before them, as in
+    `description.mean`; a figure that says nothing is missing.
     """
 
     run: Run
@@ -41,6 +44,7 @@ class CheckSpec:
     control: str = "its control"
     strongest: Strongest = lambda row, _before, _after: row
     sentence: Sentence | None = None
+    figures: Figures = lambda _original, _other: {}
 
 
 def spec_of(check: Check) -> CheckSpec:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from slsgu_cli.records.figures import Share
 from slsgu_cli.records.method import Tower
-from slsgu_cli.records.verification import Check, Finding, VerifiedModel
+from slsgu_cli.records.verification import ATTACK, ATTACKED, Check, Finding, VerifiedModel
 from slsgu_cli.verification.registry import CheckSpec, spec_of
 from slsgu_cli.verification.verdicts import Verdict, VerdictRow
 
@@ -24,6 +24,22 @@ def verdict_rows(original: VerifiedModel, other: VerifiedModel) -> list[VerdictR
     """Return the lines of all checks that ran on both models with the same settings."""
     findings = _findings(original, other)
     return [row for spec, before, after in findings for row in spec.rows(before, after)]
+
+
+def bounded_figures(original: VerifiedModel, other: VerifiedModel) -> dict[str, float]:
+    """Return the figures of the checks that ran, by the names that bounds give them.
+
+    A figure that says nothing is missing.
+    """
+    figures = {
+        f"{ATTACK}{row.check}": row.gain
+        for row in verdict_rows(original, other)
+        if row.check in ATTACKED
+    }
+    for check in Check:
+        of_check = spec_of(check).figures(original, other)
+        figures |= {f"{check}.{name}": value for name, value in of_check.items()}
+    return figures
 
 
 @dataclass(frozen=True, slots=True)

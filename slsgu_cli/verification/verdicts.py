@@ -4,8 +4,8 @@ Thresholds are relative to the original model's accuracy under the same variant.
 that even the original does not recognise says nothing about an edit.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from slsgu_cli.records.figures import Accuracy, Difference, Share, difference
@@ -93,6 +93,9 @@ def verdict(before: Accuracy, after: Accuracy) -> Verdict:
     return Verdict.PARTLY_BACK if share <= PARTLY_SHARE else Verdict.BACK
 
 
+Judge = Callable[[Accuracy, Accuracy], Verdict]
+
+
 def attack_verdict(
     before: Accuracy, after: Accuracy, controls: tuple[Accuracy, Accuracy]
 ) -> Verdict:
@@ -109,7 +112,7 @@ def attack_verdict(
     return Verdict.PARTLY_BACK if now.points <= PARTLY_SHARE * was.points else Verdict.BACK
 
 
-def variant_rows(before: Finding, after: Finding) -> Iterator[VerdictRow]:
+def variant_rows(before: Finding, after: Finding, judge: Judge = verdict) -> Iterator[VerdictRow]:
     """Yield a line for each variant on both models."""
     known = {variant.name: variant for variant in before.variants}
     for variant in after.variants:
@@ -119,10 +122,35 @@ def variant_rows(before: Finding, after: Finding) -> Iterator[VerdictRow]:
                 variant.name,
                 original.forget,
                 variant.forget,
-                verdict(original.forget, variant.forget),
+                judge(original.forget, variant.forget),
                 utility_before=original.utility,
                 utility_after=variant.utility,
             )
+
+
+def mean_and_worst(before: Finding, after: Finding, judge: Judge = verdict) -> Iterator[VerdictRow]:
+    """Yield the mean over the variants, then each; all but the worst are detail.
+
+    Mean and worst are over variants that say something, if there are any.
+    """
+    lines = list(variant_rows(before, after, judge))
+    if not lines:
+        return
+    counted = [line for line in lines if line.verdict is not Verdict.NOTHING] or lines
+    original = _mean([line.before for line in counted])
+    edited = _mean([line.after for line in counted])
+    mean = f"{len(counted)} of {len(lines)}, mean"
+    yield VerdictRow(after.check, mean, original, edited, judge(original, edited))
+    worst = max(counted, key=lambda line: line.after.top1)
+    for line in lines:
+        yield replace(line, detail=line is not worst)
+
+
+def _mean(accuracies: Sequence[Accuracy]) -> Accuracy:
+    """Return the mean of accuracies on the same images."""
+    top1 = sum(each.top1 for each in accuracies) / len(accuracies)
+    top5 = sum(each.top5 for each in accuracies) / len(accuracies)
+    return replace(accuracies[0], top1=top1, top5=top5)
 
 
 def attack_rows(

@@ -37,6 +37,7 @@ from slsgu_cli.records.verification import (
 from slsgu_cli.sources.prompts import read_names
 from slsgu_cli.store.artifacts import Artifact, plot_path, read_manifest, resume
 from slsgu_cli.store.store import Store
+from slsgu_cli.verification.checks.description import unnamed_descriptions
 from slsgu_cli.verification.checks.paraphrase import unused_templates
 from slsgu_cli.verification.model import (
     ModelUnderTest,
@@ -77,13 +78,7 @@ def verify(store: Store, name: str, request: VerifyRequest = VerifyRequest()) ->
     """
     manifest, path = read_manifest(store, name), Artifact.VERIFICATION.path(name)
     store.require_writable(path)
-    settings = request.settings
-    if not settings.templates:
-        templates = unused_templates(store, manifest, request.templates)
-        settings = replace(settings, templates=templates)
-    if request.spellings is not None:
-        names = tuple(f"{kind}{KIND}{text}" for kind, text in read_names(request.spellings))
-        settings = replace(settings, spellings=names)
+    settings = _read_settings(store, manifest, request)
     request = replace(request, settings=settings, device=pick_device(request.device))
     checks = sorted({Check.BASELINE, *request.checks}, key=list(Check).index)
     _require_packages(checks)
@@ -105,6 +100,25 @@ def verify(store: Store, name: str, request: VerifyRequest = VerifyRequest()) ->
         store.write_bytes(plot, relearning_plot(models, concept=manifest.concept))
         files.append(store.where(plot))
     return Verified(run.record, models, run.reused, tuple(files))
+
+
+def _read_settings(store: Store, manifest: SetManifest, request: VerifyRequest) -> Settings:
+    """Return the settings with the content of the files that the request names."""
+    settings = request.settings
+    if not settings.templates:
+        templates = unused_templates(store, manifest, request.templates)
+        settings = replace(settings, templates=templates)
+    if request.spellings is not None:
+        names = read_names(request.spellings, "--spellings")
+        spellings = tuple(f"{kind}{KIND}{text}" for kind, text in names)
+        settings = replace(settings, spellings=spellings)
+    if request.descriptions is not None:
+        descriptions = unnamed_descriptions(request.descriptions, manifest.concept)
+        settings = replace(settings, descriptions=descriptions)
+    if request.look_alikes is not None:
+        names = read_names(request.look_alikes, "--look-alikes")
+        settings = replace(settings, look_alikes=tuple(name for _, name in names))
+    return settings
 
 
 def _require_packages(checks: Sequence[Check]) -> None:

@@ -47,6 +47,7 @@ from slsgu_cli.records.sets import LOCAL, ModelSpec
 from slsgu_cli.records.verification import Check, VerifiedModel, VerifyRequest
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
+from slsgu_cli.verification.bootstrap import percentile_interval, resampled_means
 from slsgu_cli.verification.results import verdict_rows
 from slsgu_cli.verification.verify import verify
 
@@ -70,8 +71,6 @@ CHECKS = (
 MODEL = DATA / "clip"
 # Retain rows for trained methods: about as many as there are forget rows.
 RETAIN_ROWS = 128
-# Draws of a bootstrap.
-DRAWS = 20_000
 
 
 def checkpoint(store: Store, name: str, method: Method, folder: Path) -> ModelSpec:
@@ -240,7 +239,7 @@ def show_pooled(
             words.append(f"{low:.1f} to {high:.1f}")
         for column in lost:
             points = np.array([figure for figure, _ in cells[method][column]])
-            low, high = bootstrap(points)
+            low, high = percentile_interval(resampled_means(points))
             shown = f"{points.mean():.2f} ({low:.2f} to {high:.2f})"
             words.append("" if method == "original" else shown)
         print("\t".join(words))
@@ -260,15 +259,8 @@ def added(values: list[tuple[float, float]]) -> str:
     points = np.array([figure - control for figure, control in values])
     if not len(points) or np.isnan(points).any():
         return ""
-    low, high = bootstrap(points)
+    low, high = percentile_interval(resampled_means(points))
     return f"({points.mean():+.1f}, {low:+.1f} to {high:+.1f})"
-
-
-def bootstrap(points: np.ndarray) -> tuple[float, float]:
-    """Return the 95% interval of the mean from a seeded bootstrap over concepts."""
-    drawn = np.random.default_rng(0).integers(0, len(points), (DRAWS, len(points)))
-    low, high = np.percentile(points[drawn].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
 
 
 if __name__ == "__main__":

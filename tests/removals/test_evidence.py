@@ -161,7 +161,9 @@ def test_two_commands_check_a_model_and_detect_a_change(job):
 
 def test_the_evidence_has_the_conclusion_of_the_verification(job, shared_world):
     request = VerifyRequest(
-        model=ModelSpec("local-dir:clip"), checks=[Check.PARAPHRASE], settings=Settings(rows=20)
+        model=ModelSpec("local-dir:clip"),
+        checks=[Check.PARAPHRASE, Check.LOOK_ALIKES],
+        settings=Settings(rows=20),
     )
     verify(Store("store"), "blue", request)
     write(job, recipe_of(shared_world))
@@ -171,6 +173,9 @@ def test_the_evidence_has_the_conclusion_of_the_verification(job, shared_world):
     assert all(sentence in page for sentence in blue["verification"]["conclusion"])
     assert "prefix" in blue["verification"]["not run"]
     assert "paraphrase" not in blue["verification"]["not run"]
+    like, control = blue["verification"]["look-alikes"]
+    assert (like["group"], control["group"]) == ("look-alikes", "random classes")
+    assert like["beyond"]["points"] == pytest.approx(like["lost"] - control["lost"])
     assert page.count("No verification has been run.") == 1
 
 

@@ -89,6 +89,9 @@ def test_checks_are_those_of_the_table_and_of_the_bounds():
     text = WHOLE.replace("fa1 <= 0", "attack.ring-a-bell <= 10")
     first, second = read(text).requests
     assert (read(text).checks_of(first), read(text).checks_of(second)) == ((), ("ring-a-bell",))
+    bounds = '"description.worst <= 10", "look-alikes.mean <= 2"'
+    both = read(WHOLE.replace('"fa1 <= 0"', bounds))
+    assert both.checks_of(both.requests[1]) == ("description", "look-alikes")
     # `eval` runs no attacks.
     assert options_for("eval", read(text), ["b b"]) == ["--assert", "loss.brands<=1"]
     table = '[verify]\nchecks = "relearn,typos"\nsteps = 4\n\n[outputs]'

@@ -382,6 +382,27 @@ def test_bounds_on_attacks_verify_the_written_model(job, shared_world, monkeypat
     assert verified not in page.read_text()
 
 
+def test_a_changed_file_of_descriptions_is_verified_again(job):
+    texts = job.folder / "texts.json"
+    texts.write_text('[{"blue": ["blueish sky"]}]')
+    asked = VerifyRequest(
+        checks=[Check.DESCRIPTION], descriptions=str(texts), settings=Settings(rows=20)
+    )
+    bounds = tuple(Assertion(f"description.{figure}", "<=", 100.0) for figure in ("mean", "worst"))
+    changes = {"bounds": bounds, "verify": asked}
+    job("blue", "red", **changes)
+    # Only the file changes, not its name.
+    texts.write_text('[{"blue": ["azurite"]}]')
+    result = job("blue", "red", **changes)
+    assert (StageKind.VERIFICATION, "blue") in stages(result)
+    record = Catalog(job.store).get(Artifact.VERIFICATION, "blue")
+    assert record.subjects[1].finding(Check.DESCRIPTION).variants[0].name == "azurite"
+    # The file has no text about red, and a bound on a skipped check does not hold.
+    red = {row.name: row.checks for row in result.rows}["red"]
+    assert {(each.figure, each.holds) for each in red} == {(None, False)}
+    assert job("blue", "red", **changes).done == ()
+
+
 def test_recipes_in_one_store_do_not_replace_each_others_sets(job, shared_world):
     own = Outputs()
     with pytest.raises(InputError, match="red is a request of the recipe colours") as refused:

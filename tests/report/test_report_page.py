@@ -194,7 +194,7 @@ def test_verification_and_comparison_are_shown_with_their_verdicts(store, tmp_pa
     fill_comparison(more)
     page = html(more)
     for word in (
-        "stays forgotten 3",
+        "stays forgotten 5",
         "&lt;b&gt;flip&lt;/b&gt;",
         "Where the concept went",
         "castle 36%",
@@ -206,6 +206,9 @@ def test_verification_and_comparison_are_shown_with_their_verdicts(store, tmp_pa
         "100% of its own",
         "its meaning adds +0.0 points",
         "Texts found in place of the name",
+        "&lt;b&gt;a mouse&lt;/b&gt;",
+        "Classes like the concept",
+        "&lt;i&gt;debian&lt;/i&gt; 93.00",
         "<code>wool</code>",
         "Skipped: prefix: its text tower is run as a whole.",
     ):

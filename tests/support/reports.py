@@ -216,6 +216,10 @@ def fill_verification(store: Store, name: str = NAME) -> None:
         curves = (Curve("its name", HOSTILE, back, None), Curve(NEW, "zorp", back[:5], None))
         near = Neighbourhood((NearName(HOSTILE, 0.5),), (Guess("castle", 12),), 33)
         classes = {"brands <b>": (KnownClass("<i>ubuntu</i>", 30, top1, 0.4),)}
+        like = {
+            "look-alikes: <b>": (KnownClass("<i>debian</i>", 30, top1, 0.6),),
+            "random classes: <b>": (KnownClass("castle", 30, 90.0, 0.1),),
+        }
         score = ClassifierScore("linear probe", "the concept", 90, 98.0, top1, 33, 900)
         found = Retrieved("its name", "the model's own", top1, 50.0, 60.0, 70.0, 4, 900)
         index = Retrieval((found,), (Shift("its images", 33, 0, 33, 0.25, 0.5),))
@@ -223,9 +227,11 @@ def fill_verification(store: Store, name: str = NAME) -> None:
         findings = (
             Finding(Check.BASELINE, "k", {}, variants=(Variant("as it is", gone, kept_figures()),)),
             Finding(Check.AUGMENT, "k", {}, variants=(Variant("<b>flip</b>", gone),)),
+            Finding(Check.DESCRIPTION, "k", {}, variants=(Variant("<b>a mouse</b>", gone),)),
             Finding(Check.RELEARN, "k", {"shots": "8"}, curves=curves),
             Finding(Check.NEIGHBOURS, "k", {}, neighbourhood=near),
             Finding(Check.NEAREST, "k", {}, classes=classes),
+            Finding(Check.LOOK_ALIKES, "k", {}, classes=like),
             Finding(Check.PROBE, "k", {}, classifiers=(score,)),
             Finding(Check.RETRIEVAL, "k", {}, retrieval=index),
             Finding(Check.MEMBERSHIP, "k", {}, membership=(attack,)),

@@ -49,6 +49,7 @@ SETTINGS = Settings(
     learning_rate=1e-3,
     batch_size=8,
     rows=30,
+    descriptions=("the sky at noon", "a square in the colour of the sea"),
     attack_tokens=2,
     attack_steps=2,
     attack_starts=1,
@@ -479,6 +480,7 @@ def test_in_json_every_table_is_there(verified, capsys):
         Check.FINETUNE,
         Check.RELEARN,
         Check.TYPOS,
+        Check.DESCRIPTION,
         Check.PREFIX,
         Check.RING_A_BELL,
         Check.INVERSION,
@@ -492,6 +494,7 @@ def test_in_json_every_table_is_there(verified, capsys):
     assert len(document["membership"]) == 4
     assert {row["trained name"] for row in document["curves"]} >= {"blue"}
     assert {row["what"] for row in document["classes"]} >= {"nearest name"}
+    assert [row["classes"] for row in document["look-alikes"]] == ["look-alikes", "random classes"]
     assert [row["classifier"] for row in document["classifiers"]][::3] == list(CLASSIFIERS)
     assert [row["identical"] for row in document["index"]] == [0, 0]
     assert len(document["retrieval"]) == 4

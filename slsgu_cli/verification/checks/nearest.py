@@ -74,14 +74,25 @@ def nearest(model: ModelUnderTest, _settings: Settings) -> dict[str, tuple[Known
 
     All images of the sets are measured: a mean over all classes hides which one lost.
     """
+    return known_classes(model, named_by=model)
+
+
+def known_classes(
+    model: ModelUnderTest, *, named_by: ModelUnderTest
+) -> dict[str, tuple[KnownClass, ...]]:
+    """Return the classes with images by evaluation set, the nearest names first.
+
+    Cosines are those of the class embeddings of `named_by`.
+    """
     known = {}
     for name, group in model.groups().items():
         accuracies, rows = class_accuracies(
             group.base_ranks() == 0, group.images.labels, len(group.names)
         )
+        named = {name: named_by.whole[name]}
         known[name] = tuple(
             KnownClass(group.names[i], int(rows[i]), float(accuracies[i]), cosine)
-            for cosine, _, i in by_nearness({name: group}, model.concept_embedding)
+            for cosine, _, i in by_nearness(named, named_by.concept_embedding)
             if rows[i]
         )
     return known

@@ -1,45 +1,18 @@
 """`typos`: typing errors, other forms of the name, and other names."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from slsgu_cli.records.figures import Accuracy
-from slsgu_cli.records.verification import KIND, Finding, Settings, Variant
+from slsgu_cli.records.verification import KIND, Settings, Variant
 from slsgu_cli.verification.model import ModelUnderTest
 from slsgu_cli.verification.registry import CheckSpec
-from slsgu_cli.verification.verdicts import READABLE, VerdictRow, variant_rows, verdict
+from slsgu_cli.verification.verdicts import mean_and_worst
 
 # How many typing errors of each kind to draw, and the rows of a keyboard.
 ERRORS_PER_KIND = 3
 KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 SHORTEST_PART = 2
-
-
-def rows(before: Finding, after: Finding) -> Iterator[VerdictRow]:
-    """Yield the mean over the variants, then each; all but the worst are detail.
-
-    Mean and worst are over variants that the original model reads, if there are any.
-    """
-    lines = list(variant_rows(before, after))
-    if not lines:
-        return
-    readable = [line for line in lines if line.before.top1 >= READABLE] or lines
-    original = _mean([line.before for line in readable])
-    edited = _mean([line.after for line in readable])
-    mean = f"{len(readable)} of {len(lines)}, mean"
-    yield VerdictRow(after.check, mean, original, edited, verdict(original, edited))
-    worst = max(readable, key=lambda line: line.after.top1)
-    for line in lines:
-        yield replace(line, detail=line is not worst)
-
-
-def _mean(accuracies: Sequence[Accuracy]) -> Accuracy:
-    """Return the mean of accuracies on the same images."""
-    top1 = sum(each.top1 for each in accuracies) / len(accuracies)
-    top5 = sum(each.top5 for each in accuracies) / len(accuracies)
-    return replace(accuracies[0], top1=top1, top5=top5)
 
 
 def typos(model: ModelUnderTest, settings: Settings) -> list[Variant]:
@@ -67,7 +40,7 @@ SPEC = CheckSpec(
     run=typos,
     fills="variants",
     settings=("spellings", "aliases", "seed"),
-    rows=rows,
+    rows=mean_and_worst,
     effort="typing errors and other names ({})",
 )
 
