@@ -80,6 +80,7 @@ def documents() -> dict[str, list[dict[str, Any]]]:
         "earlier?": BaseEdits,
         "harmed": [ClassLoss],
         "nearest": [ClassLoss],
+        "words?": [ClassLoss],
         "files": PATHS,
     }
     search = an_object(

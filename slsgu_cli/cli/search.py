@@ -199,8 +199,11 @@ def show_harm(console: Console, report: Report) -> None:
         Column("change", lambda loss: 0.0 - loss.lost, shown=SIGNED),
     )
     for key, losses, title in (
-        ("harmed", report.harmed, "most harmed classes"),
-        ("nearest", report.nearest, "classes with the nearest names"),
+        ("words", report.words, "words of the concept, FA@1"),
+        ("harmed", report.harmed, "most harmed classes, TA@1"),
+        ("nearest", report.nearest, "classes with the nearest names, TA@1"),
     ):
+        if key == "words" and not losses:
+            continue
         shown = losses[:HARM_SHOWN] if console.brief else losses
-        console.table(key, columns, shown, title=f"{title}, TA@1", data=list(losses))
+        console.table(key, columns, shown, title=title, data=list(losses))

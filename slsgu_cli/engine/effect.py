@@ -105,7 +105,19 @@ def report(
             }
             base_edits = BaseEdits(of_edits, figures(present))
         most, nearest = class_effects(evaluation.utility, before, after, concept, model)
-    return Report(figures(before), figures(after), most, nearest, base_edits)
+    words = word_accuracies(concept, before[""], after[""])
+    return Report(figures(before), figures(after), most, nearest, words, base_edits)
+
+
+def word_accuracies(concept: EvaluationSet, before: Tensor, after: Tensor) -> tuple[ClassLoss, ...]:
+    """Return the forget accuracy of each word of a concept of several, the least forgotten first.
+
+    `before` and `after` are ranks of the concept. It is empty for a concept of one word.
+    """
+    losses = class_losses(concept, before == 0, after == 0)
+    if len(losses) < 2:
+        return ()
+    return tuple(sorted(losses, key=lambda loss: (-loss.after, loss.name)))
 
 
 def class_effects(

@@ -272,5 +272,6 @@ def searched_edit(
         joint=joint,
         harmed=effect.harmed,
         nearest=effect.nearest,
+        words=effect.words,
         base_edits=effect.base_edits,
     )

@@ -260,13 +260,15 @@ class Report:
     """Test accuracy before and after an edit.
 
     `harmed` has the classes that lost most; `nearest` has the classes whose names are nearest to
-    the concept's under the original model, nearest first; at most 20 of each.
+    the concept's under the original model, nearest first; at most 20 of each. `words` has each
+    word of a concept of several: how often one of them is recognised where it is shown.
     """
 
     before: Figures
     after: Figures
     harmed: tuple[ClassLoss, ...]
     nearest: tuple[ClassLoss, ...]
+    words: tuple[ClassLoss, ...] = ()
     base_edits: BaseEdits | None = None
 
 

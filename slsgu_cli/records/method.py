@@ -355,8 +355,8 @@ class EditHeader:
     bf16, so that the same weights are recognised in another precision. The figures of an
     edit that was searched jointly are those with all edits of `joint` in place.
     `layout` is the checkpoint's that the edit was made on, `open_clip` or `transformers`;
-    the layer's name and shape are open_clip's in any case. `harmed`, `nearest` and `base_edits`
-    are those of the edit's `Report`; its figures are with the edits of `base_edits` in place.
+    the layer's name and shape are open_clip's in any case. `harmed`, `nearest`, `words` and
+    `base_edits` are those of the edit's `Report`; its figures are with the edits of `base_edits` in place.
     `rank` is that of an edit read from a LoRA, whose figures are of the edit before it was cut.
     What was not measured is None.
     """
@@ -386,6 +386,7 @@ class EditHeader:
     target: TargetFigures | None = None
     harmed: tuple[ClassLoss, ...] = ()
     nearest: tuple[ClassLoss, ...] = ()
+    words: tuple[ClassLoss, ...] = ()
     base_edits: BaseEdits | None = None
     rank: int | None = None
 

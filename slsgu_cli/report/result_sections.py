@@ -102,6 +102,7 @@ def _losses(edit: EditHeader) -> list[Table]:
             ],
         )
         for losses, caption in (
+            (edit.words, "Words of the concept, FA@1"),
             (edit.harmed, "Classes with the largest losses, TA@1"),
             (edit.nearest, "Classes with the nearest names, TA@1"),
         )

@@ -159,6 +159,9 @@ def test_a_concept_of_several_words_is_measured_as_one(store):
     result = search(store, "pets", options=SearchOptions(layers=[LAST]))
     assert result.forgotten and result.report.after.forget.top5 == 0
     assert result.report.before.forget.rows == 2 * len(TEMPLATES) // 2
+    words = [(word.name, word.rows, word.before, word.after) for word in result.report.words]
+    assert words == [("cat", 2, 100, 0), ("dog", 2, 100, 0)]
+    assert load_edit(store, "pets").header.words == result.report.words
     measured = evaluate(store, ["pets"])
     assert measured.models[-1].forget["pets"].top1 == 0
     assert measured.models[0].forget["pets"].top1 == 100
