@@ -88,6 +88,8 @@ def compute_gradients(
     the model takes.
     """
     manifest = read_manifest(store, name)
+    if options.anchor is None:
+        options = replace(options, anchor=manifest.thing)
     _check_anchor(manifest, options.anchor)
     spec = model or manifest.model
     resolved = resolve(spec)

@@ -356,7 +356,8 @@ class EditHeader:
     edit that was searched jointly are those with all edits of `joint` in place.
     `layout` is the checkpoint's that the edit was made on, `open_clip` or `transformers`;
     the layer's name and shape are open_clip's in any case. `harmed`, `nearest`, `words` and
-    `base_edits` are those of the edit's `Report`; its figures are with the edits of `base_edits` in place.
+    `base_edits` are those of the edit's `Report`; its figures are with the edits of `base_edits`
+    in place.
     `rank` is that of an edit read from a LoRA, whose figures are of the edit before it was cut.
     What was not measured is None.
     """

@@ -162,6 +162,15 @@ class BuildRequest:
         "Without --source, no image is needed.",
         without="the concept",
     )
+    thing: str | None = option(
+        None,
+        "--from",
+        metavar="THING",
+        panel=ROWS,
+        help='Forget --words only as an attribute of this thing: "THING with WORDS", or words '
+        'such as "red {}". The thing, and the attribute of other things, are retained.',
+        without="none",
+    )
     sources: Sequence[str] = option(
         (),
         "--source",
@@ -281,7 +290,8 @@ class BuildRequest:
     @property
     def word_list(self) -> WordList:
         """The words of the concept. Raises MissingError or InputError."""
-        return read_words(self.words)
+        words = read_words(self.words)
+        return words if self.thing is None else words.within(self.thing)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

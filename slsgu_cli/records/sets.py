@@ -116,7 +116,8 @@ class SetManifest:
     first evaluation set and the concept. `test_fraction` is the share of every class of an
     evaluation set that is drawn by `seed` as test split; evaluation sets in `tests` have
     separate test rows instead. `command` has the words of the command line that builds the same
-    set again, `request` all of its options. `words` are the names of a concept of words.
+    set again, `request` all of its options. `words` are the names of a concept of words. If they
+    are a thing with attributes, `thing` is the thing without them.
     """
 
     name: str
@@ -135,6 +136,7 @@ class SetManifest:
     test_fraction: float = 0.0
     tests: dict[str, DataRef] = dataclasses.field(default_factory=dict)
     words: tuple[str, ...] = ()
+    thing: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ a text that describes the concept; any other line that begins with # ends the de
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slsgu_cli.errors import InputError, MissingError
@@ -44,6 +44,22 @@ class WordList:
     def patterns(self) -> tuple[str, ...]:
         """All words and aliases."""
         return tuple(name for word in self.words for name in word.names)
+
+    def within(self, thing: str) -> "WordList":
+        """Return the list with each name as an attribute of a thing. Descriptions stay as is."""
+        names = [[with_attribute(thing, name) for name in word.names] for word in self.words]
+        words = tuple(Word(name, tuple(aliases)) for name, *aliases in names)
+        return replace(self, words=words)
+
+
+def with_attribute(thing: str, attribute: str) -> str:
+    """Return the text of a thing with an attribute: `red {}`, or `{} with` the attribute."""
+    return (attribute if "{}" in attribute else f"{{}} with {attribute}").replace("{}", thing)
+
+
+def alone(attribute: str) -> str:
+    """Return the text of an attribute without a thing."""
+    return " ".join(attribute.replace("{}", " ").split())
 
 
 def read_words(texts: Iterable[str]) -> WordList:

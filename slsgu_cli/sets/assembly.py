@@ -96,6 +96,7 @@ def build_from_sources(
         test_fraction=request.test_fraction,
         tests={plan.name: parts[test_part(plan.name)] for plan in tests},
         words=request.word_list.names if request.words else (),
+        thing=request.thing,
     )
     store.write_record(Artifact.SET.path(request.name), manifest)
     return manifest

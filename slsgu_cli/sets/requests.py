@@ -21,6 +21,8 @@ def check(request: BuildRequest) -> None:
         )
     if request.words:
         _check_words(request)
+    if request.thing is not None:
+        _check_thing(request, request.thing)
     for option, value in (
         ("--retain-samples", request.retain_samples),
         ("--max-forget", 1 if request.max_forget is None else request.max_forget),
@@ -59,6 +61,20 @@ def _check_words(request: BuildRequest) -> None:
         raise UsageError(
             "--min-similarity and --near-duplicates compare images, and --words alone has none",
             hint="leave them out, or name images with --source",
+        )
+
+
+def _check_thing(request: BuildRequest, thing: str) -> None:
+    """Raise UsageError unless there is a thing, with words for its attributes and no images."""
+    if not request.words or request.sources:
+        raise UsageError(
+            "--from needs --words, and no --source",
+            hint="name the attribute with --words; --eval adds images to measure on",
+        )
+    if not folded(thing).strip() or "{}" in thing:
+        raise UsageError(
+            f"--from {thing!r} is not a thing",
+            hint='write --words "red {}" --from car, with {} in place of the thing',
         )
 
 

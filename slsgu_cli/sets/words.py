@@ -22,15 +22,19 @@ from slsgu_cli.method.stand_ins import stand_ins
 from slsgu_cli.records.codec import encode
 from slsgu_cli.records.options import BuildRequest
 from slsgu_cli.records.sets import PROMPTS, DataRef
-from slsgu_cli.records.words import WordList
+from slsgu_cli.records.words import WordList, alone, read_words, with_attribute
 from slsgu_cli.sets.context import BuildContext, block_path, reference, text_digest
 from slsgu_cli.sets.pairs import TAKE, Selection, first_pass, rules
 from slsgu_cli.sets.sampling import priority
+from slsgu_cli.sources.matching import folded
 from slsgu_cli.sources.neutral import neutral_prompts, neutral_words
 from slsgu_cli.sources.prompts import DEFAULT_TEMPLATES, find_class, read_classes, read_templates
 from slsgu_cli.sources.texts import tokenizable
 from slsgu_cli.store.blocks import DIGEST_BYTES, DataBlock, row_writer
 from slsgu_cli.store.locks import held
+
+# Other things whose attributes are retained.
+THINGS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,8 @@ class WordParts:
             texts = [text for text, why in zip(every, verdicts, strict=True) if why == TAKE]
             texts.sort(key=lambda text: priority(request.seed, text))
             seen, refused = len(every), Counter(why for why in verdicts if why)
+        elsewhere = self._captions(self._elsewhere)
+        texts, seen = list(dict.fromkeys([*elsewhere, *texts])), seen + len(elsewhere)
         if not texts:
             raise InputError(
                 f"no caption is left to retain of {seen}", hint="name others with --retain-source"
@@ -113,7 +119,8 @@ class WordParts:
     def _prompts(self) -> Captions:
         """Return the prompts of all classes, those of the words included."""
         names = list(self._classes or neutral_words())
-        names += [name for name in self.words.names if find_class(names, name) is None]
+        more = (*self._elsewhere, *self.words.names)
+        names += [name for name in more if find_class(names, name) is None]
         texts = self._captions(names)
         labels = np.repeat(np.arange(len(names)), len(self.templates)).tolist()
         about = {"class_names": names, "templates": list(self.templates)}
@@ -124,6 +131,19 @@ class WordParts:
         listed = self.request.classes.get(PROMPTS)
         classes = read_classes(listed) if listed else None
         return classes.names if classes else ()
+
+    @cached_property
+    def _elsewhere(self) -> tuple[str, ...]:
+        """The thing without attributes, and the attributes alone and of other things."""
+        thing, attributes = self.request.thing, read_words(self.request.words).names
+        if thing is None:
+            return ()
+        things = [
+            name for name in self._classes or neutral_words() if folded(name) != folded(thing)
+        ]
+        things.sort(key=lambda name: priority(self.request.seed, name))
+        others = (with_attribute(other, each) for other in things[:THINGS] for each in attributes)
+        return tuple(dict.fromkeys([thing, *map(alone, attributes), *others]))
 
     def _captions(self, names: Sequence[str]) -> list[str]:
         return [
