@@ -36,7 +36,7 @@ from slsgu_cli.engine.stored_covariances import Covariances, ensure_covariances,
 from slsgu_cli.errors import InputError, StaleError, UsageError
 from slsgu_cli.records.codec import digest
 from slsgu_cli.records.directions import Direction, DirectionSpec, needed
-from slsgu_cli.records.method import FeatureHeader, GradientPointer, Precision, Ranking
+from slsgu_cli.records.method import Criterion, FeatureHeader, GradientPointer, Precision, Ranking
 from slsgu_cli.records.options import SearchOptions
 from slsgu_cli.records.sets import SetManifest, Split
 from slsgu_cli.store.artifacts import (
@@ -120,6 +120,11 @@ def read_plan(store: Store, name: str, *, options: SearchOptions) -> SearchPlan:
     pointer = read_pointer(store, manifest)
     ranking = read_ranking(store, pointer)
     store.require_writable(Artifact.TRIALS.path(name))
+    if manifest.thing is not None and options.criterion is not Criterion.FA1:
+        progress.warn(
+            f"a {manifest.thing} without the attribute stays similar to {manifest.names[0]!r}, so "
+            f"--criterion {options.criterion} costs more of the thing than --criterion fa1"
+        )
     _require_ranked(options, ranking)
     options = replace(options, device=pick_device(options.device))
     directions = search_directions(options, ranking)

@@ -26,15 +26,14 @@ from slsgu_cli.records.words import WordList, alone, read_words, with_attribute
 from slsgu_cli.sets.context import BuildContext, block_path, reference, text_digest
 from slsgu_cli.sets.pairs import TAKE, Selection, first_pass, rules
 from slsgu_cli.sets.sampling import priority
-from slsgu_cli.sources.matching import folded
 from slsgu_cli.sources.neutral import neutral_prompts, neutral_words
 from slsgu_cli.sources.prompts import DEFAULT_TEMPLATES, find_class, read_classes, read_templates
 from slsgu_cli.sources.texts import tokenizable
 from slsgu_cli.store.blocks import DIGEST_BYTES, DataBlock, row_writer
 from slsgu_cli.store.locks import held
 
-# Other things whose attributes are retained.
-THINGS = 100
+# Other things with an attribute, and other attributes of its thing, to retain.
+MIXED = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,16 +133,23 @@ class WordParts:
 
     @cached_property
     def _elsewhere(self) -> tuple[str, ...]:
-        """The thing without attributes, and the attributes alone and of other things."""
+        """The thing, its other attributes, and the attributes alone and of other things."""
         thing, attributes = self.request.thing, read_words(self.request.words).names
         if thing is None:
             return ()
-        things = [
-            name for name in self._classes or neutral_words() if folded(name) != folded(thing)
+        names = {thing, *map(alone, attributes)}
+        others = [name for name in self._classes or neutral_words() if name not in names]
+        others.sort(key=lambda name: priority(self.request.seed, name))
+        mixed = [
+            text
+            for other in others[:MIXED]
+            for each in attributes
+            for text in (
+                with_attribute(other, each),
+                with_attribute(thing, each.replace(alone(each), other)),
+            )
         ]
-        things.sort(key=lambda name: priority(self.request.seed, name))
-        others = (with_attribute(other, each) for other in things[:THINGS] for each in attributes)
-        return tuple(dict.fromkeys([thing, *map(alone, attributes), *others]))
+        return tuple(dict.fromkeys([thing, *map(alone, attributes), *mixed]))
 
     def _captions(self, names: Sequence[str]) -> list[str]:
         return [

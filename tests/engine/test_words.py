@@ -16,7 +16,7 @@ from slsgu_cli.engine.search import search
 from slsgu_cli.errors import StaleError, UsageError
 from slsgu_cli.method.stand_ins import stand_ins
 from slsgu_cli.records.directions import Direction
-from slsgu_cli.records.method import Tower
+from slsgu_cli.records.method import Criterion, Tower
 from slsgu_cli.records.options import BuildRequest, PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import PROMPTS, ModelSpec
 from slsgu_cli.sets.build import build_sets
@@ -98,6 +98,42 @@ def test_an_anchor_draws_the_name_to_other_words(anchor, store, model, tmp_path)
     found = stored(store, result.pointer.forget, LAST)
     np.testing.assert_allclose(found, gradient(model, loss, LAST), atol=1e-6, rtol=1e-4)
     compute_gradients(store, "castle")
+
+
+def test_an_attribute_moves_along_the_difference_of_two_groups_of_prompts(store, model, tmp_path):
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    (tmp_path / "templates.txt").write_text("\n".join(TEMPLATES))
+    request = BuildRequest(
+        name="red-car",
+        model=CLIP,
+        words=("red {}",),
+        thing="car",
+        classes={PROMPTS: str(tmp_path / "classes.txt")},
+        templates={PROMPTS: str(tmp_path / "templates.txt")},
+    )
+    build_sets(store, request)
+    result = compute_gradients(store, "red-car")
+    assert result.pointer.anchor == "car"
+    with_it, without = (
+        texts_of(model, [template.replace("{}", name) for template in TEMPLATES])
+        for name in ("red car", "car")
+    )
+    # A unit feature's cosine with itself has no gradient, so the anchor alone counts.
+    difference = (with_it - without).detach()
+    loss = -(with_it * difference).sum(dim=-1).mean() / 2
+    found = stored(store, result.pointer.forget, LAST)
+    np.testing.assert_allclose(found, gradient(model, loss, LAST), atol=1e-6, rtol=1e-4)
+    other = compute_gradients(store, "red-car", options=PassOptions(anchor="a bus"))
+    assert other.pointer.anchor == "a bus"
+
+
+def test_a_search_for_an_attribute_warns_of_what_fa5_costs(store, listener):
+    warning = "--criterion fa5 costs more of the thing than --criterion fa1"
+    rank(store, "red-car")
+    search(store, "red-car", options=SearchOptions(layers=[LAST], criterion=Criterion.FA1))
+    assert not any(warning in text for text in listener.heard)
+    assert search(store, "red-car", options=SearchOptions(layers=[LAST])).forgotten
+    assert any(warning in text for text in listener.heard)
 
 
 @pytest.mark.parametrize("anchor", ["castle", "an old Castle"])

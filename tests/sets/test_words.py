@@ -176,3 +176,31 @@ def test_nothing_left_to_retain_is_refused(store, files):
     excluded = [name for name in CLASSES if name != "dog"]
     with pytest.raises(InputError, match="no caption is left to retain"):
         build_sets(store, request("dog", retain_exclude=excluded, **files))
+
+
+def test_an_attribute_is_forgotten_in_one_thing_only(store, files):
+    manifest = build_sets(store, request("red {}", "hat", thing="cat", **files))
+    assert (manifest.names, manifest.thing) == (("red cat", "cat with hat"), "cat")
+    expected = [t.replace("{}", name) for name in manifest.names for t in TEMPLATES]
+    assert list(DataBlock.open(store, manifest.forget).captions) == expected
+    retained = set(DataBlock.open(store, manifest.retain).captions)
+    for name in ("cat", "red", "hat", "red dog", "dog with hat", "dog cat", "cat with dog"):
+        assert {t.replace("{}", name) for t in TEMPLATES} <= retained, name
+    assert not retained & set(expected)
+    classes = DataBlock.open(store, manifest.evals[PROMPTS]).class_names
+    assert {*CLASSES, "red", "red dog", "dog cat", *manifest.names} <= set(classes)
+    assert manifest.forget_eval == PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"thing": " ", "words": ("hat",)}, "' ' is not a thing"),
+        ({"thing": "red {}", "words": ("hat",)}, "'red {}' is not a thing"),
+        ({"thing": "cat", "sources": ("images",)}, "--from needs --words"),
+        ({"thing": "cat", "sources": ("images",), "words": ("hat",)}, "--from needs --words"),
+    ],
+)
+def test_a_thing_needs_words_for_its_attributes(options, message, store):
+    with pytest.raises(UsageError, match=message):
+        build_sets(store, BuildRequest(name="set", model=CLIP, **options))
