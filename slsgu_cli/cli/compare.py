@@ -14,6 +14,7 @@ from slsgu_cli.records.comparison import (
     Method,
     PipelineCompareOptions,
     PipelineComparison,
+    PipelineOutcome,
 )
 
 if TYPE_CHECKING:
@@ -173,12 +174,22 @@ def compare_on_pipeline(
 
 
 def show_pipeline_comparison(console: Console, comparison: PipelineComparison, sheet: str) -> None:
-    """Print a row for each method and learning rate."""
-    from slsgu_cli.compare.registry import label_of
+    """Print a row for each method and setting."""
+    from slsgu_cli.compare.registry import label_of, on_pipeline
+
+    def words(row: PipelineOutcome) -> str:
+        spec = on_pipeline(row.method)
+        name = spec.hyperparameter.name if spec and spec.hyperparameter else "lr"
+        setting = row.made_by.setting
+        return "" if setting is None else f"{name} {setting:g}"
 
     columns: list[str | Column] = [
         Column("method", shown=label_of),
-        Column("lr", lambda row: row.plan and row.plan.rate, shown="{:g}".format),
+        Column("setting", words),
+        Column(
+            "lr", lambda row: row.plan and row.plan.rate, shown="{:g}".format, on_terminal=False
+        ),
+        Column("value", "setting", on_terminal=False),
         Column("iterations", lambda row: row.plan and row.plan.iterations, on_terminal=False),
         Column("UA", "effect.ua", shown=roughly),
         Column("IRA", "effect.ira", shown=roughly),

@@ -16,8 +16,8 @@ from slsgu_cli.clip.devices import pick_device
 from slsgu_cli.clip.metrics import frechet_distance
 from slsgu_cli.compare.comparison import ComparisonRun
 from slsgu_cli.compare.pass_times import ROLES, PassTimes
-from slsgu_cli.compare.registry import baseline, label_of
-from slsgu_cli.compare.unet import Denoiser, in_fp32
+from slsgu_cli.compare.pipeline_data import PipelineData
+from slsgu_cli.compare.registry import label_of, on_pipeline
 from slsgu_cli.errors import MissingError, StaleError, UsageError
 from slsgu_cli.figures.sheets import Strip, Tile, sheet_png
 from slsgu_cli.records.codec import digest
@@ -39,6 +39,7 @@ from slsgu_cli.store.store import Store
 from slsgu_cli.targets.judge import judge_specs
 from slsgu_cli.targets.judged_prompts import JudgedPrompts
 from slsgu_cli.targets.models import Pipeline, folder_fingerprint, new_values, require_family
+from slsgu_cli.text import enumerated
 
 # Images of a row in the contact sheet.
 SHOWN = 8
@@ -56,8 +57,8 @@ def compare_on_pipeline(
         raise UsageError("methods are compared by one judge", hint="give --judge once")
     options = replace(options, judges=judges)
     run = PipelineComparisonRun.open(store, name, options)
-    settings: dict[Method, Sequence[float | None]] = {
-        method: options.rates if baseline(method) else (None,)
+    settings = {
+        method: settings_of(method, options.rates)
         for method in PIPELINE_METHODS
         if method in (Method.ORIGINAL, *options.methods)
     }
@@ -68,6 +69,14 @@ def compare_on_pipeline(
     pictures = {row: run.pictures(row) for row in rows}
     store.write_bytes(sheet_path(name, options.target), sheet(run.judged, pictures, options.target))
     return replace(run.record, outcomes=tuple(rows))
+
+
+def settings_of(method: Method, rates: Sequence[float]) -> Sequence[float | None]:
+    """Return the settings of a method: learning rates, or the grid of a closed form."""
+    spec = on_pipeline(method)
+    if spec is None:
+        return (None,)
+    return spec.hyperparameter.grid if spec.hyperparameter else rates
 
 
 def sheet_path(name: str, target: Path) -> str:
@@ -99,12 +108,14 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
         pointer = read_pointer(store, manifest)
         store.require_writable(cls.artifact.path(name))
         family = require_family(options.target, answers=False).family
-        trained = [method for method in options.methods if baseline(method)]
-        if trained and family in (Family.SD3, Family.FLUX):
+        specs = {method: on_pipeline(method) for method in options.methods}
+        of_unet = [method for method, spec in specs.items() if spec and not spec.text]
+        if of_unet and family in (Family.SD3, Family.FLUX):
+            others = [m for m in options.methods if m not in (Method.ORIGINAL, *of_unet)]
             raise UsageError(
                 f"{options.target} is {family}, which has a transformer: "
-                f"{' and '.join(trained)} train a UNet",
-                hint="--methods ours",
+                f"{enumerated(of_unet)} edit a UNet",
+                hint=f"--methods {','.join(others or [Method.OURS])}",
             )
         judges = options.judges or (pointer.model,)
         judged = JudgedPrompts.of_set(
@@ -140,23 +151,25 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
         return our_edit(self.store, self.pointer, self.options.target)
 
     def at(self, method: Method, setting: float | None) -> MethodSetting:
-        """Return the learning rate and plan of a method, or the digest of our edit."""
+        """Return the setting and plan of a method, or the digest of our edit."""
         if method is Method.OURS:
             return MethodSetting(method, edit=digest(self.our_edit[0].header))
-        return MethodSetting(method, setting, self._plan(setting))
+        return MethodSetting(method, setting, self._plan(method, setting))
 
-    def _plan(self, rate: float | None) -> PipelinePlan | None:
-        if rate is None:
+    def _plan(self, method: Method, rate: float | None) -> PipelinePlan | None:
+        spec = on_pipeline(method)
+        if spec is None or spec.hyperparameter or rate is None:
             return None
         steps, seed = self.options.budget.diffusion.steps, self.options.budget.seed
-        return PipelinePlan(iterations=self.options.iterations, rate=rate, steps=steps, seed=seed)
+        iterations = spec.updates or self.options.iterations
+        return PipelinePlan(iterations=iterations, rate=rate, steps=steps, seed=seed)
 
     def run(self, method: Method, setting: float | None) -> PipelineOutcome:
         """Apply a method to the pipeline; generate, judge and store images."""
-        judged, at = self.judged, self.at(method, setting)
+        judged, at, plan = self.judged, self.at(method, setting), self._plan(method, setting)
         prompts, images = [*judged.of_concept, *judged.of_others], []
         with (
-            self._applied(method, self._plan(setting)) as seconds,
+            self._applied(at) as seconds,
             progress.bar(f"images of {label_of(method)}", len(prompts)) as ticker,
         ):
             for image in judged.generated(self.pipe, prompts):
@@ -167,7 +180,8 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
         features = judged.judge.features
         outcome = PipelineOutcome(
             method=method,
-            plan=self._plan(setting),
+            setting=None if plan else setting,
+            plan=plan,
             edit=at.edit,
             effect=judged.effects(images[:split], images[split:])[str(judged.judge.spec)],
             distance=frechet_distance(features(original[split:]), features(images[split:])),
@@ -179,30 +193,35 @@ class PipelineComparisonRun(ComparisonRun[PipelineOutcome]):
         return outcome
 
     @contextmanager
-    def _applied(self, method: Method, plan: PipelinePlan | None) -> Iterator[float]:
+    def _applied(self, at: MethodSetting) -> Iterator[float]:
         """Apply a method to the pipeline for a block; yield the seconds that it took."""
-        spec, pipeline = baseline(method), self.pipe.pipeline
-        if method is Method.ORIGINAL:
+        spec, pipe = on_pipeline(at.method), self.pipe
+        if at.method is Method.ORIGINAL:
             yield 0.0
-        elif plan is None or spec is None or spec.train_unet is None:
+        elif spec is None:
             edit, seconds = self.our_edit
             seconds += self.times.seconds(self.pointer, ROLES, squares=False)
-            with self.pipe.edited(new_values(self.pipe.encoders, [edit])):
+            with pipe.edited(new_values(pipe.encoders, [edit])):
                 yield seconds
         else:
-            before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
-            manifest = self.times.manifest
-            blocks = (
-                DataBlock.open(self.store, each) for each in (manifest.forget, manifest.retain)
-            )
+            texts = [live.module for live in pipe.encoders]
+            modules = texts if spec.text else [pipe.pipeline.unet]
+            before = [{n: v.clone() for n, v in each.state_dict().items()} for each in modules]
             start = perf_counter()
             try:
-                with in_fp32(pipeline):
-                    denoiser = Denoiser(pipeline, self.pipe.device)
-                    spec.train_unet(denoiser, self.judged, *blocks, plan)
+                spec.edit(self._data, at.setting if spec.hyperparameter else at.plan)
                 yield perf_counter() - start
             finally:
-                pipeline.unet.load_state_dict(before)
+                for module, weights in zip(modules, before, strict=True):
+                    module.load_state_dict(weights)
+
+    @cached_property
+    def _data(self) -> PipelineData:
+        manifest, anchor = self.times.manifest, self.pointer.anchor
+        forget, retain = (
+            DataBlock.open(self.store, each) for each in (manifest.forget, manifest.retain)
+        )
+        return PipelineData(self.pipe, self.judged, forget, retain, anchor)
 
     def pictures(self, outcome: PipelineOutcome) -> list[bytes]:
         """Return the stored images of a row, the concept's first."""
@@ -244,7 +263,8 @@ def sheet(
         labels = list(dict.fromkeys(prompt.label for prompt in shown))
         tiles = {}
         for row, images in pictures.items():
-            title = label_of(row.method) + (f" {row.plan.rate:g}" if row.plan else "")
+            setting = row.made_by.setting
+            title = label_of(row.method) + (f" {setting:g}" if setting is not None else "")
             some = images[start : start + len(shown)]
             tiles[title] = list(map(Tile, some, judged.judge.verdicts(some)))
         strips.append(Strip(f"prompts: {', '.join(labels)}", labels == [judged.name], tiles))

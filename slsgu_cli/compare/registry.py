@@ -26,20 +26,35 @@ class Hyperparameter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OnPipeline:
+    """The declaration of a baseline on a diffusion pipeline.
+
+    `edit` changes weights of PipelineData in place. With a `hyperparameter` it is a closed form,
+    called with each value of the grid; without, it is called with a PipelinePlan for each
+    learning rate. `updates` is the number of its updates, if not that of --iterations. It
+    changes the UNet, or with `text` the text encoders.
+    """
+
+    edit: Callable[..., None]
+    hyperparameter: Hyperparameter | None = None
+    updates: int | None = None
+    text: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Baseline:
     """The declaration of a baseline, with its label in tables.
 
     On CLIP it is `Trained` or a `ClosedForm`. `hyperparameter` is None for the learning rate.
     `gradients` are the roles whose stored gradients it needs, or whose squared gradients if
-    `squares` is set. `train_unet` trains the UNet of a diffusion pipeline in place, from a
-    Denoiser, the JudgedPrompts, the blocks to forget and to retain, and a PipelinePlan.
+    `squares` is set. `on_pipeline` is None if it is not for diffusion pipelines.
     """
 
     label: str
     hyperparameter: Hyperparameter | None = None
     gradients: tuple[str, ...] = ()
     squares: bool = False
-    train_unet: Callable[..., None] | None = None
+    on_pipeline: OnPipeline | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +106,12 @@ def baseline(method: Method) -> Baseline | None:
     if method not in _LABELS and method not in _BASELINES:
         import_module(f"slsgu_cli.compare.baselines.{method.partition('-')[0]}")
     return _BASELINES.get(method)
+
+
+def on_pipeline(method: Method) -> OnPipeline | None:
+    """Return the declaration of a baseline on pipelines; None for the original and ours."""
+    spec = baseline(method)
+    return spec.on_pipeline if spec else None
 
 
 def label_of(method: Method) -> str:

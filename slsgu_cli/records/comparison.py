@@ -48,10 +48,12 @@ class Method(StrEnum):
     CCUP_VISION = "ccup-vision"
     OURS = "ours"
     ESD = "esd"
+    OCE = "oce"
 
 
-PIPELINE_METHODS = (Method.ORIGINAL, Method.ESD, Method.SALUN, Method.OURS)
-CLIP_METHODS = tuple(method for method in Method if method is not Method.ESD)
+PIPELINE_METHODS = (Method.ORIGINAL, Method.ESD, Method.SALUN, Method.OCE, Method.OURS)
+_ON_PIPELINES_ONLY = (Method.ESD, Method.OCE)
+CLIP_METHODS = tuple(method for method in Method if method not in _ON_PIPELINES_ONLY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +69,8 @@ class CompareOptions:
         metavar="METHODS",
         without="all",
         read=choices(CLIP_METHODS, always=[Method.ORIGINAL]),
-        help=f"Methods: {','.join(CLIP_METHODS[1:])}; with --target esd,salun,ours.",
+        help=f"Methods: {','.join(CLIP_METHODS[1:])}; "
+        f"with --target {','.join(PIPELINE_METHODS[1:])}.",
         panel=SEARCH,
     )
     rates: Sequence[float] | None = option(
@@ -151,7 +154,7 @@ class PipelineCompareOptions:
         metavar="METHODS",
         without="all",
         read=choices(PIPELINE_METHODS, always=[Method.ORIGINAL]),
-        help="Methods: esd,salun,ours.",
+        help=f"Methods: {','.join(PIPELINE_METHODS[1:])}.",
         panel=SEARCH,
     )
     rates: Sequence[float] = option(
@@ -272,11 +275,13 @@ class ClipOutcome(Outcome):
 class PipelineOutcome(Outcome):
     """A judge's figures for the images that a pipeline generates after a method.
 
-    `edit` is the digest of our edit. `distance` is the Frechet distance between features of
-    images of other classes by this pipeline and by the original.
+    `setting` is the hyperparameter of a closed form, `edit` the digest of our edit. `distance` is
+    the Frechet distance between features of images of other classes by this pipeline and by the
+    original.
     """
 
     plan: PipelinePlan | None = None
+    setting: float | None = None
     effect: Effect
     distance: float
 
@@ -284,9 +289,9 @@ class PipelineOutcome(Outcome):
 
     @property
     def made_by(self) -> MethodSetting:
-        """The method and its plan; the setting is the learning rate."""
-        rate = None if self.plan is None else self.plan.rate
-        return MethodSetting(self.method, rate, self.plan, self.edit)
+        """The method and its plan, with the learning rate or the hyperparameter as setting."""
+        setting = self.setting if self.plan is None else self.plan.rate
+        return MethodSetting(self.method, setting, self.plan, self.edit)
 
     @property
     def place(self) -> str:

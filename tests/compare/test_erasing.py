@@ -124,7 +124,7 @@ def test_esd_leads_the_concepts_prompt_to_the_negated_guidance(denoiser):
 
 
 def test_esd_without_cross_attention_is_refused():
-    from slsgu_cli.compare.baselines.esd import cross_attention
+    from slsgu_cli.compare.cross_attention import cross_attention
 
     with pytest.raises(InputError, match="no cross-attention"):
         cross_attention(nn.Sequential(nn.Linear(2, 2)))

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from slsgu_cli import progress
-from slsgu_cli.compare.registry import Baseline, register
-from slsgu_cli.compare.unet import Condition, Denoiser
-from slsgu_cli.errors import InputError
+from slsgu_cli.compare.cross_attention import cross_attention
+from slsgu_cli.compare.pipeline_data import PipelineData
+from slsgu_cli.compare.registry import Baseline, OnPipeline, register
+from slsgu_cli.compare.unet import Condition, Denoiser, in_fp32
 from slsgu_cli.records.comparison import Method, PipelinePlan
-from slsgu_cli.store.blocks import DataBlock
-from slsgu_cli.targets.judged_prompts import JudgedPrompts
 
 # The strength of the negative guidance.
 ERASING = 1.0
@@ -27,11 +26,11 @@ def erase(denoiser: Denoiser, prompts: Sequence[str], plan: PipelinePlan) -> Non
     """
     unet = denoiser.unet
     original = copy.deepcopy(unet).requires_grad_(False)
-    attention = cross_attention(unet)
+    trained = [parameter for each in cross_attention(unet) for parameter in each.parameters()]
     unet.requires_grad_(False)
-    for parameter in attention.values():
+    for parameter in trained:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(attention.values(), lr=plan.rate)
+    optimizer = torch.optim.Adam(trained, lr=plan.rate)
     generator = torch.Generator("cpu").manual_seed(plan.seed)
     conditions = [denoiser.conditions([prompt]) for prompt in prompts]
     with progress.bar(f"ESD {plan.rate:g}", plan.iterations) as ticker:
@@ -70,33 +69,12 @@ def negated(
         return unprompted - ERASING * (prompted - unprompted)
 
 
-def cross_attention(unet: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of the layers that read the prompt. Raises InputError without any."""
-    layers = [
-        name
-        for name, module in unet.named_modules()
-        if getattr(module, "is_cross_attention", False)
-    ]
-    parameters = {
-        name: parameter
-        for name, parameter in unet.named_parameters()
-        if any(name.startswith(f"{layer}.") for layer in layers)
-    }
-    if not parameters:
-        raise InputError("the pipeline's UNet has no cross-attention that ESD could train")
-    return parameters
-
-
-def train_unet(
-    denoiser: Denoiser,
-    judged: JudgedPrompts,
-    _forget: DataBlock,
-    _retain: DataBlock,
-    plan: PipelinePlan,
-) -> None:
-    """Train the pipeline's UNet on the judged prompts of the concept."""
+def edit(data: PipelineData, plan: PipelinePlan) -> None:
+    """Train the pipeline's UNet on the prompts of the concept."""
+    judged = data.judged
     prompts = [judged.prompt(judged.name, number) for number in range(len(judged.templates))]
-    erase(denoiser, prompts, plan)
+    with in_fp32(data.pipe.pipeline):
+        erase(data.denoiser, prompts, plan)
 
 
-register(Method.ESD, Baseline(label="ESD-x", train_unet=train_unet))
+register(Method.ESD, Baseline(label="ESD-x", on_pipeline=OnPipeline(edit=edit)))

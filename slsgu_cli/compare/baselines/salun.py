@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from slsgu_cli import progress
 from slsgu_cli.clip.batches import spans
-from slsgu_cli.compare.registry import Trained, register
+from slsgu_cli.compare.pipeline_data import PipelineData
+from slsgu_cli.compare.registry import OnPipeline, Trained, register
 from slsgu_cli.compare.runner import BaselineRunner
 from slsgu_cli.compare.training import mask_gradients
-from slsgu_cli.compare.unet import Denoiser
+from slsgu_cli.compare.unet import Denoiser, in_fp32
 from slsgu_cli.engine.covariance import chosen_rows
 from slsgu_cli.records.comparison import Method, PipelinePlan
 from slsgu_cli.store.blocks import DataBlock
-from slsgu_cli.targets.judged_prompts import JudgedPrompts
 
 # Rows of a mini-batch of the UNet, and images whose latents are computed at a time.
 BATCH, ROWS = 8, 16
@@ -139,23 +139,19 @@ def _drawn(rows: int, generator: torch.Generator, count: int = BATCH) -> list[in
     return torch.randint(rows, (count,), generator=generator).tolist()
 
 
-def train_unet(
-    denoiser: Denoiser,
-    judged: JudgedPrompts,
-    forget: DataBlock,
-    retain: DataBlock,
-    plan: PipelinePlan,
-) -> None:
+def edit(data: PipelineData, plan: PipelinePlan) -> None:
     """Train the pipeline's UNet on the set's forget and retain rows."""
-    data = SalunData(
-        forget=_latents(denoiser, forget),
-        retain=_latents(denoiser, retain),
-        captions=[retain.captions[row] for row in chosen_rows(retain.rows)],
-        concept=judged.name,
-        others=[name for name in judged.judge.names if name != judged.name],
-        prompt=judged.prompt,
-    )
-    unlearn(denoiser, data, plan)
+    judged = data.judged
+    with in_fp32(data.pipe.pipeline):
+        salun_data = SalunData(
+            forget=_latents(data.denoiser, data.forget),
+            retain=_latents(data.denoiser, data.retain),
+            captions=data.captions,
+            concept=judged.name,
+            others=[name for name in judged.judge.names if name != judged.name],
+            prompt=judged.prompt,
+        )
+        unlearn(data.denoiser, salun_data, plan)
 
 
 def _latents(denoiser: Denoiser, block: DataBlock) -> Tensor:
@@ -174,6 +170,6 @@ register(
         losses=("forget", "retain"),
         gradients=("forget",),
         mask=mask_of,
-        train_unet=train_unet,
+        on_pipeline=OnPipeline(edit=edit),
     ),
 )
