@@ -1,6 +1,6 @@
-"""The cross-attention of a UNet: the layers that read the prompt, and edits of its values."""
+"""The cross-attention of a UNet: the layers that read the prompt, and edits of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,12 @@ def cross_attention(unet: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def edit_values(unet: nn.Module, edited: Callable[[Tensor], Tensor]) -> None:
-    """Replace the weight (outputs, inputs) of each value layer; `edited` gets and gives fp64."""
+def edit_layers(unet: nn.Module, names: Sequence[str], edited: Callable[[Tensor], Tensor]) -> None:
+    """Replace the weights (outputs, inputs) of layers: `to_k` has the keys, `to_v` the values.
+
+    `edited` gets and returns fp64.
+    """
     for attention in cross_attention(unet):
-        weight = attention.get_parameter("to_v.weight")
-        weight.copy_(edited(weight.double()))
+        for name in names:
+            weight = attention.get_parameter(f"{name}.weight")
+            weight.copy_(edited(weight.double()))

@@ -48,11 +48,20 @@ class Method(StrEnum):
     CCUP_VISION = "ccup-vision"
     OURS = "ours"
     ESD = "esd"
+    SPEED = "speed"
     OCE = "oce"
 
 
-PIPELINE_METHODS = (Method.ORIGINAL, Method.ESD, Method.SALUN, Method.OCE, Method.OURS)
-_ON_PIPELINES_ONLY = (Method.ESD, Method.OCE)
+PIPELINE_METHODS = (
+    Method.ORIGINAL,
+    Method.ESD,
+    Method.SALUN,
+    Method.UCE,
+    Method.SPEED,
+    Method.OCE,
+    Method.OURS,
+)
+_ON_PIPELINES_ONLY = (Method.ESD, Method.SPEED, Method.OCE)
 CLIP_METHODS = tuple(method for method in Method if method not in _ON_PIPELINES_ONLY)
 
 

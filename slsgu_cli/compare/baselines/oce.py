@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slsgu_cli.compare.cross_attention import edit_values
+from slsgu_cli.compare.cross_attention import edit_layers
 from slsgu_cli.compare.pipeline_data import PipelineData
 from slsgu_cli.compare.registry import Baseline, Hyperparameter, OnPipeline, register
 from slsgu_cli.records.comparison import Method
@@ -17,8 +17,9 @@ def edit(data: PipelineData, erase: float) -> None:
     """Rotate the value layers of the pipeline's UNet."""
     keys, anchors, retained = data.concept_keys(), data.anchor_keys(), data.retained_keys()
     covariance = retained.T @ retained / len(retained)
-    edit_values(
+    edit_layers(
         data.denoiser.unet,
+        ("to_v",),
         lambda weight: rotation(weight, keys, anchors, covariance, erase) @ weight,
     )
 
