@@ -205,6 +205,16 @@ class OpenClipText(SplitTower):
             return x
         return _tensor(projection(x) if isinstance(projection, nn.Linear) else x @ projection)
 
+    def states(self, inputs: Tensor) -> Tensor:
+        """Return the normalised states of all positions, (rows, positions, width)."""
+        x, seen = self.embed(inputs), self.seen(inputs)
+        for index, block in enumerate(self.blocks):
+            if self.halves:
+                x = mlp_half(block, attention_half(block, x, causal=self.causal, seen=seen))
+            else:
+                x = self.stage(index, x, inputs)
+        return _tensor(self.owner.ln_final(x))
+
     def pooled_at(self, inputs: Tensor) -> Tensor:
         """Return the position whose state is pooled, for each row."""
         rows, length = inputs.shape

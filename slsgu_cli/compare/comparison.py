@@ -27,7 +27,7 @@ from slsgu_cli.records.comparison import (
     MethodSetting,
     Row,
 )
-from slsgu_cli.records.method import GradientPointer
+from slsgu_cli.records.method import GradientHeader, GradientPointer
 from slsgu_cli.store.artifacts import Artifact, read_manifest, read_pointer, resume
 from slsgu_cli.store.store import Store
 
@@ -51,7 +51,7 @@ def compare(store: Store, names: Sequence[str], *, options: CompareOptions) -> C
     layered = [
         method
         for method in CLIP_METHODS
-        if isinstance(spec := baseline(method), ClosedForm) and spec.projection is None
+        if isinstance(spec := baseline(method), ClosedForm) and spec.only is None
     ]
     if options.layer is not None and not set(layered) & set(options.methods):
         raise UsageError("--layer is for " + ", ".join(layered), hint=f"--methods {layered[0]},...")
@@ -65,7 +65,7 @@ def compare(store: Store, names: Sequence[str], *, options: CompareOptions) -> C
             spec = baseline(method)
             if spec is None:
                 rows.append(run.row(method))
-            elif isinstance(spec, ClosedForm) and method not in run.layers:
+            elif not run.fits(method):
                 progress.note(f"{spec.label} is skipped: the model has no layer for it")
             elif options.rates is not None:
                 known = spec.hyperparameter
@@ -182,6 +182,16 @@ class ClipComparisonRun(ComparisonRun[ClipOutcome]):
             if isinstance(spec := baseline(method), ClosedForm)
         }
         return {method: layer for method, layer in layers.items() if layer is not None}
+
+    def fits(self, method: Method) -> bool:
+        """Return whether the model has the layer or the parameters that a method changes."""
+        spec = baseline(method)
+        if isinstance(spec, ClosedForm):
+            return method in self.layers
+        if not isinstance(spec, Trained) or spec.needs is None:
+            return True
+        header = self.store.read_header(Artifact.GRADIENT.path(self.pointer.forget), GradientHeader)
+        return any(map(spec.needs.fullmatch, header.weights))
 
     @cached_property
     def our_edit(self) -> OurEdit:

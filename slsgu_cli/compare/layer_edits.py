@@ -6,7 +6,7 @@ weight W; summed over tokens, G = R K^T with the inputs K and the gradients R at
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from time import perf_counter
@@ -29,6 +29,8 @@ from slsgu_cli.clip.batches import (
 from slsgu_cli.clip.evaluation import Evaluation
 from slsgu_cli.clip.finite import counted_by
 from slsgu_cli.clip.memory import spare
+from slsgu_cli.clip.models import resolve
+from slsgu_cli.clip.tokenizers import tokenizer
 from slsgu_cli.clip.towers import OpenClipText, text_tower, vision_tower
 from slsgu_cli.compare.epochs import settle
 from slsgu_cli.compare.registry import ClosedForm, baseline
@@ -55,6 +57,7 @@ from slsgu_cli.records.method import (
     Tower,
 )
 from slsgu_cli.records.options import SearchOptions
+from slsgu_cli.sources.matching import in_place_of_names, up_to_names
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
 
@@ -76,14 +79,14 @@ def layer_for(
 ) -> str | None:
     """Return the layer that a closed form edits, None if the model has none.
 
-    Without a projection of its own, a method edits the layer `wanted`, by default the output
+    Without a layer of its own, a method edits the layer `wanted`, by default the output
     projection of the MLP in the middle block of the text tower. Raises UsageError for a layer
     that it cannot edit.
     """
     header = store.read_header(Artifact.GRADIENT.path(pointer.forget), GradientHeader)
     names = sorted(header.weights)
-    if spec.projection is not None:
-        return next(filter(spec.projection.fullmatch, names), None)
+    if spec.only is not None:
+        return next(filter(spec.only.fullmatch, names), None)
     if wanted is None:
         texts = [layer for layer in map(Layer.parse, names) if layer.tower is Tower.TEXT]
         middle = block_count(layer.name for layer in texts) // 2
@@ -268,13 +271,47 @@ class LayerEdits:
         features = text_features(tower, tokens, self.baselines.times.device)
         return features.to(self._exact).double().mean(dim=0)
 
+    @_once
+    def named_keys(self, layer: str, anchor: str) -> tuple[Tensor, Tensor]:
+        """Return the keys (rows, inputs) of a text layer for the name and for an anchor, in fp64.
+
+        They are those of the end of each distinct forget caption and of the last token of its
+        name, and those of the same captions with the anchor in place of the name. If later tokens
+        can influence a key, only the ends count.
+        """
+        runner, tower = self.baselines, text_tower(self.baselines.model)
+        block, patterns = runner.block("forget"), runner.times.manifest.patterns
+        tokenize = tokenizer(resolve(runner.pointer.model))
+        captions = list(dict.fromkeys(block.captions[row] for row in chosen_rows(block.rows)))
+        # The state of a token is that of the text that ends with it.
+        parts = [(captions, 0), (up_to_names(captions, patterns), 1)]
+        if not (isinstance(tower, OpenClipText) and tower.shortens):
+            parts = parts[:1]
+
+        def keys(texts: Sequence[str], before: int) -> Tensor:
+            tokens, found = to_tokens(tokenize(texts), "cpu"), torch.empty(0)
+            for call, _, ends, rows in self._calls(layer, tokens):
+                at = _at(call.inputs, ends - before).to(self._exact).double()
+                found = at.new_empty((len(tokens), at.shape[1])) if found.ndim == 1 else found
+                found[rows] = at
+            return found
+
+        named = [keys(texts, before) for texts, before in parts]
+        others = [keys(in_place_of_names(each, patterns, anchor), before) for each, before in parts]
+        return torch.cat(named), torch.cat(others)
+
     def _texts(self, layer: str, role: str) -> Iterator[tuple[LastCall, Tensor, Tensor, Tensor]]:
         """Yield the call, features, the ends of the texts, and the numbers of their rows."""
+        block = self.baselines.block(role)
+        yield from self._calls(layer, to_tokens(block.tokens[chosen_rows(block.rows)], "cpu"))
+
+    def _calls(
+        self, layer: str, tokens: Tensor
+    ) -> Iterator[tuple[LastCall, Tensor, Tensor, Tensor]]:
         model, device = self.baselines.model, self.baselines.times.device
-        tower, call, block = text_tower(model), LastCall(model, layer), self.baselines.block(role)
+        tower, call = text_tower(model), LastCall(model, layer)
         if not isinstance(tower, OpenClipText):
             raise InputError("the text tower of this model does not tell where its texts end")
-        tokens = to_tokens(block.tokens[chosen_rows(block.rows)], "cpu")
         for rows in by_length(tower, tokens, TEXTS_PER_FORWARD[torch.device(device).type]):
             short = tower.trim(tokens[rows]).to(device)
             with call:

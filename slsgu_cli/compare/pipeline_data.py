@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from slsgu_cli.clip.batches import spans
+from slsgu_cli.compare.anchor import anchor_of
 from slsgu_cli.compare.unet import Denoiser
 from slsgu_cli.engine.covariance import chosen_rows
 from slsgu_cli.store.blocks import DataBlock
@@ -22,7 +23,7 @@ ROWS = 64
 class PipelineData:
     """A loaded pipeline, the judged prompts of the concept, and the blocks of the set.
 
-    `anchor` is what the concept is to become, None without a choice.
+    `anchor` is the set's choice of what the concept becomes.
     """
 
     pipe: Pipeline
@@ -47,38 +48,49 @@ class PipelineData:
         prompts = [text.replace("{}", name) for text, name in places]
         return prompts, [self.last_token(f"{t.partition('{}')[0]}{name}") for t, name in places]
 
-    def keys(self, prompts: Sequence[str], positions: Sequence[int]) -> Tensor:
-        """Return what the cross-attention reads at a position of each prompt, (prompts, width)."""
-        parts = []
-        for start, stop in spans(len(prompts), ROWS):
-            states = self.denoiser.conditions(prompts[start:stop])[0].states
-            at = torch.tensor(positions[start:stop], device=states.device)
-            parts.append(states[torch.arange(len(states), device=states.device), at])
-        return torch.cat(parts).double()
+    def of_concept(self) -> tuple[list[str], list[int]]:
+        """Return the prompts with the concept's names, and the positions of the names' ends."""
+        return self.named(self.judged.names)
 
-    def concept_keys(self) -> Tensor:
-        """Return the keys of the last token of the concept's names in the set's templates."""
-        return self.keys(*self.named(self.judged.names))
+    def of_anchor(self) -> tuple[list[str], list[int]]:
+        """Return the same prompts with the anchor in place of each name."""
+        return self.named([anchor_of(self.anchor)] * len(self.judged.names))
 
-    def anchor_keys(self) -> Tensor:
-        """Return the keys of the anchor, one for each key of the concept.
+    def keys(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what the cross-attention reads of each prompt of the concept and of the anchor.
 
-        Without an anchor, each is the first token of the empty prompt.
+        The keys of a prompt are those of the name's last token and of all positions after it,
+        padding included, (positions, width) in fp64.
         """
-        if self.anchor is None:
-            return self.empty()[:1].expand(len(self.judged.names) * len(self.judged.templates), -1)
-        return self.keys(*self.named([self.anchor])).repeat(len(self.judged.names), 1)
+        own, other = (
+            [rows[start:] for rows, start in zip(self.states(prompts), starts, strict=True)]
+            for prompts, starts in (self.of_concept(), self.of_anchor())
+        )
+        return own, aligned(own, other)
 
     def retained_keys(self) -> Tensor:
-        """Return the keys of the last token of each distinct retain caption."""
+        """Return keys of each distinct retain caption: its last token, its end, and the padding."""
         captions = list(dict.fromkeys(self.captions))
-        return self.keys(captions, [self.last_token(caption) for caption in captions])
+        states = self.states(captions)
+        last = torch.tensor([self.last_token(caption) for caption in captions])
+        end, rows = (last + 1).clamp(max=states.shape[1] - 1), torch.arange(len(states))
+        return torch.cat([states[rows, last], states[rows, end], states[:, -1]])
 
-    def empty(self) -> Tensor:
-        """Return what the cross-attention reads of the empty prompt, (positions, width)."""
-        return self.denoiser.conditions([""])[0].states[0].double()
+    def states(self, prompts: Sequence[str]) -> Tensor:
+        """Return what the cross-attention reads of prompts, (prompts, positions, width) in fp64."""
+        parts = [
+            self.denoiser.conditions(prompts[start:stop])[0].states
+            for start, stop in spans(len(prompts), ROWS)
+        ]
+        return torch.cat(parts).double()
 
     def last_token(self, text: str) -> int:
         """Return the position of the last token of a text before its end; 0 for the start."""
         tokenizer: Any = self.pipe.pipeline.tokenizer
         return len(tokenizer(text, truncation=True).input_ids) - 2
+
+
+def aligned(own: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
+    """Return as many rows of each other as its own has; the last one is repeated."""
+    pairs = zip(own, other, strict=True)
+    return [theirs[torch.arange(len(ours)).clamp(max=len(theirs) - 1)] for ours, theirs in pairs]

@@ -11,7 +11,10 @@ from slsgu_cli.records.comparison import ClipPlan, Method
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The parameters that project states to features, by their names in open_clip.
+# The parameters of a text tower's first block, and those that project states to features, by
+# their names in open_clip.
+FIRST_BLOCK = re.compile(r"(?:text\.)?transformer\.resblocks\.0\..*")
+FIRST_ATTENTION = re.compile(r"(?:text\.)?transformer\.resblocks\.0\.attn\.out_proj\.weight")
 TEXT_PROJECTION = re.compile(r"(?:text\.)?text_projection(?:\.weight)?")
 VISION_PROJECTION = re.compile(r"visual\.(?:proj|head\.proj\.weight)")
 
@@ -63,12 +66,14 @@ class Trained(Baseline):
 
     An epoch trains on the rows of the roles `losses`, in their order, where the `mask` is true.
     If training is not by a loss, `epochs` changes the model of a BaselineRunner at a setting and
-    yields the number of each epoch when it ends.
+    yields the number of each epoch when it ends. It is skipped for a model without a parameter
+    whose name `needs` matches.
     """
 
     losses: tuple[str, ...] = ()
     mask: "Callable[[Any], dict[str, Tensor]] | None" = None
     epochs: Callable[[Any, float], Iterator[int]] | None = None
+    needs: re.Pattern[str] | None = None
 
     def plan(self, plan: ClipPlan) -> ClipPlan:
         """Return the part of a plan that applies: no retain rows if it does not see any."""
@@ -79,14 +84,14 @@ class Trained(Baseline):
 class ClosedForm(Baseline):
     """A baseline that edits one layer in closed form.
 
-    It edits the layer whose name `projection` matches, or the one of --layer. `change`
+    It edits the layer whose name `only` matches, or the one of --layer. `change`
     returns the change (outputs, inputs) of a layer at a setting, from LayerEdits. The step along
     it is `step`, or searched for, beginning with `first_step`. `forget_passes` counts gradient
     passes over the forget set.
     """
 
     change: "Callable[[Any, str, float], Tensor]"
-    projection: re.Pattern[str] | None = None
+    only: re.Pattern[str] | None = None
     step: float | None = None
     first_step: float | None = None
     forget_passes: int = 0

@@ -51,6 +51,10 @@ def best(outcomes: list[ClipOutcome]) -> ClipOutcome:
 
 
 def trade_off(outcome: ClipOutcome) -> float:
-    """Return the mean of 100 - FA@1 and the mean TA@1, on the validation rows."""
-    by = outcome.chosen_by or Figures(outcome.forget, outcome.utility)
-    return (100 - by.forget.top1 + mean_top1(by.utility)) / 2
+    """Return the balance of an outcome on the validation rows."""
+    return balance(outcome.chosen_by or Figures(outcome.forget, outcome.utility))
+
+
+def balance(figures: Figures) -> float:
+    """Return the mean of 100 - FA@1 and the mean TA@1."""
+    return (100 - figures.forget.top1 + mean_top1(figures.utility)) / 2

@@ -38,10 +38,14 @@ class Method(StrEnum):
     GAFT = "gaft"
     SALUN = "salun"
     SSD = "ssd"
+    RAZOR = "razor"
+    HIRM_S = "hirm-s"
+    HIRM_R = "hirm-r"
     ROME = "rome"
     MEMIT = "memit"
     UCE = "uce"
     ALPHAEDIT = "alphaedit"
+    DIFFQUICKFIX = "diffquickfix"
     LEACE_TEXT = "leace-text"
     LEACE_VISION = "leace-vision"
     CCUP_TEXT = "ccup-text"
@@ -59,6 +63,9 @@ PIPELINE_METHODS = (
     Method.UCE,
     Method.SPEED,
     Method.OCE,
+    Method.DIFFQUICKFIX,
+    Method.HIRM_S,
+    Method.HIRM_R,
     Method.OURS,
 )
 _ON_PIPELINES_ONLY = (Method.ESD, Method.SPEED, Method.OCE)

@@ -114,6 +114,16 @@ def in_place_of_names(captions: Sequence[str], patterns: Sequence[str], other: s
     return replaced
 
 
+def up_to_names(captions: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """Return captions up to the end of their first name; whole if none is found in place."""
+    names, ended = re.compile(whole_words(patterns)), []
+    for caption in captions:
+        text = folded(caption)
+        match = names.search(text) if len(text) == len(caption) else None
+        ended.append(caption[: match.end()] if match else caption)
+    return ended
+
+
 def words(text: str) -> list[str]:
     """Return the words of `folded` text."""
     return _word().findall(text)

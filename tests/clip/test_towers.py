@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from tower_models import CONFIGS, HUGGING_FACE, make
 
 from slsgu_cli.clip.packing import packed
-from slsgu_cli.clip.towers import EMBED, HuggingFaceText, WholeTower, text_tower, vision_tower
+from slsgu_cli.clip.towers import (
+    EMBED,
+    HuggingFaceText,
+    OpenClipText,
+    WholeTower,
+    text_tower,
+    vision_tower,
+)
 
 
 @pytest.fixture(scope="module", params=sorted(CONFIGS))
@@ -53,6 +60,19 @@ def test_text_resumes_at_every_stage_and_at_its_own_length(model):
         torch.testing.assert_close(
             tower.features(state, tokens, stage), expected, atol=2e-6, rtol=1e-5
         )
+
+
+@torch.no_grad()
+def test_the_pooled_state_of_a_text_projects_to_its_feature(model):
+    tower, tokens = text_tower(model), prompts()
+    if not isinstance(tower, OpenClipText):
+        pytest.skip("no tower of open_clip")
+    states, rows = tower.states(tokens), torch.arange(len(tokens))
+    x, projection = states[rows, tower.pooled_at(tokens)], tower.owner.text_projection
+    if projection is not None:
+        x = projection(x) if isinstance(projection, torch.nn.Linear) else x @ projection
+    expected = tower.features(tokens, tokens)
+    torch.testing.assert_close(F.normalize(x, dim=-1), expected, atol=2e-6, rtol=1e-5)
 
 
 def ends_texts(model):

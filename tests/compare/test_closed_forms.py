@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from baselines import open_bench
 from reference import Reference
 
+from slsgu_cli.compare.anchor import OBJECT
 from slsgu_cli.compare.baselines.alphaedit import alphaedit
 from slsgu_cli.compare.baselines.ccup import ccup
 from slsgu_cli.compare.baselines.leace import leace
@@ -171,6 +172,11 @@ class Dense:
             u = as_numpy(self.seen("text_projection", "forget")[4]).mean(0)
             u /= np.linalg.norm(u)
             return -setting * np.outer(u, u) @ weight
+        if method is Method.DIFFQUICKFIX:
+            keys, anchors = self.named_inputs("blue", OBJECT)
+            goals = np.concatenate([(anchors - keys) @ weight.T, np.zeros(weight.T.shape)])
+            rows = np.concatenate([keys, setting**0.5 * np.eye(keys.shape[1])])
+            return np.linalg.lstsq(rows, goals, rcond=None)[0].T
         c = self.covariance(layer, "retain")
         forget, retain = self.keys(layer, "forget"), self.keys(layer, "retain")
         identity = np.eye(len(c))
@@ -190,6 +196,29 @@ class Dense:
             k, inverse = forget.mean(0), np.linalg.inv(damped)
             return np.outer(value, inverse @ k) / (k @ inverse @ k)
         return self._of_all_tokens(method, setting, layer, c, metric)
+
+    def named_inputs(self, name, other):
+        """Return the inputs of the first attention's output projection at names and ends."""
+        model, block = self.model, self.model.transformer.resblocks[0]
+        tokenize = open_clip.get_tokenizer(self.world.model.name)
+        captions = list(dict.fromkeys(self.block("forget").captions))
+        parts = []
+        for word in (name, other):
+            ids = tokenize([caption.replace(name, word) for caption in captions])
+            ends, last = ids.argmax(-1), tokenize([word])[0]
+            last = last[last.argmax() - 1]
+            normed = block.ln_1(model.token_embedding(ids) + model.positional_embedding)
+            attention = block.attn
+            packed = normed @ attention.in_proj_weight.T + attention.in_proj_bias
+            heads = (*ids.shape, attention.num_heads, -1)
+            q, k, v = (each.view(heads).transpose(1, 2) for each in packed.chunk(3, dim=-1))
+            scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5 + model.attn_mask
+            mixed = (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+            rows = torch.arange(len(ids))
+            named = (ids == last).int().argmax(dim=1)
+            assert (ids == last).any(dim=1).all()
+            parts.append(as_numpy(torch.cat([mixed[rows, ends], mixed[rows, named]])))
+        return parts
 
     def _of_all_tokens(self, method, setting, layer, c, metric):
         rows = self.block("forget").rows

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from slsgu_cli.clip.metrics import frechet_distance
+from slsgu_cli.compare.baselines.hirm import UPDATES
 from slsgu_cli.compare.unet import Denoiser
 from slsgu_cli.errors import InputError, MissingError, StaleError, UsageError
-from slsgu_cli.records.comparison import PipelinePlan
+from slsgu_cli.records.comparison import Method, PipelinePlan
 from slsgu_cli.store.store import Store
 
 WIDTH, TOKENS = 16, 3
@@ -290,9 +291,11 @@ def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
 
     pipe = Pipeline.load(trained_models / "sd", device="cpu")
     monkeypatch.setattr(on_pipeline.Pipeline, "load", lambda *_, **__: pipe)
-    before = {name: value.clone() for name, value in pipe.pipeline.unet.state_dict().items()}
+    modules = (pipe.pipeline.unet, pipe.pipeline.text_encoder)
+    before = [{n: value.clone() for n, value in each.state_dict().items()} for each in modules]
     options = on_pipeline.PipelineCompareOptions(
         target=trained_models / "sd",
+        methods=(Method.ESD, Method.SALUN, Method.OCE, Method.HIRM_S, Method.OURS),
         rates=(1e-2,),
         iterations=1,
         device="cpu",
@@ -301,15 +304,19 @@ def test_methods_are_compared_on_a_pipeline_that_stays_as_it_was(
         ),
     )
     found = on_pipeline.compare_on_pipeline(searched_store, "facebook", options=options)
-    assert [row.label for row in found.outcomes] == ["original", "esd 0.01", "salun 0.01", "ours"]
-    original, esd, salun, ours = found.outcomes
-    assert original.distance < 1e-6 < min(esd.distance, salun.distance, ours.distance)
+    labels = ["esd 0.01", "salun 0.01", "oce 1", "oce 3", "oce 10", "hirm-s 0.01", "ours"]
+    assert [row.label for row in found.outcomes] == ["original", *labels]
+    original, *others = found.outcomes
+    assert original.distance < 1e-6 < min(row.distance for row in others)
+    assert [row.setting for row in others] == [None, None, 1.0, 3.0, 10.0, None, None]
+    assert [row.plan and row.plan.iterations for row in others[-2:]] == [UPDATES, None]
     assert all(row.effect.concept.total == 1 for row in found.outcomes)
     assert all(row.effect.others.total == 3 and row.seconds > 0 for row in found.outcomes[1:])
-    now = pipe.pipeline.unet.state_dict()
-    assert all(torch.equal(value, now[name]) for name, value in before.items())
+    for module, values in zip(modules, before, strict=True):
+        now = module.state_dict()
+        assert all(torch.equal(value, now[name]) for name, value in values.items())
     pictures = "target-comparisons/facebook@sd"
-    for folder in ("original", "esd-0.01", "salun-0.01", "ours"):
+    for folder in ("original", *(label.replace(" ", "-") for label in labels)):
         assert len(searched_store.names(f"{pictures}/{folder}", ".png")) == 4
     assert searched_store.read_bytes(f"{pictures}/sheet.png")[:4] == b"\x89PNG"
     (entry,) = [e for e in entries(searched_store) if e.kind is Artifact.TARGET_COMPARISON]
@@ -327,8 +334,9 @@ def test_a_pipeline_without_a_unet_is_not_trained(searched_store, tiny_pipeline)
     from slsgu_cli.compare import on_pipeline
 
     options = on_pipeline.PipelineCompareOptions(target=tiny_pipeline("sd3"), rates=(1e-2,))
-    with pytest.raises(UsageError, match="is sd3, which has a transformer: esd and salun train"):
+    with pytest.raises(UsageError, match="transformer: esd, salun, uce, .* and oce edit") as met:
         on_pipeline.compare_on_pipeline(searched_store, "facebook", options=options)
+    assert met.value.hint == "--methods diffquickfix,hirm-s,hirm-r,ours"
 
 
 def test_without_an_edit_of_the_pipeline_the_search_is_named(searched_store, trained_models):
@@ -380,7 +388,10 @@ def test_the_comparison_is_printed_as_rows_for_a_pipe(searched_store, trained_mo
     words += ["--images", "1", "--others", "2", "--denoise", "2", "--device", "cpu"]
     told = CliRunner().invoke(app, words, env={"SLSGU_STORE": searched_store.root})
     rows = [line.split("\t") for line in told.stdout.splitlines()]
-    assert rows[0] == ["method", "lr", "iterations", "UA", "IRA", "distance", "seconds"]
+    assert rows[0] == [
+        *("method", "setting", "lr", "value", "iterations"),
+        *("UA", "IRA", "distance", "seconds"),
+    ]
     assert [row[0] for row in rows[1:]] == ["original", "ours"]
-    assert rows[1][5] == "0"
+    assert rows[1][7] == "0"
     assert "sheet.png" in told.stderr

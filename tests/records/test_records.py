@@ -189,6 +189,7 @@ def test_a_newer_edit_replaces_the_row_of_ours_in_a_comparison_on_a_pipeline():
         "method": "esd",
         "plan": {"iterations": 30, "rate": 1e-5, "steps": 20, "seed": 0},
         "edit": None,
+        "setting": None,
         "effect": {"concept": share, "others": share},
         "distance": 0.5,
         "seconds": 2.0,

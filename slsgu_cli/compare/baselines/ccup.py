@@ -25,7 +25,7 @@ def change(edits: LayerEdits, layer: str, alpha: float) -> Tensor:
 register(
     Method.CCUP_TEXT,
     ClosedForm(
-        label="CCUP text", hyperparameter=ALPHA, projection=TEXT_PROJECTION, step=1.0, change=change
+        label="CCUP text", hyperparameter=ALPHA, only=TEXT_PROJECTION, step=1.0, change=change
     ),
 )
 register(
@@ -33,7 +33,7 @@ register(
     ClosedForm(
         label="CCUP image",
         hyperparameter=ALPHA,
-        projection=VISION_PROJECTION,
+        only=VISION_PROJECTION,
         step=1.0,
         change=change,
     ),

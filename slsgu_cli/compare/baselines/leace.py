@@ -28,7 +28,7 @@ register(
     ClosedForm(
         label="LEACE text",
         hyperparameter=DAMPING,
-        projection=TEXT_PROJECTION,
+        only=TEXT_PROJECTION,
         step=1.0,
         change=change,
     ),
@@ -38,7 +38,7 @@ register(
     ClosedForm(
         label="LEACE image",
         hyperparameter=DAMPING,
-        projection=VISION_PROJECTION,
+        only=VISION_PROJECTION,
         step=1.0,
         change=change,
     ),

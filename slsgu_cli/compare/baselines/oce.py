@@ -1,5 +1,7 @@
 """OCE: rotate the values of a UNet's cross-attention away from the concept (arXiv 2605.28902)."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,7 @@ PRESERVE, IDENTITY = 0.5, 1.5
 
 def edit(data: PipelineData, erase: float) -> None:
     """Rotate the value layers of the pipeline's UNet."""
-    keys, anchors, retained = data.concept_keys(), data.anchor_keys(), data.retained_keys()
+    (keys, anchors), retained = map(few, data.keys()), data.retained_keys()
     covariance = retained.T @ retained / len(retained)
     edit_layers(
         data.denoiser.unet,
@@ -29,7 +31,7 @@ register(
     Baseline(
         label="OCE",
         on_pipeline=OnPipeline(
-            edit=edit, hyperparameter=Hyperparameter("erase", 1.0, (1.0, 10.0, 100.0))
+            edit=edit, hyperparameter=Hyperparameter("erase", 1.0, (1.0, 3.0, 10.0))
         ),
     ),
 )
@@ -47,6 +49,11 @@ def rotation(
     kept = PRESERVE * covariance + IDENTITY * torch.eye(len(covariance)).to(covariance)
     of_keys, of_anchors = (projector(weight @ each.T) for each in (keys, anchors))
     return nearest_rotation(weight @ kept @ weight.T - erase * (of_keys - of_keys @ of_anchors))
+
+
+def few(keys: Sequence[Tensor]) -> Tensor:
+    """Return two keys for each prompt: that of its name, and the mean of those after it."""
+    return torch.cat([torch.stack([rows[0], rows[1:].mean(dim=0)]) for rows in keys])
 
 
 def projector(columns: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ COPIES, CLUSTERS, STEPS = 10, 3, 100
 
 def edit(data: PipelineData, below: float) -> None:
     """Edit the value layers of the pipeline's UNet."""
-    keys, anchors, retained = data.concept_keys(), data.anchor_keys(), data.retained_keys()
-    empty = data.empty()
+    (keys, anchors), retained = map(torch.cat, data.keys()), data.retained_keys()
+    empty = data.states([""])[0]
     fixed = torch.cat([empty[:1], centres(empty[1:])])
     generator = torch.Generator().manual_seed(data.judged.budget.seed)
 

@@ -21,7 +21,7 @@ def change(edits: LayerEdits, layer: str, preserve: float) -> Tensor:
 
 def edit(data: PipelineData, preserve: float) -> None:
     """Guide the concept to the anchor in the key and value layers of the pipeline's UNet."""
-    keys, anchors, retained = data.concept_keys(), data.anchor_keys(), data.retained_keys()
+    (keys, anchors), retained = map(torch.cat, data.keys()), data.retained_keys()
     metric = RetainMetric(retained.T @ retained / len(retained), 1, DAMPING)
 
     def edited(weight: Tensor) -> Tensor:
