@@ -30,8 +30,8 @@ def compare(
     options: ParsedOptions[CompareOptions],
     on_pipeline: ParsedOptions[PipelineCompareOptions],
 ) -> None:
-    """With --target, compares ESD-x, SalUn and the edit of `search --target` by the images that
-    a pipeline generates (Figure 4 of the paper).
+    """With --target, compares methods for diffusion pipelines and the edit of `search --target`
+    by the images that a pipeline generates (Figure 4 of the paper).
 
     Example: slsgu compare facebook --lr auto --retain-rows 256
     """
