@@ -11,6 +11,8 @@ from slsgu_cli.records.comparison import ClipPlan, Method
 if TYPE_CHECKING:
     from torch import Tensor
 
+# The learning rates that tuning tries first, if a method declares no others.
+DECADES = (1e-6, 1e-5, 1e-4)
 # The parameters of a text tower's first block, and those that project states to features, by
 # their names in open_clip.
 FIRST_BLOCK = re.compile(r"(?:text\.)?transformer\.resblocks\.0\..*")
@@ -67,13 +69,14 @@ class Trained(Baseline):
     An epoch trains on the rows of the roles `losses`, in their order, where the `mask` is true.
     If training is not by a loss, `epochs` changes the model of a BaselineRunner at a setting and
     yields the number of each epoch when it ends. It is skipped for a model without a parameter
-    whose name `needs` matches.
+    whose name `needs` matches. `decades` are the learning rates that tuning tries first.
     """
 
     losses: tuple[str, ...] = ()
     mask: "Callable[[Any], dict[str, Tensor]] | None" = None
     epochs: Callable[[Any, float], Iterator[int]] | None = None
     needs: re.Pattern[str] | None = None
+    decades: tuple[float, ...] = DECADES
 
     def plan(self, plan: ClipPlan) -> ClipPlan:
         """Return the part of a plan that applies: no retain rows if it does not see any."""

@@ -3,14 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from slsgu_cli import progress
-from slsgu_cli.compare.registry import baseline
+from slsgu_cli.compare.registry import DECADES, Trained, baseline
 from slsgu_cli.engine.choice import mean_top1
 from slsgu_cli.errors import NotFiniteError
 from slsgu_cli.records.comparison import ClipOutcome, Method
 from slsgu_cli.records.figures import Figures
-
-# The learning rates to try first.
-DECADES = (1e-6, 1e-5, 1e-4)
 
 
 def tune(
@@ -24,14 +21,17 @@ def tune(
     if spec and spec.hyperparameter:
         tried = [run(value) for value in spec.hyperparameter.grid]
         return best(tried), tried
-    tried = list(_finite(DECADES, run))
+    decades = spec.decades if isinstance(spec, Trained) else DECADES
+    tried = list(_finite(decades, run, decades[0]))
     middle = best(tried).setting or 0.0
     between = (middle / 10**0.5, middle * 10**0.5)
-    tried += _finite([float(f"{rate:.0e}") for rate in between], run)
+    tried += _finite([float(f"{rate:.0e}") for rate in between], run, decades[0])
     return best(tried), sorted(tried, key=lambda o: o.setting or 0.0)
 
 
-def _finite(rates: Sequence[float], run: Callable[[float], ClipOutcome]) -> Iterator[ClipOutcome]:
+def _finite(
+    rates: Sequence[float], run: Callable[[float], ClipOutcome], smallest: float
+) -> Iterator[ClipOutcome]:
     """Yield the outcome of each learning rate at which training stays finite.
 
     At the smallest, it must.
@@ -40,7 +40,7 @@ def _finite(rates: Sequence[float], run: Callable[[float], ClipOutcome]) -> Iter
         try:
             yield run(rate)
         except NotFiniteError as error:
-            if rate == DECADES[0]:
+            if rate == smallest:
                 raise
             progress.warn(f"skipped: {error.message}")
 

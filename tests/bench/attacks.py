@@ -164,7 +164,7 @@ def figures(original: VerifiedModel, model: VerifiedModel) -> Iterator[tuple[str
 
 
 def main() -> None:
-    methods = [*OURS, ADVERSARIAL, *OTHERS, BOTH, *CLOSED_FORMS]
+    methods = [*OURS, ADVERSARIAL, BOTH, *(m for m in CLIP_METHODS if baseline(m))]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--concepts", default="facebook,castle", help="as for heldout.py")
     parser.add_argument("--methods", nargs="+", choices=methods, default=[*OURS, *OTHERS])

@@ -45,13 +45,19 @@ def test_of_equal_edits_the_least_harmful_is_best():
     assert best([outcome(1e-4, 0, 80), outcome(1e-5, 0, 80)]).setting == 1e-5
 
 
-@pytest.mark.parametrize("peak", [3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4])
-def test_the_peak_on_the_grid_is_found(peak):
+PEAKS = [3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4]
+
+
+@pytest.mark.parametrize(
+    ("method", "peak"),
+    [*((Method.FT, peak) for peak in PEAKS), (Method.HIRM_S, 3e-6), (Method.HIRM_R, 3e-3)],
+)
+def test_the_peak_on_the_grid_is_found(method, peak):
     def run(rate):
         distance = max(rate / peak, peak / rate)
         return outcome(rate, 0.0, 100 / distance)
 
-    found, tried = tune(Method.FT, run)
+    found, tried = tune(method, run)
     assert found.setting == peak
     assert len(tried) == 5
     settings = [o.setting for o in tried]

@@ -20,7 +20,7 @@ from slsgu_cli.targets.models import LiveEncoder, Pipeline
 from slsgu_cli.targets.states import TextStates
 
 LAYER = "transformer.resblocks.0.attn.out_proj.weight"
-LAMBDA = Hyperparameter("lambda", 0.01, (0.001, 0.01, 0.1, 1.0))
+LAMBDA = Hyperparameter("lambda", 0.01, (0.01, 0.1, 1.0, 10.0))
 
 
 def change(edits: LayerEdits, layer: str, weight: float) -> Tensor:

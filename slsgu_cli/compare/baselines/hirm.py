@@ -149,6 +149,8 @@ for method, label, random in (
             label=label,
             epochs=partial(epochs, random=random),
             needs=FIRST_BLOCK,
+            # One block and few updates need longer steps than whole models.
+            decades=(1e-5, 1e-4, 1e-3),
             on_pipeline=OnPipeline(edit=partial(edit, random=random), updates=UPDATES, text=True),
         ),
     )
