@@ -109,4 +109,4 @@ def test_the_conclusion_has_the_figures_of_both():
     text = conclusion_of({EDIT: edit, RANDOM: control})
     assert "3700 neutral prompts have 71.0% of their spread" in text
     assert "overlap by 62.5% (a random change of the same size: 99.9% and 80.0%)" in text
-    assert "the text tower is unchanged" in conclusion_of({EDIT: TextStructure(3700)})
+    assert "neutral prompts are unchanged" in conclusion_of({EDIT: TextStructure(3700)})

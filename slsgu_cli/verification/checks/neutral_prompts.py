@@ -30,7 +30,7 @@ def sentence(
         return None
     edit, control = finding.structure[EDIT], finding.structure.get(RANDOM)
     if control is None:
-        return "The embeddings of neutral prompts are the original's: the text tower is unchanged."
+        return "The text embeddings of neutral prompts are unchanged."
     return (
         f"The text embeddings of {edit.prompts} neutral prompts have {edit.spread:.1f}% of their "
         f"spread, and their nearest prompts overlap by {edit.overlap:.1f}% "
