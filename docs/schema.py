@@ -159,6 +159,7 @@ def documents() -> dict[str, list[dict[str, Any]]]:
         "eval": [
             {
                 "accuracy": accuracy,
+                "neutral-prompts?": table("model", "prompts", "spread", "overlap"),
                 "plots": PATHS,
                 "assertions?": table("assertion", "figure", "result"),
             }
@@ -211,6 +212,7 @@ def documents() -> dict[str, list[dict[str, Any]]]:
                     "beyond from",
                     "beyond to",
                 ),
+                "neutral-prompts?": table("after", "model", "prompts", "spread", "overlap"),
                 "classifiers?": table(
                     "classifier",
                     "looks for",

@@ -11,7 +11,14 @@ from slsgu_cli.errors import (
     AssertionsError,
 )
 from slsgu_cli.figures.numbers import percent, roughly
-from slsgu_cli.records.figures import Accuracy, Assertion, Share, read_assertions, require_known
+from slsgu_cli.records.figures import (
+    STRUCTURE,
+    Accuracy,
+    Assertion,
+    Share,
+    read_assertions,
+    require_known,
+)
 from slsgu_cli.records.option_fields import DEVICE_OPTION, EVALUATION, Option
 from slsgu_cli.records.sets import ModelSpec
 
@@ -34,7 +41,7 @@ def evaluate(
         Sequence[Assertion],
         Option(
             ("--assert",),
-            "Exit with code 5 unless this holds, such as fa1<=0, ta1.SET>=75 or loss.SET<=0.5.",
+            "Exit with code 5 unless this holds: fa1<=0, ta1.SET>=75, loss.SET<=0.5, overlap>=80.",
             EVALUATION,
             metavar="ASSERTION",
             read=read_assertions,
@@ -62,8 +69,20 @@ def evaluate(
         for model in result.models
     }
     show_before_after(session.console, figures)
+    _show_structure(session.console, result)
     session.console.paths("plots", [result.plot] if result.plot else [])
     show_asserted(session.console, result, assertions)
+
+
+def _show_structure(console: Console, result: "EvalResult") -> None:
+    """Print how much of the structure of text embeddings remains in the other model."""
+    others = [(each.label, each.structure) for each in result.models[1:]]
+    rows = [(label, each.prompts, each.spread, each.overlap) for label, each in others if each]
+    columns = [Column("model"), Column("prompts")]
+    columns += [Column(name, shown=percent) for name in STRUCTURE]
+    if rows:
+        title = "neutral prompts: spread of their text embeddings, overlap of the nearest prompts"
+        console.table("neutral-prompts", columns, rows, title=title)
 
 
 def show_asserted(console: Console, result: "EvalResult", assertions: Sequence[Assertion]) -> None:

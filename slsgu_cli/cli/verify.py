@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from slsgu_cli.cli.app import Name, Session, command
 from slsgu_cli.cli.console import Column, Console
 from slsgu_cli.figures.numbers import roughly
-from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.figures import STRUCTURE, Accuracy
 from slsgu_cli.records.options import ReportRequest
 from slsgu_cli.records.verification import Check, VerifiedModel, VerifyRequest
 
@@ -34,6 +34,7 @@ def show_verified(console: Console, result: "Verified") -> None:
     _neighbourhood(console, result.models)
     _losses(console, original, others)
     _look_alikes(console, original, others)
+    _neutral_prompts(console, others)
     _classifiers(console, original, others)
     _retrieved(console, original, others)
     _membership(console, original, others)
@@ -229,6 +230,25 @@ def _worst(field: str, row: _Row) -> Any:
 
 def _beyond(end: str, row: _Row) -> float | None:
     return getattr(row.value.beyond, end, None)
+
+
+def _neutral_prompts(console: Console, others: Sequence[VerifiedModel]) -> None:
+    """Print how much of the structure of text embeddings remains, next to a random change."""
+    rows = [
+        _Row(each.label, what, structure)
+        for each in others
+        if (finding := each.finding(Check.NEUTRAL_PROMPTS))
+        for what, structure in (finding.structure or {}).items()
+    ]
+    columns = [
+        Column("after", "reference"),
+        Column("model", on_terminal=len(others) > 1),
+        Column("prompts", "value.prompts"),
+        *(Column(name, f"value.{name}", shown=roughly) for name in STRUCTURE),
+    ]
+    title = "neutral prompts: spread of their text embeddings, overlap of the nearest prompts"
+    if rows:
+        console.table("neutral-prompts", columns, rows, title=title)
 
 
 def _classifiers(

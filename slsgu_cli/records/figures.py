@@ -100,6 +100,20 @@ class Accuracy:
 
 
 @dataclass(frozen=True, slots=True)
+class TextStructure:
+    """How much an edit leaves of the structure of text embeddings, over neutral `prompts`.
+
+    `spread` is the spread of their unit embeddings in percent of the original's, and `overlap`
+    the mean overlap of the nearest prompts of each before and after, in percent. Both are 100 if
+    the text tower is unchanged.
+    """
+
+    prompts: int
+    spread: float = 100.0
+    overlap: float = 100.0
+
+
+@dataclass(frozen=True, slots=True)
 class Difference:
     """By how many points one accuracy exceeds another, with a 95% interval."""
 
@@ -142,6 +156,9 @@ class ClassLoss:
         """The accuracy that the class lost, in points; negative if it gained."""
         return self.before - self.after
 
+
+# The figures of a TextStructure, as assertions name them.
+STRUCTURE = ("spread", "overlap")
 
 # The comparisons of an assertion.
 RELATIONS = {
@@ -200,14 +217,15 @@ def require_known(
 ) -> None:
     """Raise UsageError for an assertion on a figure that `eval` of these sets does not have.
 
-    `sets` are the evaluation sets; losses on them are known if models are `compared`. `further`
-    adds other figures. `said` is the name of the option in messages.
+    `sets` are the evaluation sets. Losses on them, and the structure of text embeddings, are known
+    if models are `compared`. `further` adds other figures. `said` is the name of the option in
+    messages.
     """
     concepts = [""] if len(names) == 1 else [f".{name}" for name in names]
     known = [f"fa{k}{behind}" for behind in concepts for k in (1, 5)]
     for name in sorted(sets):
         known += [f"ta1.{name}", f"ta5.{name}", *([f"loss.{name}"] if compared else [])]
-    known += further
+    known += [*(STRUCTURE if compared else ()), *further]
     for each in assertions:
         if each.figure not in known:
             raise UsageError(

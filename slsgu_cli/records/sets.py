@@ -159,6 +159,11 @@ class SetManifest:
         return bool(self.test_fraction or self.tests)
 
     @property
+    def regex(self) -> bool:
+        """Whether `patterns` are regular expressions."""
+        return bool(self.request.get("regex") and self.request.get("match"))
+
+    @property
     def exclusions(self) -> list[str]:
         """The patterns that captions of the concept must not match."""
         return list(self.request.get("not_match") or ())

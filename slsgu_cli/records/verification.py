@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from slsgu_cli.errors import UsageError
-from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.figures import Accuracy, TextStructure
 from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.option_fields import (
     DEVICE,
@@ -46,6 +46,7 @@ class Check(StrEnum):
     NEIGHBOURS = "neighbours"
     NEAREST = "nearest"
     LOOK_ALIKES = "look-alikes"
+    NEUTRAL_PROMPTS = "neutral-prompts"
     PROBE = "probe"
     RETRIEVAL = "retrieval"
     MEMBERSHIP = "membership"
@@ -74,13 +75,15 @@ class Settings:
     `rows` images of each evaluation set measure utility. Relearning and inversion train on
     `shots` images. `spellings` are further names from a file, each after its kind, as in
     `German: Schloss`. `descriptions` are texts about the concept without its name, and
-    `look_alikes` class names that replace the nearest ones.
+    `look_alikes` class names that replace the nearest ones. `prompts` is a digest of the neutral
+    prompts.
     """
 
     templates: tuple[str, ...] = ()
     spellings: tuple[str, ...] = ()
     descriptions: tuple[str, ...] = ()
     look_alikes: tuple[str, ...] = ()
+    prompts: str = ""
     look_alike_count: int = option(
         20,
         "--look-alike-count",
@@ -400,6 +403,7 @@ class Finding:
     curves: tuple[Curve, ...] = ()
     neighbourhood: Neighbourhood | None = None
     classes: dict[str, tuple[KnownClass, ...]] | None = None
+    structure: dict[str, TextStructure] | None = None
     classifiers: tuple[ClassifierScore, ...] = ()
     retrieval: Retrieval | None = None
     membership: tuple[MembershipScore, ...] = ()

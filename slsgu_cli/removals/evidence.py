@@ -16,11 +16,11 @@ import slsgu_cli as slsgu
 from slsgu_cli import Artifact, FoundEdit, Presence, Standing
 from slsgu_cli.errors import InputError, MissingError, SlsguError, UsageError
 from slsgu_cli.records.codec import by_name, digest, document
-from slsgu_cli.records.figures import Share
+from slsgu_cli.records.figures import STRUCTURE, Share
 from slsgu_cli.records.ledger import Ledger, LedgerRow, RequestState, StageKind, StageRecord
 from slsgu_cli.records.options import ReportRequest, StrengthOptions
 from slsgu_cli.records.sets import SetManifest
-from slsgu_cli.records.verification import CHECKS, VerifiedModel
+from slsgu_cli.records.verification import CHECKS, Check, VerifiedModel
 from slsgu_cli.removals.job import Job
 from slsgu_cli.removals.recipe import EvidenceRequest
 from slsgu_cli.removals.stage import file_sha256, files_of
@@ -224,6 +224,7 @@ def _content(
         "edit sha256": sha256(edit).hexdigest(),
         "edit in model": ", ".join(sorted(str(presence) for presence in presences)) or None,
         "figures": [*_figures(row, job.ledger)],
+        "neutral prompts": _structure(job.ledger),
         "bounds": row.checks,
         "verification": _verification(row, pair) if pair else None,
     }
@@ -252,15 +253,23 @@ def _figures(row: LedgerRow, ledger: Ledger) -> Iterator[dict[str, Any]]:
             }
 
 
+def _structure(ledger: Ledger) -> dict[str, float]:
+    """Return how much of the structure of text embeddings remains in the written model."""
+    figures = ledger.written.figures if ledger.written else {}
+    return {name: figures[name] for name in STRUCTURE if name in figures}
+
+
 def _verification(row: LedgerRow, pair: Sequence[VerifiedModel]) -> dict[str, Any]:
     """Return what verification found, in figures and in words, and which checks did not run."""
     original, other = pair
     ran = {finding.check for finding in other.findings if not finding.skipped}
+    neutral = other.finding(Check.NEUTRAL_PROMPTS)
     return {
         "model": other.label,
         "edit alone": other.edit is not None,
         "checks": [each for each in slsgu.verdict_rows(original, other) if not each.detail],
         "look-alikes": slsgu.group_losses(original, other),
+        "neutral prompts": by_name(neutral.structure or {}) if neutral else [],
         "conclusion": slsgu.conclusion(row.concept, original, other).sentences,
         "not run": [check for check in CHECKS if check not in ran],
     }

@@ -5,7 +5,7 @@ from itertools import zip_longest
 
 from markupsafe import Markup
 
-from slsgu_cli.figures.numbers import change, cosine, percent
+from slsgu_cli.figures.numbers import change, cosine, count, percent
 from slsgu_cli.records.method import EditHeader
 from slsgu_cli.records.verification import Check, Verification, VerifiedModel
 from slsgu_cli.report.charts import training_chart
@@ -83,6 +83,7 @@ def _verification(record: Verification, original: VerifiedModel, edited: Verifie
         _attempts(original, edited),
         _neighbourhood(original, edited),
         _look_alikes(original, edited),
+        _neutral_prompts(edited),
     )
     return fill(
         "verification.html",
@@ -173,3 +174,16 @@ def _look_alikes(original: VerifiedModel, edited: VerifiedModel) -> Table | None
         *texts("lost most"),
     ]
     return Table("Classes like the concept", columns, cells)
+
+
+def _neutral_prompts(edited: VerifiedModel) -> Table | None:
+    """Return how much of the structure of text embeddings remains, next to a random change."""
+    finding = edited.finding(Check.NEUTRAL_PROMPTS)
+    if finding is None or not finding.structure:
+        return None
+    cells: list[tuple[Cell, ...]] = [
+        (what, count(each.prompts), percent(each.spread), percent(each.overlap))
+        for what, each in finding.structure.items()
+    ]
+    columns = [*texts("after"), *figures("prompts", "spread", "overlap of the nearest prompts")]
+    return Table("Text embeddings of neutral prompts, compared with the original", columns, cells)

@@ -23,7 +23,9 @@ from slsgu_cli.clip.evaluation import Evaluation, EvaluationSet, prepare, prompt
 from slsgu_cli.clip.models import ResolvedModel
 from slsgu_cli.clip.tokenizers import Tokenize, token_words, tokenizer
 from slsgu_cli.clip.towers import EMBED
+from slsgu_cli.clip.zeroshot import PromptSide
 from slsgu_cli.engine.resumable import SavedSums
+from slsgu_cli.engine.text_structure import embedded, prompts_without
 from slsgu_cli.records.figures import Accuracy
 from slsgu_cli.records.sets import SetManifest
 from slsgu_cli.records.verification import Settings
@@ -98,6 +100,7 @@ class ModelUnderTest:
     results: PartialResults = field(default_factory=lambda: PartialResults([]))
     saved_state: Callable[[str], SavedSums | None] = lambda _: None
     _gallery: Gallery | None = field(init=False, default=None)
+    _neutral: PromptSide | None = field(init=False, default=None)
 
     @property
     def module(self) -> nn.Module:
@@ -158,6 +161,17 @@ class ModelUnderTest:
             features = torch.cat([concept.features, *(group.images.features for group in groups)])
             self._gallery = Gallery(features, torch.cat(labels), names, len(concept))
         return self._gallery
+
+    def neutral_prompts(self) -> PromptSide:
+        """Return the neutral prompts with their embeddings by the model as it is."""
+        if self._neutral is None:
+            self._neutral = embedded(
+                self.evaluation.text,
+                prompts_without([self.manifest]),
+                tokenize=self.tokenize,
+                device=self.device,
+            )
+        return self._neutral
 
     def free_words(self) -> Words:
         """Return the words that a search may use, by token; each is one token.

@@ -21,6 +21,7 @@ from slsgu_cli.engine.edited_model import add_edits
 from slsgu_cli.engine.gradients import check_inputs
 from slsgu_cli.engine.resumable import SavedSums
 from slsgu_cli.engine.set_edits import current_edit
+from slsgu_cli.engine.text_structure import prompts_without
 from slsgu_cli.errors import MissingError, NoImagesError
 from slsgu_cli.figures.curves import relearning_plot
 from slsgu_cli.records.codec import digest
@@ -103,8 +104,8 @@ def verify(store: Store, name: str, request: VerifyRequest = VerifyRequest()) ->
 
 
 def _read_settings(store: Store, manifest: SetManifest, request: VerifyRequest) -> Settings:
-    """Return the settings with the content of the files that the request names."""
-    settings = request.settings
+    """Return the settings with the neutral prompts, and the content of files of the request."""
+    settings = replace(request.settings, prompts=digest(prompts_without([manifest])))
     if not settings.templates:
         templates = unused_templates(store, manifest, request.templates)
         settings = replace(settings, templates=templates)

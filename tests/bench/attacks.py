@@ -41,13 +41,14 @@ from slsgu_cli.engine.ranking import rank
 from slsgu_cli.engine.search import search
 from slsgu_cli.records.comparison import CLIP_METHODS, CompareOptions, Method
 from slsgu_cli.records.directions import Direction
-from slsgu_cli.records.figures import Accuracy, Share
+from slsgu_cli.records.figures import STRUCTURE, Accuracy, Share, TextStructure
 from slsgu_cli.records.options import PassOptions, RankOptions, SearchOptions
 from slsgu_cli.records.sets import LOCAL, ModelSpec
 from slsgu_cli.records.verification import Check, VerifiedModel, VerifyRequest
 from slsgu_cli.store.artifacts import Artifact
 from slsgu_cli.store.store import Store
 from slsgu_cli.verification.bootstrap import percentile_interval, resampled_means
+from slsgu_cli.verification.checks.neutral_prompts import EDIT, RANDOM
 from slsgu_cli.verification.results import verdict_rows
 from slsgu_cli.verification.verify import verify
 
@@ -158,6 +159,11 @@ def figures(original: VerifiedModel, model: VerifiedModel) -> Iterator[tuple[str
     if finding := model.finding(Check.PROBE):
         for score in finding.classifiers:
             yield f"{score.classifier}, {score.subject}: recall", score.recall, none
+    if finding := model.finding(Check.NEUTRAL_PROMPTS):
+        structure = finding.structure or {EDIT: TextStructure(0)}
+        for name in STRUCTURE:
+            edit, control = (getattr(structure.get(key), name, none) for key in (EDIT, RANDOM))
+            yield f"neutral prompts, {name}", edit, control
     if finding := model.finding(Check.RETRIEVAL):
         for found in finding.retrieval.queries:
             yield f"mAP of {found.query} in {found.index}", found.precision, none

@@ -133,6 +133,9 @@ def test_the_page_shows_the_request_and_names_missing_verifications(filed):
     assert 0 < figures["FA@1"]["to"] < 100
     assert figures["FA@1"]["test"] is True
     assert "TA@1 first" in figures
+    # The edit is of the vision tower.
+    assert first["neutral prompts"] == {"spread": 100, "overlap": 100}
+    assert "prompts have 100.00% of the original's spread" in re.sub(r"\s+", " ", page)
     assert [each["state"] for each in (first, second)] == ["forgotten within bounds"] * 2
 
 
@@ -162,7 +165,7 @@ def test_two_commands_check_a_model_and_detect_a_change(job):
 def test_the_evidence_has_the_conclusion_of_the_verification(job, shared_world):
     request = VerifyRequest(
         model=ModelSpec("local-dir:clip"),
-        checks=[Check.PARAPHRASE, Check.LOOK_ALIKES],
+        checks=[Check.PARAPHRASE, Check.LOOK_ALIKES, Check.NEUTRAL_PROMPTS],
         settings=Settings(rows=20),
     )
     verify(Store("store"), "blue", request)
@@ -176,6 +179,8 @@ def test_the_evidence_has_the_conclusion_of_the_verification(job, shared_world):
     like, control = blue["verification"]["look-alikes"]
     assert (like["group"], control["group"]) == ("look-alikes", "random classes")
     assert like["beyond"]["points"] == pytest.approx(like["lost"] - control["lost"])
+    (neutral,) = blue["verification"]["neutral prompts"]
+    assert (neutral["name"], neutral["spread"], neutral["overlap"]) == ("the edit", 100, 100)
     assert page.count("No verification has been run.") == 1
 
 

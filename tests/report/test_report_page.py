@@ -209,6 +209,9 @@ def test_verification_and_comparison_are_shown_with_their_verdicts(store, tmp_pa
         "&lt;b&gt;a mouse&lt;/b&gt;",
         "Classes like the concept",
         "&lt;i&gt;debian&lt;/i&gt; 93.00",
+        "Text embeddings of neutral prompts, compared with the original",
+        "62.50%",
+        "a random change of the same size: 99.0%",
         "<code>wool</code>",
         "Skipped: prefix: its text tower is run as a whole.",
     ):

@@ -12,7 +12,7 @@ from slsgu_cli.figures.pictures import Example
 from slsgu_cli.records.codec import sealed
 from slsgu_cli.records.comparison import ClipComparison, ClipOutcome, Method
 from slsgu_cli.records.directions import FALLBACK, Direction
-from slsgu_cli.records.figures import Accuracy
+from slsgu_cli.records.figures import Accuracy, TextStructure
 from slsgu_cli.records.method import (
     Alignment,
     Criterion,
@@ -220,6 +220,11 @@ def fill_verification(store: Store, name: str = NAME) -> None:
             "look-alikes: <b>": (KnownClass("<i>debian</i>", 30, top1, 0.6),),
             "random classes: <b>": (KnownClass("castle", 30, 90.0, 0.1),),
         }
+        structure = {
+            what: TextStructure(3745, spread, 62.5)
+            for what, spread in (("the edit", 71.0), ("a random change", 99.0))
+            if header
+        }
         score = ClassifierScore("linear probe", "the concept", 90, 98.0, top1, 33, 900)
         found = Retrieved("its name", "the model's own", top1, 50.0, 60.0, 70.0, 4, 900)
         index = Retrieval((found,), (Shift("its images", 33, 0, 33, 0.25, 0.5),))
@@ -232,6 +237,7 @@ def fill_verification(store: Store, name: str = NAME) -> None:
             Finding(Check.NEIGHBOURS, "k", {}, neighbourhood=near),
             Finding(Check.NEAREST, "k", {}, classes=classes),
             Finding(Check.LOOK_ALIKES, "k", {}, classes=like),
+            Finding(Check.NEUTRAL_PROMPTS, "k", {}, structure=structure),
             Finding(Check.PROBE, "k", {}, classifiers=(score,)),
             Finding(Check.RETRIEVAL, "k", {}, retrieval=index),
             Finding(Check.MEMBERSHIP, "k", {}, membership=(attack,)),

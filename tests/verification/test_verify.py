@@ -495,6 +495,8 @@ def test_in_json_every_table_is_there(verified, capsys):
     assert {row["trained name"] for row in document["curves"]} >= {"blue"}
     assert {row["what"] for row in document["classes"]} >= {"nearest name"}
     assert [row["classes"] for row in document["look-alikes"]] == ["look-alikes", "random classes"]
+    (neutral,) = document["neutral-prompts"]
+    assert (neutral["after"], neutral["spread"], neutral["overlap"]) == ("the edit", 100, 100)
     assert [row["classifier"] for row in document["classifiers"]][::3] == list(CLASSIFIERS)
     assert [row["identical"] for row in document["index"]] == [0, 0]
     assert len(document["retrieval"]) == 4
