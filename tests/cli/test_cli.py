@@ -159,7 +159,7 @@ def test_the_piped_output_of_each_command(chain):
     assert head[:5] == ["layer", "tower", "front", "importance", "alignment"]
     assert len(layers) == 2 * len({row[0] for row in layers}) == 2 * 42
     assert {row[2] for row in layers} == {"yes", ""}
-    ((head, *figures),) = rows(ran["eval"].stdout)
+    (head, *figures), neutral = rows(ran["eval"].stdout)
     assert head == ["figure", "original", "local-dir:nëw clip", "change"]
     assert [row[0] for row in figures] == [
         "FA@1",
@@ -170,6 +170,8 @@ def test_the_piped_output_of_each_command(chain):
         "TA@5 second",
     ]
     assert float(figures[0][2]) == 0 < float(figures[0][1])
+    assert neutral[0] == ["model", "prompts", "spread", "overlap"]
+    assert neutral[1][0] == "local-dir:nëw clip"
 
 
 @pytest.mark.usefixtures("drawing")

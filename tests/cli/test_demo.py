@@ -14,7 +14,7 @@ import pytest
 from documents import validated
 from icons import write_few
 from matplotlib.figure import Figure
-from processes import inside
+from processes import inside, rows
 from safetensors.numpy import load_file
 
 from slsgu_cli.cli import demo
@@ -134,7 +134,7 @@ def test_the_printed_commands_do_the_same(again, folder, at_folder):
         folder / "a store" / "checkpoints" / f"clip-without-facebook{end}" for end in ("", "-again")
     )
     assert (second / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
-    measured = [line.split("\t") for line in ran[-1].stdout.splitlines()[1:]]
+    (_, *measured), _ = rows(ran[-1].stdout)
     expected = accuracies(again)
     assert [row[0] for row in measured] == list(expected)
     for figure, original, edited, _ in measured:
